@@ -1,0 +1,1 @@
+//! The gRPC services: proto to domain and back, nothing else.

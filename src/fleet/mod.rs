@@ -1,0 +1,1 @@
+//! The daemon's domain: images, VMs, snapshots. One owner task per VM.

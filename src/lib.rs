@@ -1,0 +1,22 @@
+//! coldspark: FreeBSD virtual machines that start in about a millisecond.
+//!
+//! The map of the rooms, from the outside in. A room may use the rooms below it that are named in its line and
+//! no others (`tests/rooms.rs` reads the imports and holds this):
+//!
+//! | room | what it is for | may use |
+//! |---|---|---|
+//! | [`cli`] | one file per subcommand; speaks gRPC, or starts the daemon | `api`, `fleet`, `worker`, `agent` |
+//! | [`api`] | tonic services: proto to domain and back | `fleet`, `agent` |
+//! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `snapshot`, `agent` |
+//! | [`worker`] | the process around one VM, its control protocol | `vmm`, `snapshot` |
+//! | [`snapshot`] | what a frozen VM is: manifest, state, codec, store, memory, disk layers | nothing of ours |
+//! | [`vmm`] | the machine itself: no policy, no async, no network API | `snapshot::{state, codec, layers}` |
+//! | [`agent`] | the frames spoken with the program inside a guest | nothing of ours |
+
+pub mod agent;
+pub mod api;
+pub mod cli;
+pub mod fleet;
+pub mod snapshot;
+pub mod vmm;
+pub mod worker;

@@ -1,0 +1,3 @@
+//! What a frozen VM is: manifest, state, codec, store, memory sources, disk layers. Knows no KVM handle and no gRPC.
+
+pub mod codec;

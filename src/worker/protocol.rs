@@ -1,0 +1,274 @@
+//! The control protocol between the daemon and a worker.
+//!
+//! Transport: one `SOCK_SEQPACKET` Unix socket pair, the worker's end being descriptor 3. One packet is one
+//! message: bincode 2 ([`crate::snapshot::codec`]) of [`ToWorker`] or [`FromWorker`], at most
+//! [`MESSAGE_BYTES_MAX`] bytes, with at most [`FDS_MAX`] descriptors by `SCM_RIGHTS`, in the order that the
+//! message's doc gives. A request is answered by exactly one [`FromWorker::Reply`] with the same id; events
+//! come at any time. The worker opens no file by path: all it works on is handed to it.
+//!
+//! A worker is a *shell* until its first [`Request::Boot`] or [`Request::Restore`]; after that it is that VM until
+//! it exits. End of file on the socket does **not** end a running VM (a VM outlives the daemon); it ends a shell.
+
+use serde::{Deserialize, Serialize};
+
+/// Descriptor number of the worker's end of the control socket.
+pub const CONTROL_FD: i32 = 3;
+/// Largest packet either side sends or accepts.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// Most descriptors in one packet (the kernel's own limit is 253).
+pub const FDS_MAX: usize = 64;
+/// Most vCPUs of a VM.
+pub const VCPUS_MAX: u8 = 32;
+/// Most disks of a VM.
+pub const DISKS_MAX: usize = 8;
+/// Most layers under a disk, the base not counted.
+pub const LAYERS_MAX: usize = 16;
+
+/// A message from the daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ToWorker {
+    pub id: u64,
+    pub request: Request,
+}
+
+/// What a worker can be asked.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)] // Sent a handful of times in a VM's life.
+pub enum Request {
+    /// Cold boot. Descriptors: console socket, agent socket, kernel, then the module if `module`, then for each
+    /// disk its base, its frozen layers from the lowest, and (unless read-only) its empty writable overlay.
+    /// Answered when the vCPUs have been told to run.
+    Boot(BootSpec),
+    /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then the disks as in
+    /// `Boot`; with [`MemoryMode::Userfault`] the reply carries the userfaultfd back.
+    Restore(RestoreSpec),
+    /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
+    /// read-write), then one new empty overlay for each writable disk. Answered when all is written (not synced).
+    Snapshot(SnapshotSpec),
+    /// Stop the vCPUs; answered when they and the devices are quiet. Idempotent.
+    Pause,
+    /// Undo [`Request::Pause`]. Idempotent.
+    Resume,
+    /// End the VM now; answered, then the process exits with status 0.
+    Kill,
+    /// Counters for `vm ls` and the bench.
+    Stats,
+}
+
+/// How the guest is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BootProtocol {
+    /// Look into the kernel file and choose.
+    Auto,
+    /// FreeBSD's own 64-bit loader protocol.
+    FreeBsd,
+    /// PVH: 32-bit entry from the ELF note.
+    Pvh,
+    /// Linux's bzImage, 64-bit entry.
+    Linux,
+}
+
+/// What the optional module file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ModuleKind {
+    /// A memory disk (FreeBSD `md_image`).
+    MemoryDisk,
+    /// A Linux initial RAM disk.
+    Initrd,
+}
+
+/// A machine to be cold-booted.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BootSpec {
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub protocol: BootProtocol,
+    pub module: Option<ModuleKind>,
+    /// Kernel command line (PVH, Linux), or `name=value` words for FreeBSD's kernel environment. Added after what
+    /// the builder chooses, so it wins.
+    pub command_line: String,
+    pub disks: Vec<DiskSpec>,
+    /// An output to this port is the ready point (reported as [`Event::ReadyPort`]).
+    pub ready_port: Option<u16>,
+}
+
+/// One disk: a base file under frozen layers under a private overlay.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DiskSpec {
+    pub read_only: bool,
+    /// Bytes of the disk as the guest sees it (a multiple of 512).
+    pub bytes: u64,
+    /// Frozen layers between base and overlay.
+    pub layers: u8,
+    /// Shown to the guest as the disk's serial (virtio-blk GET_ID), at most 20 bytes.
+    pub serial: String,
+}
+
+/// How a clone's memory is faulted in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryMode {
+    /// `MAP_PRIVATE` of the memory file.
+    Mapped,
+    /// userfaultfd, answered by the daemon's pager.
+    Userfault,
+}
+
+/// A clone to be started. Everything else is in the state file.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct RestoreSpec {
+    pub memory_mode: MemoryMode,
+    /// The clone's own generation id.
+    pub generation: [u8; 16],
+    pub disks: Vec<DiskSpec>,
+    /// Stay paused after the state is set.
+    pub paused: bool,
+    pub ready_port: Option<u16>,
+}
+
+/// How to freeze.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SnapshotSpec {
+    /// Run on after the freeze; otherwise stay paused.
+    pub resume: bool,
+}
+
+/// A message from the worker.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[allow(clippy::large_enum_variant)]
+pub enum FromWorker {
+    Reply { id: u64, result: Result<Reply, Fault> },
+    Event(Event),
+}
+
+/// A successful answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Reply {
+    Done,
+    Booted(Booted),
+    /// With [`MemoryMode::Userfault`]: one descriptor, the userfaultfd.
+    Restored(Restored),
+    Frozen(Frozen),
+    Stats(Stats),
+}
+
+/// What a cold boot chose.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Booted {
+    /// The protocol used (never `Auto`).
+    pub protocol: BootProtocol,
+    /// One line for each choice made by looking into kernel and disks.
+    pub choices: Vec<String>,
+    pub steps: Vec<Step>,
+}
+
+/// What a restore did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Restored {
+    pub steps: Vec<Step>,
+    /// For the pager: where the memory regions lie in the worker and in the file. Empty when mapped.
+    pub regions: Vec<FaultRegion>,
+}
+
+/// One registered userfault range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultRegion {
+    /// Address in the worker's address space.
+    pub host_address: u64,
+    pub bytes: u64,
+    /// Offset in the memory file.
+    pub file_offset: u64,
+}
+
+/// A timed step, in order: name, microseconds it took.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Step {
+    pub name: String,
+    pub us: u32,
+}
+
+/// What a snapshot froze: the facts for the manifest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Frozen {
+    pub vcpus: u8,
+    pub regions: Vec<MemoryRegion>,
+    /// Vendor string of CPUID leaf 0.
+    pub cpu_vendor: String,
+    /// Names of the CPUID features that the guest was shown.
+    pub cpu_features: Vec<String>,
+    pub tsc_khz: u32,
+    pub protocol: BootProtocol,
+    /// Device names with their sections' versions.
+    pub devices: Vec<String>,
+    /// How long the guest stood still.
+    pub pause_us: u64,
+    /// Bytes of memory written (not holes).
+    pub data_bytes: u64,
+    pub steps: Vec<Step>,
+}
+
+/// Guest-physical memory and where it lies in `memory.img`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRegion {
+    pub guest_address: u64,
+    pub bytes: u64,
+    pub file_offset: u64,
+}
+
+/// Counters.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Stats {
+    pub vcpu_exits: u64,
+    pub minor_faults: u64,
+    pub major_faults: u64,
+    pub private_dirty_bytes: u64,
+}
+
+/// A failure, told so that a person can act on it.
+#[derive(Debug, Clone, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Fault {
+    pub kind: FaultKind,
+    pub message: String,
+}
+
+/// Which gRPC code a [`Fault`] becomes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FaultKind {
+    /// The caller's input is at fault: INVALID_ARGUMENT.
+    InvalidInput,
+    /// Stored data is damaged: DATA_LOSS.
+    Damaged,
+    /// This host cannot do it: FAILED_PRECONDITION.
+    Unsupported,
+    /// Out of memory, disk, descriptors: RESOURCE_EXHAUSTED.
+    Exhausted,
+    /// Asked at the wrong time: FAILED_PRECONDITION.
+    WrongState,
+    /// Anything else: INTERNAL.
+    Internal,
+}
+
+/// Things that happen by themselves.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Event {
+    /// A boot phase reached: name, microseconds since the request arrived.
+    Phase { name: String, us: u64 },
+    /// The guest wrote to the ready port.
+    ReadyPort { value: u32 },
+    /// The guest asked for a reset; without restart support the VM then ends.
+    GuestReset { how: String },
+    /// The VM is over; the process exits after this.
+    Exited(ExitReason),
+}
+
+/// Why a VM ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ExitReason {
+    Killed,
+    GuestReset {
+        how: String,
+    },
+    GuestPowerOff,
+    /// KVM could not go on: what, with registers.
+    Failed(String),
+}
