@@ -2,10 +2,21 @@
 //!
 //! `no_std`, no allocation. All integers little endian. A frame is a [`HEADER_BYTES`] header and `length` bytes of
 //! payload. Host to guest: requests. Guest to host: [`KIND_HELLO`] when it is ready to serve, and one reply
-//! (`kind | REPLY`, same `id`) for each request, in order.
+//! (`kind | REPLY`, same `id`) for each request, in order. Frames are a byte stream over a virtio-console port: a
+//! frame may be cut anywhere between buffers.
+//!
+//! A reply with a `status` other than [`STATUS_OK`] carries a sentence (UTF-8) as its payload.
+//!
+//! A snapshot may be taken while a request is under way; the clone then answers a request that its own host never
+//! sent. A host ignores replies with an id it does not know. It must not freeze a guest in the middle of sending a
+//! frame *to* it: the clone would take its first new bytes for the rest of the old frame.
+
+#![allow(dead_code)] // Each side uses its half.
 
 /// "CSA1" read as a little-endian word.
 pub const MAGIC: u32 = 0x3141_5343;
+/// Version that [`KIND_HELLO`] reports.
+pub const PROTOCOL_VERSION: u32 = 1;
 /// Bytes of a frame header: magic u32, kind u16, status u16, id u32, length u32.
 pub const HEADER_BYTES: usize = 16;
 /// Longest payload either side accepts.
@@ -13,4 +24,228 @@ pub const PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// Set in the kind of a reply.
 pub const REPLY: u16 = 0x8000;
 
+// === Kinds. Each line: request payload -> reply payload. Kinds stay below 64 (see HELLO's `kinds`). ===
+
+/// Guest to host, unasked, id 0: the [`HELLO_BYTES`] of the list below, then the agent's name (UTF-8, at most
+/// [`NAME_BYTES_MAX`]).
+///
+/// `version u32, agent u32, boot u32, cpus_found u32, cpus_alive u32, tsc_khz u32, checks_run u64, checks_failed
+/// u64, kinds u64, memory_bytes u64, arena_bytes u64, filled_bytes u64, disks u32, reserved u32`
 pub const KIND_HELLO: u16 = 0x01;
+/// `bytes` -> the same bytes.
+pub const KIND_ECHO: u16 = 0x02;
+/// `first_page u64, pages u64` -> `digest u64, ticks u64`: [`super::pattern::Digest`] of the arena's pages as they are.
+pub const KIND_HASH: u16 = 0x03;
+/// `first_page u64, pages u64, stride u64, seed u64, mode u32, reserved u32` -> `pages u64, xor u64, ticks u64`: goes over
+/// `pages` pages, `stride` apart, doing what `mode` says (`TOUCH_*`).
+pub const KIND_TOUCH: u16 = 0x04;
+/// As [`KIND_TOUCH`] -> `bad_pages u64, first_bad_page u64 (all ones: none), ticks u64`: compares each page with the
+/// pattern of `seed`: its first word (mode [`TOUCH_WRITE`]) or all of it (mode [`TOUCH_FILL`]).
+pub const KIND_CHECK: u16 = 0x05;
+/// `disk u32` -> `sectors u64, features u64, read_only u32, disks u32, serial 20 bytes`. Sectors of 512 bytes.
+pub const KIND_DISK_INFO: u16 = 0x06;
+/// `disk u32, sectors u32, first_sector u64` -> the bytes.
+pub const KIND_DISK_READ: u16 = 0x07;
+/// `disk u32, flags u32, first_sector u64, bytes` -> nothing. Bytes: whole sectors; none is allowed with
+/// [`DISK_FLUSH`], which flushes the disk's cache after the write.
+pub const KIND_DISK_WRITE: u16 = 0x08;
+/// nothing -> `tsc u64, tsc_khz u64, cmos_unix_s u64, wall_ns u64`: `wall_ns` is the guest's own wall clock (Unix
+/// nanoseconds): CMOS at boot, or what the last IDENTITY said, carried on by the TSC.
+pub const KIND_TIME: u16 = 0x09;
+/// nothing -> `found u32, alive u32`, then for each alive CPU `apic_id u32, reserved u32, runs u64`.
+pub const KIND_CPUS: u16 = 0x0a;
+/// `seed u64, rounds u64` -> for each alive CPU `apic_id u32, reserved u32, result u64, ticks u64`: each computes
+/// [`super::pattern::run`] on its own.
+pub const KIND_RUN_ON_ALL: u16 = 0x0b;
+/// `bytes u32` -> that many bytes of the guest's generator (at most [`RANDOM_BYTES_MAX`]).
+pub const KIND_RANDOM: u16 = 0x0c;
+/// nothing -> `generation 16 bytes, count u64`: the id of the last IDENTITY (zeros: none yet) and how many there were.
+pub const KIND_GENERATION: u16 = 0x0d;
+/// `generation 16 bytes, entropy 32 bytes, wall_ns u64` -> `generation 16 bytes, count u64`: become this clone: mix
+/// the entropy into the generator, step the clock (0: leave it), remember the generation. The reply confirms it.
+pub const KIND_IDENTITY: u16 = 0x0e;
+/// `nonce u64, bytes u64` -> `generation 16 bytes, digest u64, ticks u64`: digest of generation, nonce and the
+/// arena's first `bytes` (a multiple of 8), which are first filled with [`super::pattern::ARENA_SEED`]'s pattern
+/// where they have not been yet.
+pub const KIND_COMPUTE: u16 = 0x0f;
+/// `bytes` -> nothing: prints them on the serial console.
+pub const KIND_SERIAL: u16 = 0x10;
+/// nothing -> no reply: resets the machine by the keyboard controller.
+pub const KIND_RESET: u16 = 0x11;
+
+/// Fixed part of HELLO's payload.
+pub const HELLO_BYTES: usize = 80;
+/// Longest agent name.
+pub const NAME_BYTES_MAX: usize = 64;
+/// Most bytes of one RANDOM.
+pub const RANDOM_BYTES_MAX: u32 = 64 << 10;
+/// Bytes of a generation id.
+pub const GENERATION_BYTES: usize = 16;
+/// Bytes of entropy that IDENTITY brings.
+pub const ENTROPY_BYTES: usize = 32;
+/// Bytes of a page, of the arena's and of [`KIND_TOUCH`].
+pub const PAGE_BYTES: usize = 4096;
+/// Bytes of a sector.
+pub const SECTOR_BYTES: usize = 512;
+/// Bytes of a disk's serial in DISK_INFO.
+pub const DISK_SERIAL_BYTES: usize = 20;
+/// Most rounds of one RUN_ON_ALL.
+pub const RUN_ROUNDS_MAX: u64 = 1 << 32;
+
+/// HELLO's `agent`: the embedded test guest.
+pub const AGENT_TEST_GUEST: u32 = 1;
+/// HELLO's `agent`: the program inside a FreeBSD guest.
+pub const AGENT_FREEBSD: u32 = 2;
+
+/// HELLO's `boot`: not known to the agent.
+pub const BOOT_UNKNOWN: u32 = 0;
+/// HELLO's `boot`: FreeBSD's 64-bit loader protocol.
+pub const BOOT_NATIVE: u32 = 1;
+/// HELLO's `boot`: PVH.
+pub const BOOT_PVH: u32 = 2;
+
+/// TOUCH: read the first word of each page (into the reply's xor).
+pub const TOUCH_READ: u32 = 0;
+/// TOUCH: write the pattern's first word to each page.
+pub const TOUCH_WRITE: u32 = 1;
+/// TOUCH: write the pattern to all of each page.
+pub const TOUCH_FILL: u32 = 2;
+
+/// DISK_WRITE: flush after the write.
+pub const DISK_FLUSH: u32 = 1;
+
+pub const STATUS_OK: u16 = 0;
+/// The agent does not know this kind.
+pub const STATUS_UNKNOWN_KIND: u16 = 1;
+/// The payload does not have the kind's layout.
+pub const STATUS_BAD_PAYLOAD: u16 = 2;
+/// A page, sector, size or mode is out of range.
+pub const STATUS_OUT_OF_RANGE: u16 = 3;
+/// The guest does not have this device.
+pub const STATUS_NO_DEVICE: u16 = 4;
+/// The device said no.
+pub const STATUS_DEVICE_FAILED: u16 = 5;
+/// The agent could not do it.
+pub const STATUS_FAILED: u16 = 6;
+
+/// What the test guest checks at boot; bit n of HELLO's `checks_run` and `checks_failed` is entry n.
+pub const CHECK_NAMES: [&str; 24] = [
+    "native.modulep",
+    "native.records",
+    "native.kernel",
+    "native.smap",
+    "native.environment",
+    "native.kernend",
+    "pvh.start_info",
+    "pvh.memmap",
+    "pvh.cmdline",
+    "memory.low",
+    "cpuid.hypervisor",
+    "cpuid.timing_leaf",
+    "cpuid.tsc_khz",
+    "cpuid.lapic_khz",
+    "cpuid.invariant_tsc",
+    "cpuid.features",
+    "mptable.found",
+    "mptable.checksum",
+    "mptable.entries",
+    "smp.started",
+    "virtio.block",
+    "virtio.console",
+    "virtio.rng",
+    "irq.delivery",
+];
+
+/// A frame's header as numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Header {
+    pub kind: u16,
+    pub status: u16,
+    pub id: u32,
+    /// Payload bytes that follow.
+    pub length: u32,
+}
+
+/// Why sixteen bytes are no header.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BadHeader {
+    /// The first word is not [`MAGIC`].
+    Magic(u32),
+    /// More than [`PAYLOAD_BYTES_MAX`].
+    Length(u32),
+}
+
+impl Header {
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        let (magic, rest) = bytes.split_at_mut(4);
+        magic.copy_from_slice(&MAGIC.to_le_bytes());
+        let (kind, rest) = rest.split_at_mut(2);
+        kind.copy_from_slice(&self.kind.to_le_bytes());
+        let (status, rest) = rest.split_at_mut(2);
+        status.copy_from_slice(&self.status.to_le_bytes());
+        let (id, length) = rest.split_at_mut(4);
+        id.copy_from_slice(&self.id.to_le_bytes());
+        length.copy_from_slice(&self.length.to_le_bytes());
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Header, BadHeader> {
+        let [m0, m1, m2, m3, k0, k1, s0, s1, i0, i1, i2, i3, l0, l1, l2, l3] = *bytes;
+        let magic = u32::from_le_bytes([m0, m1, m2, m3]);
+        if magic != MAGIC {
+            return Err(BadHeader::Magic(magic));
+        }
+        let length = u32::from_le_bytes([l0, l1, l2, l3]);
+        if length as usize > PAYLOAD_BYTES_MAX {
+            return Err(BadHeader::Length(length));
+        }
+        Ok(Header {
+            kind: u16::from_le_bytes([k0, k1]),
+            status: u16::from_le_bytes([s0, s1]),
+            id: u32::from_le_bytes([i0, i1, i2, i3]),
+            length,
+        })
+    }
+}
+
+/// Takes a payload apart from the front; every step says `None` when the bytes are not there.
+#[derive(Debug, Clone, Copy)]
+pub struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub fn new(payload: &'a [u8]) -> Reader<'a> {
+        Reader(payload)
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Option<&'a [u8]> {
+        if self.0.len() < count {
+            return None;
+        }
+        let (front, rest) = self.0.split_at(count);
+        self.0 = rest;
+        Some(front)
+    }
+
+    pub fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.bytes(N)?.try_into().ok()
+    }
+
+    pub fn u32(&mut self) -> Option<u32> {
+        Some(u32::from_le_bytes(self.array()?))
+    }
+
+    pub fn u64(&mut self) -> Option<u64> {
+        Some(u64::from_le_bytes(self.array()?))
+    }
+
+    /// Everything that is left.
+    pub fn rest(&mut self) -> &'a [u8] {
+        core::mem::take(&mut self.0)
+    }
+
+    /// `Some` when nothing is left: a layout is exact.
+    pub fn end(&self) -> Option<()> {
+        self.0.is_empty().then_some(())
+    }
+}
