@@ -1,0 +1,330 @@
+//! The I/O APIC (Intel 82093AA data sheet), ours because the interrupt chip is split: KVM has the local APICs.
+//!
+//! Each pin that a device uses has an irqfd, and each redirection entry that is unmasked is one MSI route of the
+//! same GSI number: an edge is one eventfd write, with no lock and no exit. Routes are set again when the guest
+//! rewrites an entry, which it does at boot.
+//!
+//! An edge that meets a masked entry is kept and delivered on unmasking. The data sheet would drop it; a guest that
+//! masks a line to move it to another CPU would then hang on a virtio device that signals once.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi,
+};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::snapshot::state::chipset::IoApicState;
+use crate::vmm::irq::Interrupt;
+
+/// Where the guest sees it, and how many bytes.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+pub const IOAPIC_BYTES: u64 = 0x1000;
+/// Interrupt pins.
+pub const PINS: usize = 24;
+
+const REGISTER_SELECT: u64 = 0x00;
+const REGISTER_WINDOW: u64 = 0x10;
+const INDEX_ID: u8 = 0x00;
+const INDEX_VERSION: u8 = 0x01;
+const INDEX_ARBITRATION: u8 = 0x02;
+const INDEX_ENTRIES: u8 = 0x10;
+/// Version 0x11 (no EOI register), highest entry 23.
+const VERSION: u32 = 0x0017_0011;
+
+const ENTRY_MASKED: u64 = 1 << 16;
+const ENTRY_LEVEL: u64 = 1 << 15;
+/// Delivery status and remote IRR are read-only.
+const ENTRY_READ_ONLY: u64 = 1 << 12 | 1 << 14;
+const ENTRY_WRITABLE: u64 = 0xff00_0000_0001_ffff & !ENTRY_READ_ONLY;
+const DELIVERY_LOWEST: u64 = 1;
+const DELIVERY_EXTINT: u64 = 7;
+const MSI_BASE: u32 = 0xfee0_0000;
+
+struct Registers {
+    select: u8,
+    id: u8,
+    entries: [u64; PINS],
+}
+
+/// Which pins are masked, and which masked ones have an edge waiting; shared with the lines.
+#[derive(Default)]
+struct Gate {
+    masked: AtomicU32,
+    pending: AtomicU32,
+}
+
+/// The I/O APIC.
+pub struct IoApic {
+    vm: Arc<VmFd>,
+    registers: Mutex<Registers>,
+    gate: Arc<Gate>,
+    lines: Mutex<Vec<Option<Arc<Line>>>>,
+}
+
+/// One pin, as a device holds it.
+pub struct Line {
+    pin: usize,
+    irqfd: EventFd,
+    gate: Arc<Gate>,
+}
+
+impl IoApic {
+    /// All entries masked, no routes set. The VM must have its split irqchip with [`PINS`] reserved routes.
+    pub fn new(vm: Arc<VmFd>) -> Self {
+        let gate = Gate { masked: AtomicU32::new((1 << PINS) - 1), ..Default::default() };
+        IoApic {
+            vm,
+            registers: Mutex::new(Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS] }),
+            gate: Arc::new(gate),
+            lines: Mutex::new(vec![None; PINS]),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The line of `pin` (0 to 23), with its irqfd registered on first use.
+    pub fn line(&self, pin: usize) -> Result<Arc<Line>, errno::Error> {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = lines.get_mut(pin).ok_or(errno::Error::new(libc::EINVAL))?;
+        if let Some(line) = slot {
+            return Ok(line.clone());
+        }
+        let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(errno::Error::from)?;
+        self.vm.register_irqfd(&irqfd, pin as u32)?;
+        let line = Arc::new(Line { pin, irqfd, gate: self.gate.clone() });
+        *slot = Some(line.clone());
+        Ok(line)
+    }
+
+    /// A guest read of 1, 2, 4 or 8 bytes at `offset` into the window; registers are 32 bits.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        let r = self.lock();
+        let value = match offset {
+            REGISTER_SELECT => u32::from(r.select),
+            REGISTER_WINDOW => r.read_selected(),
+            _ => 0,
+        };
+        let bytes = u64::from(value).to_le_bytes();
+        for (to, from) in data.iter_mut().zip(bytes) {
+            *to = from;
+        }
+    }
+
+    /// A guest write. Fails only if KVM refuses the new routes.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), errno::Error> {
+        let mut bytes = [0u8; 4];
+        for (to, from) in bytes.iter_mut().zip(data) {
+            *to = *from;
+        }
+        let value = u32::from_le_bytes(bytes);
+        let mut r = self.lock();
+        match offset {
+            REGISTER_SELECT => r.select = value as u8,
+            REGISTER_WINDOW => {
+                if let Some(pin) = r.write_selected(value) {
+                    self.entry_changed(&r, pin)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn entry_changed(&self, r: &Registers, pin: usize) -> Result<(), errno::Error> {
+        let bit = 1u32 << pin;
+        let was_masked = self.gate.masked.load(Ordering::SeqCst) & bit != 0;
+        let masked = r.entries[pin] & ENTRY_MASKED != 0;
+        if was_masked && masked {
+            return Ok(());
+        }
+        if masked {
+            self.gate.masked.fetch_or(bit, Ordering::SeqCst);
+            // The route may stay: a line that raises now sees the mask first.
+            return Ok(());
+        }
+        self.set_routes(r)?;
+        self.gate.masked.fetch_and(!bit, Ordering::SeqCst);
+        self.deliver_pending(pin);
+        Ok(())
+    }
+
+    fn deliver_pending(&self, pin: usize) {
+        let bit = 1u32 << pin;
+        if self.gate.pending.fetch_and(!bit, Ordering::SeqCst) & bit != 0 {
+            let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(Some(line)) = lines.get(pin) {
+                line.signal();
+            }
+        }
+    }
+
+    /// Sets the MSI routes of all unmasked entries.
+    fn set_routes(&self, r: &Registers) -> Result<(), errno::Error> {
+        let routes: Vec<_> =
+            r.entries.iter().enumerate().filter_map(|(pin, entry)| route(pin, *entry)).collect();
+        let routing = KvmIrqRouting::from_entries(&routes).map_err(|_| errno::Error::new(libc::ENOMEM))?;
+        self.vm.set_gsi_routing(&routing)
+    }
+
+    pub fn save(&self) -> IoApicState {
+        let r = self.lock();
+        IoApicState {
+            select: r.select,
+            id: r.id,
+            entries: r.entries.to_vec(),
+            pending: self.gate.pending.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Takes on a saved state and sets its routes. Entries beyond the last pin are ignored.
+    pub fn restore(&self, state: &IoApicState) -> Result<(), errno::Error> {
+        let mut r = self.lock();
+        r.select = state.select;
+        r.id = state.id & 0x0f;
+        let mut masked = 0;
+        for (pin, (to, from)) in r.entries.iter_mut().zip(&state.entries).enumerate() {
+            *to = from & ENTRY_WRITABLE;
+            masked |= u32::from(*to & ENTRY_MASKED != 0) << pin;
+        }
+        self.set_routes(&r)?;
+        self.gate.masked.store(masked, Ordering::SeqCst);
+        self.gate.pending.store(state.pending & masked, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// The MSI that an entry stands for (82093AA section 3.2.4; SDM volume 3, 11.11). None: masked, or wired to a PIC.
+fn route(pin: usize, entry: u64) -> Option<kvm_irq_routing_entry> {
+    let delivery = entry >> 8 & 7;
+    if entry & ENTRY_MASKED != 0 || delivery == DELIVERY_EXTINT {
+        return None;
+    }
+    let destination = (entry >> 56) as u32;
+    let logical = (entry >> 11 & 1) as u32;
+    let redirect = u32::from(delivery == DELIVERY_LOWEST);
+    let level = u32::from(entry & ENTRY_LEVEL != 0);
+    let msi = kvm_irq_routing_msi {
+        address_lo: MSI_BASE | destination << 12 | redirect << 3 | logical << 2,
+        data: (entry & 0xff) as u32 | (delivery as u32) << 8 | 1 << 14 | level << 15,
+        ..Default::default()
+    };
+    Some(kvm_irq_routing_entry {
+        gsi: pin as u32,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+        ..Default::default()
+    })
+}
+
+// === impl Registers ===
+
+impl Registers {
+    fn read_selected(&self) -> u32 {
+        match self.select {
+            INDEX_ID | INDEX_ARBITRATION => u32::from(self.id) << 24,
+            INDEX_VERSION => VERSION,
+            index => match self.entry(index) {
+                Some((pin, high)) => (self.entries[pin] >> if high { 32 } else { 0 }) as u32,
+                None => 0,
+            },
+        }
+    }
+
+    /// The pin whose entry changed, if any.
+    fn write_selected(&mut self, value: u32) -> Option<usize> {
+        if self.select == INDEX_ID {
+            self.id = (value >> 24) as u8 & 0x0f;
+            return None;
+        }
+        let (pin, high) = self.entry(self.select)?;
+        let old = self.entries[pin];
+        let new = if high {
+            old & 0xffff_ffff | u64::from(value) << 32
+        } else {
+            old & !0xffff_ffff | u64::from(value)
+        };
+        self.entries[pin] = new & ENTRY_WRITABLE;
+        (self.entries[pin] != old).then_some(pin)
+    }
+
+    fn entry(&self, index: u8) -> Option<(usize, bool)> {
+        let offset = usize::from(index.checked_sub(INDEX_ENTRIES)?);
+        (offset < 2 * PINS).then_some((offset / 2, offset % 2 == 1))
+    }
+}
+
+// === impl Line ===
+
+impl Line {
+    fn signal(&self) {
+        // A non-blocking eventfd fails only when its counter is full: then it is signalled already.
+        let _ = self.irqfd.write(1);
+    }
+}
+
+impl Interrupt for Line {
+    fn raise(&self) {
+        let bit = 1u32 << self.pin;
+        if self.gate.masked.load(Ordering::SeqCst) & bit == 0 {
+            return self.signal();
+        }
+        self.gate.pending.fetch_or(bit, Ordering::SeqCst);
+        // Unmasked between the two looks: whoever takes the bit delivers it.
+        if self.gate.masked.load(Ordering::SeqCst) & bit == 0
+            && self.gate.pending.fetch_and(!bit, Ordering::SeqCst) & bit != 0
+        {
+            self.signal();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_becomes_the_msi_of_the_manual() {
+        // Vector 0x31, lowest priority, logical, level, destination 0x03.
+        let entry = 0x0300_0000_0000_0000 | ENTRY_LEVEL | 1 << 11 | 1 << 8 | 0x31;
+        let route = route(5, entry).unwrap();
+        assert_eq!(route.gsi, 5);
+        // SAFETY: `route` wrote the `msi` member.
+        let msi = unsafe { route.u.msi };
+        assert_eq!(msi.address_lo, 0xfee0_300c);
+        assert_eq!(msi.data, 0xc131);
+        assert!(super::route(5, entry | ENTRY_MASKED).is_none());
+        assert!(super::route(0, DELIVERY_EXTINT << 8).is_none());
+    }
+
+    #[test]
+    fn every_register_index_is_safe() {
+        let mut r = Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS] };
+        for select in 0..=255 {
+            r.select = select;
+            r.write_selected(0xffff_ffff);
+            r.read_selected();
+        }
+        assert_eq!(r.entries[23], ENTRY_WRITABLE);
+        r.select = INDEX_VERSION;
+        assert_eq!(r.read_selected(), VERSION);
+    }
+
+    #[test]
+    fn an_edge_on_a_masked_pin_waits_for_the_unmasking() {
+        let gate = Arc::new(Gate { masked: AtomicU32::new(1 << 5), ..Default::default() });
+        let line = Line { pin: 5, irqfd: EventFd::new(libc::EFD_NONBLOCK).unwrap(), gate: gate.clone() };
+        line.raise();
+        assert!(line.irqfd.read().is_err());
+        assert_eq!(gate.pending.load(Ordering::SeqCst), 1 << 5);
+        gate.masked.store(0, Ordering::SeqCst);
+        line.raise();
+        assert_eq!(line.irqfd.read().unwrap(), 1);
+    }
+}

@@ -1,0 +1,528 @@
+//! A 16550A serial port (National Semiconductor PC16550D data sheet), the guest's console.
+//!
+//! Our own and not vm-superio's, for three things a FreeBSD console leans on and that one lacks: reading IIR clears
+//! the transmit interrupt only when IIR reported it; enabling the transmit interrupt while the transmitter is
+//! empty raises it at once; and the transmitter can be *busy* (LSR.THRE clear) when nobody takes the output, so
+//! that a flood is slowed down and not lost. `hw.broken_txfifo`, which FreeBSD sets for Firecracker, is not needed here.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::snapshot::state::chipset::SerialState;
+use crate::vmm::irq::Interrupt;
+
+/// Depth of the receive FIFO (data sheet, section 8.6).
+const RECEIVE_FIFO_BYTES: usize = 16;
+/// Output waiting for the console at which the transmitter reports busy.
+const TRANSMIT_BUSY_BYTES: usize = 16 << 10;
+/// Output at which bytes written in spite of a busy transmitter are dropped, as the real chip overwrites them.
+const TRANSMIT_BYTES_MAX: usize = 64 << 10;
+
+const IER_RECEIVED: u8 = 1 << 0;
+const IER_TRANSMIT_EMPTY: u8 = 1 << 1;
+const IER_LINE_STATUS: u8 = 1 << 2;
+const IER_MODEM_STATUS: u8 = 1 << 3;
+const IIR_NONE: u8 = 0x01;
+const IIR_MODEM_STATUS: u8 = 0x00;
+const IIR_TRANSMIT_EMPTY: u8 = 0x02;
+const IIR_RECEIVED: u8 = 0x04;
+const IIR_LINE_STATUS: u8 = 0x06;
+const IIR_FIFO_ENABLED: u8 = 0xc0;
+const FCR_ENABLE: u8 = 1 << 0;
+const FCR_CLEAR_RECEIVE: u8 = 1 << 1;
+const LCR_DIVISOR_LATCH: u8 = 1 << 7;
+const MCR_LOOPBACK: u8 = 1 << 4;
+const LSR_DATA_READY: u8 = 1 << 0;
+const LSR_OVERRUN: u8 = 1 << 1;
+const LSR_TRANSMIT_EMPTY: u8 = 1 << 5;
+const LSR_IDLE: u8 = 1 << 6;
+/// DCD, DSR and CTS: a terminal is there.
+const MSR_TERMINAL: u8 = 0xb0;
+
+struct Registers {
+    interrupt_enable: u8,
+    fifo_control: u8,
+    line_control: u8,
+    modem_control: u8,
+    scratch: u8,
+    divisor: u16,
+    overrun: bool,
+    /// The transmitter became empty and IIR has not told so yet.
+    transmit_interrupt: bool,
+    /// Modem lines that changed since MSR was read (low four bits of MSR).
+    modem_delta: u8,
+    receive: VecDeque<u8>,
+    transmit: VecDeque<u8>,
+    /// Interrupt sources active at the last look, to see new ones come.
+    active: u8,
+    /// The other end of the console is gone; output is discarded.
+    closed: bool,
+}
+
+/// The serial port. Ports are touched by vCPU threads, the console socket by the device thread and, for output, by
+/// the vCPU thread that wrote.
+pub struct Serial {
+    registers: Mutex<Registers>,
+    console: UnixStream,
+    interrupt: Arc<dyn Interrupt>,
+    /// Tells the device thread that its interest in the console socket may have changed.
+    interest_changed: EventFd,
+}
+
+/// What the device thread should watch the console socket for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interest {
+    pub readable: bool,
+    pub writable: bool,
+}
+
+impl Serial {
+    /// A port in its state after reset. `console` must be non-blocking; `interest_changed` is written when
+    /// [`Serial::interest`] may answer differently.
+    pub fn new(console: UnixStream, interrupt: Arc<dyn Interrupt>, interest_changed: EventFd) -> Self {
+        let registers = Registers {
+            interrupt_enable: 0,
+            fifo_control: 0,
+            line_control: 0x03,
+            modem_control: 0,
+            scratch: 0,
+            // 115200 baud, as the loader would have left it.
+            divisor: 1,
+            overrun: false,
+            transmit_interrupt: false,
+            modem_delta: 0,
+            receive: VecDeque::new(),
+            transmit: VecDeque::new(),
+            active: 0,
+            closed: false,
+        };
+        Serial { registers: Mutex::new(registers), console, interrupt, interest_changed }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The console socket, for the device thread's epoll.
+    pub fn console(&self) -> &UnixStream {
+        &self.console
+    }
+
+    /// What to watch the console socket for now.
+    pub fn interest(&self) -> Interest {
+        let r = self.lock();
+        Interest {
+            readable: !r.closed && r.receive_room() > 0,
+            writable: !r.closed && !r.transmit.is_empty(),
+        }
+    }
+
+    /// Reads register `offset` (0 to 7).
+    pub fn read(&self, offset: u16) -> u8 {
+        let mut r = self.lock();
+        let latch = r.line_control & LCR_DIVISOR_LATCH != 0;
+        let value = match offset {
+            0 if latch => r.divisor as u8,
+            0 => {
+                let was_full = r.receive_room() == 0;
+                let byte = r.receive.pop_front().unwrap_or(0);
+                if was_full {
+                    self.wake();
+                }
+                byte
+            }
+            1 if latch => (r.divisor >> 8) as u8,
+            1 => r.interrupt_enable,
+            2 => {
+                let identity = r.identification();
+                if identity == IIR_TRANSMIT_EMPTY {
+                    r.transmit_interrupt = false;
+                }
+                identity | if r.fifo_control & FCR_ENABLE != 0 { IIR_FIFO_ENABLED } else { 0 }
+            }
+            3 => r.line_control,
+            4 => r.modem_control,
+            5 => {
+                let status = r.line_status();
+                r.overrun = false;
+                status
+            }
+            6 => {
+                let status = r.modem_status() | r.modem_delta;
+                r.modem_delta = 0;
+                status
+            }
+            7 => r.scratch,
+            _ => 0xff,
+        };
+        self.update(&mut r);
+        value
+    }
+
+    /// Writes register `offset` (0 to 7).
+    pub fn write(&self, offset: u16, value: u8) {
+        let mut r = self.lock();
+        let latch = r.line_control & LCR_DIVISOR_LATCH != 0;
+        match offset {
+            0 if latch => r.divisor = (r.divisor & 0xff00) | u16::from(value),
+            0 => self.transmit(&mut r, value),
+            1 if latch => r.divisor = (r.divisor & 0x00ff) | (u16::from(value) << 8),
+            1 => {
+                let enabled = value & !r.interrupt_enable;
+                r.interrupt_enable = value & 0x0f;
+                if enabled & IER_TRANSMIT_EMPTY != 0 && !r.busy() {
+                    r.transmit_interrupt = true;
+                }
+            }
+            2 => {
+                // Switching the FIFO on or off clears it, as the data sheet has it.
+                if value & FCR_CLEAR_RECEIVE != 0 || (value ^ r.fifo_control) & FCR_ENABLE != 0 {
+                    r.receive.clear();
+                    self.wake();
+                }
+                r.fifo_control = value & 0xc9;
+            }
+            3 => r.line_control = value,
+            4 => {
+                let before = r.modem_status();
+                r.modem_control = value & 0x1f;
+                let changed = before ^ r.modem_status();
+                r.modem_delta |= changed >> 4;
+            }
+            7 => r.scratch = value,
+            // LSR and MSR are read-only.
+            _ => {}
+        }
+        self.update(&mut r);
+    }
+
+    fn transmit(&self, r: &mut Registers, value: u8) {
+        r.transmit_interrupt = false;
+        if r.modem_control & MCR_LOOPBACK != 0 {
+            if r.receive.len() >= r.receive_depth() {
+                r.overrun = true;
+            } else {
+                r.receive.push_back(value);
+            }
+        } else if !r.closed && r.transmit.len() < TRANSMIT_BYTES_MAX {
+            r.transmit.push_back(value);
+            let waited = r.transmit.len() > 1;
+            // With a backlog the device thread is already waiting for the socket.
+            if !waited {
+                self.drain(r);
+                if !r.transmit.is_empty() {
+                    self.wake();
+                }
+            }
+        }
+        if !r.busy() {
+            r.transmit_interrupt = true;
+        }
+    }
+
+    /// Hands as much output to the console as it takes.
+    fn drain(&self, r: &mut Registers) {
+        while !r.transmit.is_empty() {
+            let (front, _) = r.transmit.as_slices();
+            match (&self.console).write(front) {
+                Ok(0) => break,
+                Ok(written) => drop(r.transmit.drain(..written)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    r.closed = true;
+                    r.transmit.clear();
+                }
+            }
+        }
+    }
+
+    /// The device thread: the console socket is readable.
+    pub fn console_readable(&self) {
+        let mut r = self.lock();
+        let mut bytes = [0u8; RECEIVE_FIFO_BYTES];
+        let room = r.receive_room().min(bytes.len());
+        if room == 0 {
+            return;
+        }
+        match (&self.console).read(&mut bytes[..room]) {
+            Ok(0) => r.closed = true,
+            Ok(count) => r.receive.extend(&bytes[..count]),
+            Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(_) => r.closed = true,
+        }
+        if r.closed {
+            r.transmit.clear();
+        }
+        self.update(&mut r);
+    }
+
+    /// The device thread: the console socket takes output again.
+    pub fn console_writable(&self) {
+        let mut r = self.lock();
+        let was_busy = r.busy();
+        self.drain(&mut r);
+        if was_busy && !r.busy() {
+            r.transmit_interrupt = true;
+        }
+        self.update(&mut r);
+    }
+
+    /// Raises the line if an interrupt source has become active. Also when another one already held it: an extra
+    /// edge costs the guest one look at IIR, a missing one hangs it.
+    fn update(&self, r: &mut Registers) {
+        let active = r.sources();
+        if active & !r.active != 0 {
+            self.interrupt.raise();
+        }
+        r.active = active;
+    }
+
+    fn wake(&self) {
+        // The counter of an eventfd saturates; a full one has woken the thread already.
+        let _ = self.interest_changed.write(1);
+    }
+
+    /// What the guest's port holds.
+    pub fn save(&self) -> SerialState {
+        let r = self.lock();
+        SerialState {
+            interrupt_enable: r.interrupt_enable,
+            fifo_control: r.fifo_control,
+            line_control: r.line_control,
+            modem_control: r.modem_control,
+            scratch: r.scratch,
+            divisor: r.divisor,
+            overrun: r.overrun,
+            transmit_interrupt: r.transmit_interrupt,
+            modem_delta: r.modem_delta,
+            receive: r.receive.iter().copied().collect(),
+            // What the source's console has not taken yet is the source's to print, not every clone's.
+            transmit: Vec::new(),
+        }
+    }
+
+    /// Takes on a saved state. Lengths beyond what the port can hold are cut: they can only come from a forged file.
+    pub fn restore(&self, state: &SerialState) {
+        let mut r = self.lock();
+        r.interrupt_enable = state.interrupt_enable & 0x0f;
+        r.fifo_control = state.fifo_control & 0xc9;
+        r.line_control = state.line_control;
+        r.modem_control = state.modem_control & 0x1f;
+        r.scratch = state.scratch;
+        r.divisor = state.divisor;
+        r.overrun = state.overrun;
+        r.transmit_interrupt = state.transmit_interrupt;
+        r.modem_delta = state.modem_delta & 0x0f;
+        r.receive = state.receive.iter().copied().take(RECEIVE_FIFO_BYTES).collect();
+        r.transmit = state.transmit.iter().copied().take(TRANSMIT_BYTES_MAX).collect();
+        // The edge for these was raised before the snapshot; the IOAPIC or LAPIC state holds it.
+        r.active = r.sources();
+    }
+}
+
+// === impl Registers ===
+
+impl Registers {
+    fn receive_depth(&self) -> usize {
+        if self.fifo_control & FCR_ENABLE != 0 { RECEIVE_FIFO_BYTES } else { 1 }
+    }
+
+    /// Bytes the console may put in now. None in loopback: the line is disconnected.
+    fn receive_room(&self) -> usize {
+        if self.modem_control & MCR_LOOPBACK != 0 {
+            return 0;
+        }
+        self.receive_depth().saturating_sub(self.receive.len())
+    }
+
+    fn busy(&self) -> bool {
+        self.transmit.len() >= TRANSMIT_BUSY_BYTES
+    }
+
+    fn line_status(&self) -> u8 {
+        let mut status = 0;
+        if !self.receive.is_empty() {
+            status |= LSR_DATA_READY;
+        }
+        if self.overrun {
+            status |= LSR_OVERRUN;
+        }
+        if !self.busy() {
+            status |= LSR_TRANSMIT_EMPTY | LSR_IDLE;
+        }
+        status
+    }
+
+    fn modem_status(&self) -> u8 {
+        if self.modem_control & MCR_LOOPBACK == 0 {
+            return MSR_TERMINAL;
+        }
+        // In loopback RTS, DTR, OUT1, OUT2 come back as CTS, DSR, RI, DCD.
+        let mcr = self.modem_control;
+        (mcr & 0x02) << 3 | (mcr & 0x01) << 5 | (mcr & 0x04) << 4 | (mcr & 0x08) << 4
+    }
+
+    /// Active interrupt sources, as IER bits.
+    fn sources(&self) -> u8 {
+        let mut sources = 0;
+        if !self.receive.is_empty() {
+            sources |= IER_RECEIVED;
+        }
+        if self.transmit_interrupt {
+            sources |= IER_TRANSMIT_EMPTY;
+        }
+        if self.overrun {
+            sources |= IER_LINE_STATUS;
+        }
+        if self.modem_delta != 0 {
+            sources |= IER_MODEM_STATUS;
+        }
+        sources & self.interrupt_enable
+    }
+
+    fn identification(&self) -> u8 {
+        let sources = self.sources();
+        if sources & IER_LINE_STATUS != 0 {
+            IIR_LINE_STATUS
+        } else if sources & IER_RECEIVED != 0 {
+            IIR_RECEIVED
+        } else if sources & IER_TRANSMIT_EMPTY != 0 {
+            IIR_TRANSMIT_EMPTY
+        } else if sources & IER_MODEM_STATUS != 0 {
+            IIR_MODEM_STATUS
+        } else {
+            IIR_NONE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Count(AtomicUsize);
+    impl Interrupt for Count {
+        fn raise(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn port() -> (Serial, UnixStream, Arc<Count>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let count = Arc::new(Count::default());
+        let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        (Serial::new(ours, count.clone(), wake), theirs, count)
+    }
+
+    #[test]
+    fn enabling_the_transmit_interrupt_on_an_empty_port_raises_it_and_only_iir_that_tells_it_clears_it() {
+        let (port, mut console, raised) = port();
+        port.write(2, FCR_ENABLE);
+        port.write(1, IER_TRANSMIT_EMPTY | IER_RECEIVED);
+        assert_eq!(raised.0.load(Ordering::SeqCst), 1);
+        console.write_all(b"x").unwrap();
+        port.console_readable();
+        assert_eq!(port.read(2) & 0x0f, IIR_RECEIVED, "the received byte is told first");
+        assert_eq!(port.read(0), b'x');
+        assert_eq!(port.read(2) & 0x0f, IIR_TRANSMIT_EMPTY, "and the transmit interrupt was not lost");
+        assert_eq!(port.read(2) & 0x0f, IIR_NONE);
+        port.write(0, b'y');
+        assert_eq!(port.read(2) & 0x0f, IIR_TRANSMIT_EMPTY);
+    }
+
+    #[test]
+    fn a_flood_makes_the_transmitter_busy_and_loses_nothing() {
+        let (port, mut console, _) = port();
+        let mut sent = Vec::new();
+        let mut n = 0u32;
+        while port.read(5) & LSR_TRANSMIT_EMPTY != 0 {
+            let byte = (n % 251) as u8;
+            port.write(0, byte);
+            sent.push(byte);
+            n += 1;
+            assert!(n < 64 << 20, "the transmitter never got busy");
+        }
+        let mut got = Vec::new();
+        while got.len() < sent.len() {
+            let mut chunk = [0u8; 65536];
+            match console.read(&mut chunk) {
+                Ok(count) => got.extend_from_slice(&chunk[..count]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => port.console_writable(),
+                Err(e) => panic!("{e}"),
+            }
+        }
+        assert_eq!(got, sent);
+        assert_ne!(port.read(5) & LSR_TRANSMIT_EMPTY, 0);
+    }
+
+    #[test]
+    fn input_waits_in_the_socket_while_the_fifo_is_full() {
+        let (port, mut console, _) = port();
+        port.write(2, FCR_ENABLE);
+        let line: Vec<u8> = (0..100).collect();
+        console.write_all(&line).unwrap();
+        let mut got = Vec::new();
+        while got.len() < line.len() {
+            if port.interest().readable {
+                port.console_readable();
+            }
+            assert_eq!(port.read(5) & LSR_OVERRUN, 0);
+            while port.read(5) & LSR_DATA_READY != 0 {
+                got.push(port.read(0));
+            }
+        }
+        assert_eq!(got, line);
+    }
+
+    #[test]
+    fn loopback_holds_sixteen_bytes_then_overruns() {
+        let (port, mut console, _) = port();
+        port.write(2, FCR_ENABLE);
+        port.write(4, MCR_LOOPBACK);
+        let mut count = 0;
+        while port.read(5) & LSR_OVERRUN == 0 {
+            port.write(0, count);
+            count += 1;
+            assert!(count < 64);
+        }
+        assert_eq!(count, 17);
+        for n in 0..16 {
+            assert_eq!(port.read(0), n);
+        }
+        assert!(console.read(&mut [0; 8]).is_err(), "nothing left the port");
+    }
+
+    #[test]
+    fn a_console_that_is_gone_does_not_stop_the_guest() {
+        let (port, console, _) = port();
+        drop(console);
+        for _ in 0..200_000 {
+            port.write(0, b'.');
+        }
+        assert_ne!(port.read(5) & LSR_TRANSMIT_EMPTY, 0);
+        assert_eq!(port.interest(), Interest { readable: false, writable: false });
+    }
+
+    #[test]
+    fn state_survives_the_round_trip() {
+        let (port, mut console, _) = port();
+        port.write(2, FCR_ENABLE);
+        port.write(1, 0x03);
+        console.write_all(b"abc").unwrap();
+        port.console_readable();
+        let state = port.save();
+        let (other, _console, _) = self::port();
+        other.restore(&state);
+        assert_eq!(other.save(), state);
+        assert_eq!(other.read(0), b'a');
+    }
+}
