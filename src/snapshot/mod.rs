@@ -1,4 +1,25 @@
 //! What a frozen VM is: manifest, state, codec, store, memory sources, disk layers. Knows no KVM handle and no gRPC.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`limits`] | the most of everything that stored data may claim |
+//! | [`cause`] | which kind of failure an error is, for the status code that a caller sees |
+//! | [`manifest`] | `manifest.json`: what a snapshot is, and whether it fits this host |
+//! | [`state`] | the machine state: plain, versioned structs |
+//! | [`store`] | the folder of published snapshots: begin, publish, open, verify, delete |
+//! | [`sums`] | BLAKE3 sums of whole and of sparse files |
+//! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
+//! | [`codec`] | bounded encoding of plain structs |
+//!
+//! The format on disk is written down in `docs/snapshot-format.md`.
 
+pub mod cause;
 pub mod codec;
+mod folder;
+pub mod limits;
+pub mod manifest;
+pub mod memory;
 pub mod state;
+pub mod store;
+pub mod sums;
+mod transfer;
