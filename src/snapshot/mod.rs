@@ -9,6 +9,7 @@
 //! | [`store`] | the folder of published snapshots: begin, publish, open, verify, delete |
 //! | [`sums`] | BLAKE3 sums of whole and of sparse files |
 //! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
+//! | [`layers`] | copy-on-write disks: base, frozen layers, a private overlay |
 //! | [`codec`] | bounded encoding of plain structs |
 //!
 //! The format on disk is written down in `docs/snapshot-format.md`.
@@ -16,6 +17,7 @@
 pub mod cause;
 pub mod codec;
 mod folder;
+pub mod layers;
 pub mod limits;
 pub mod manifest;
 pub mod memory;

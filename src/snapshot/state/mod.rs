@@ -1,3 +1,7 @@
 //! Plain, versioned structs of a machine's state: what `state.bin` holds. No behaviour but checks.
+//!
+//! They are encoded by [`crate::snapshot::codec`]. Whoever restores from one treats every field as hostile; what can
+//! only be checked against a machine is checked by the part of the machine that takes the struct over.
 
 pub mod chipset;
+pub mod virtio;

@@ -1,1 +1,134 @@
-//! virtio devices and their transports.
+//! virtio devices and the transport in front of them.
+//!
+//! [`mmio::MmioTransport`] is what the machine talks to: it owns the registers and queues of one device and the device
+//! itself, a [`VirtioDevice`]. Everything a guest puts into registers, rings and buffers is hostile: whatever it says,
+//! a device answers with an error status, or the transport marks it as needing a reset; work for one call is bounded.
+//!
+//! Threads: registers are read and written by vCPU threads, queues are worked on by the device thread only, which
+//! waits for [`HostInterest`] descriptors. The machine guards a transport with a lock.
+//!
+//! May touch: guest memory, the files and sockets a device was built with, [`crate::vmm::irq`], and
+//! [`crate::snapshot`]'s `state`, `codec` and `layers`.
+//!
+//! Facts: virtio 1.2, clauses 2.1 (status), 2.2 (features), 2.7 (split rings), 4.2 (mmio), 5.2 (block), 5.3 (console),
+//! 5.4 (entropy); FreeBSD's `sys/dev/virtio` for what its drivers need.
+
+pub mod block;
+pub mod chain;
+pub mod console;
+pub mod mmio;
+pub mod queue;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::Queue;
+
+use self::chain::ChainError;
+use crate::snapshot::codec::CodecError;
+use crate::vmm::memory::GuestMemory;
+
+/// Features of the rings, offered by every device here.
+const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// A device behind a transport.
+pub trait VirtioDevice: Send {
+    /// Device id, virtio 1.2 clause 5.
+    fn device_id(&self) -> u32;
+
+    /// "block", "console", "rng".
+    fn name(&self) -> &'static str;
+
+    /// Largest size of each queue, in the order of their numbers; powers of two.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits offered. The transport adds `VIRTIO_F_VERSION_1`.
+    fn features(&self) -> u64;
+
+    /// Reads the configuration space at `offset`, any width; bytes outside read zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space; what is not writable ignores it.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver is ready (`DRIVER_OK`), with these features.
+    fn activate(&mut self, acked_features: u64);
+
+    /// Back to the state after construction; host resources stay.
+    fn reset(&mut self);
+
+    /// Handles what is available on queue `index`, up to the device's own limit for one call. An error means that the
+    /// driver broke the rules beyond what a status byte can say: the transport stops the device until it is reset.
+    fn queue_event(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemory,
+    ) -> Result<Progress, DeviceError>;
+
+    /// Host descriptors to watch now. Only asked while the device is active; changes with every event.
+    fn host_interest(&self) -> Vec<HostInterest>;
+
+    /// A watched descriptor became ready. `Progress::interrupt` as in [`Self::queue_event`].
+    fn host_event(
+        &mut self,
+        fd: RawFd,
+        queues: &mut [Queue],
+        memory: &GuestMemory,
+    ) -> Result<Progress, DeviceError>;
+
+    /// The device's own state, encoded. Called while no vCPU runs and no event is being handled.
+    fn save(&self) -> Result<Vec<u8>, DeviceError>;
+
+    /// Takes state over, after [`Self::activate`] if the saved device was active. `bytes` is hostile.
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), DeviceError>;
+}
+
+/// What a call to a device did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The guest is to be interrupted: buffers were used, and the driver wants to hear of it.
+    pub interrupt: bool,
+    /// The call stopped at its limit; the queue wants another call, without a new notification.
+    pub more: bool,
+}
+
+/// A host descriptor and what to wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostInterest {
+    pub fd: RawFd,
+    pub readable: bool,
+    pub writable: bool,
+}
+
+/// Why a device cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    #[error("the driver's queue is broken: {0}")]
+    Queue(#[from] virtio_queue::Error),
+    #[error("the driver's buffers are broken: {0}")]
+    Chain(#[from] ChainError),
+    #[error("the driver made entries available that cannot be taken from the ring")]
+    Stuck,
+    #[error("the device has no queue {0}")]
+    NoQueue(usize),
+    #[error("host random numbers are not to be had: {0}")]
+    Random(io::Error),
+    #[error("the saved state of a {device} device {source}; the snapshot is damaged or from another version")]
+    Codec { device: &'static str, source: CodecError },
+    #[error("the saved {device} device does not fit: {what}")]
+    Mismatch { device: &'static str, what: String },
+}
+
+/// Copies `data.len()` bytes at `offset` of `space`; what lies outside reads zero.
+fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    data.fill(0);
+    let tail = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or(&[]);
+    for (to, from) in data.iter_mut().zip(tail) {
+        *to = *from;
+    }
+}

@@ -1,0 +1,245 @@
+//! virtio-console, one port: the byte channel between a program in the guest and the daemon.
+//!
+//! The host's side is a Unix stream socket. Both directions push back: bytes leave the socket only when the guest has
+//! given buffers for them, and a transmitted chain stays in the guest's queue until the socket has taken all of it;
+//! how much it took is the only state ([`ConsoleState`]). A peer that is gone makes output vanish, as on a line that
+//! nobody listens to; it costs no wake-ups.
+//!
+//! Facts: virtio 1.2 clause 5.3 (without the multiport feature: queue 0 receives, queue 1 transmits); FreeBSD's
+//! `sys/dev/virtio/console/virtio_console.c`: attaches as ttyV0.0, gives 128-byte receive buffers, fills the receive
+//! queue before `DRIVER_OK`, and **polls** each transmitted chain until it is used, so a socket that nobody reads
+//! stops that vCPU.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
+use virtio_queue::Queue;
+
+use super::chain::{Chain, ChainError};
+use super::queue::{Outcome, work};
+use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, read_space};
+use crate::snapshot::codec;
+use crate::snapshot::state::virtio::ConsoleState;
+use crate::vmm::memory::GuestMemory;
+
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+const QUEUE_SIZES: [u16; 2] = [128, 128];
+/// Most bytes moved by one system call.
+const PIECE_BYTES: usize = 16 << 10;
+/// Most bytes moved one way in one call.
+const CALL_BYTES_MAX: usize = 1 << 20;
+
+/// The console device.
+#[derive(Debug)]
+pub struct Console {
+    socket: OwnedFd,
+    /// Bytes of the transmit queue's head chain that the socket has taken.
+    transmit_offset: u64,
+    /// The socket takes nothing now; wait for it to become writable.
+    transmit_blocked: bool,
+    /// The peer reads no more: output is dropped.
+    transmit_closed: bool,
+    /// The guest has given receive buffers (as far as seen).
+    receive_buffers: bool,
+    /// The peer writes no more.
+    receive_closed: bool,
+    piece: Box<[u8]>,
+}
+
+impl Console {
+    /// A console on a connected Unix stream socket. The socket's blocking mode does not matter.
+    pub fn new(socket: impl Into<OwnedFd>) -> Self {
+        Self {
+            socket: socket.into(),
+            transmit_offset: 0,
+            transmit_blocked: false,
+            transmit_closed: false,
+            receive_buffers: false,
+            receive_closed: false,
+            piece: vec![0; PIECE_BYTES].into_boxed_slice(),
+        }
+    }
+
+    /// Moves bytes from the transmit queue to the socket.
+    fn transmit(&mut self, queues: &mut [Queue], memory: &GuestMemory) -> Result<Progress, DeviceError> {
+        let queue = queues.get_mut(TRANSMIT).ok_or(DeviceError::NoQueue(TRANSMIT))?;
+        let mut left = CALL_BYTES_MAX;
+        self.transmit_blocked = false;
+        let worked = work(queue, memory, |chain| self.transmit_chain(chain, &mut left))?;
+        Ok(Progress { more: !worked.empty && !self.transmit_blocked, ..worked.progress })
+    }
+
+    fn transmit_chain(&mut self, chain: &Chain<'_>, left: &mut usize) -> Result<Outcome, DeviceError> {
+        while !self.transmit_closed {
+            let rest = chain.readable_bytes().saturating_sub(self.transmit_offset);
+            if rest == 0 {
+                break;
+            }
+            let bytes = rest.min(PIECE_BYTES as u64).min(*left as u64) as usize;
+            let Some(piece) = self.piece.get_mut(..bytes).filter(|piece| !piece.is_empty()) else {
+                return Ok(Outcome::Keep);
+            };
+            chain.read(self.transmit_offset, piece)?;
+            match send(&self.socket, piece) {
+                Ok(sent) => {
+                    self.transmit_offset += sent as u64;
+                    *left = left.saturating_sub(sent);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.transmit_blocked = true;
+                    return Ok(Outcome::Keep);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::debug!(%error, "nobody reads the console any more: its output is dropped");
+                    self.transmit_closed = true;
+                }
+            }
+        }
+        self.transmit_offset = 0;
+        Ok(Outcome::Used(0))
+    }
+
+    /// Moves bytes from the socket to the receive queue.
+    fn receive(&mut self, queues: &mut [Queue], memory: &GuestMemory) -> Result<Progress, DeviceError> {
+        let queue = queues.get_mut(RECEIVE).ok_or(DeviceError::NoQueue(RECEIVE))?;
+        let worked = work(queue, memory, |chain| self.receive_chain(chain))?;
+        self.receive_buffers = !worked.empty;
+        // Chains that are left wait for the socket, which its readiness tells.
+        Ok(Progress { more: false, ..worked.progress })
+    }
+
+    fn receive_chain(&mut self, chain: &Chain<'_>) -> Result<Outcome, DeviceError> {
+        // Bytes taken from the socket cannot be put back: be sure of the buffers first.
+        chain.check_writable()?;
+        let bytes = chain.writable_bytes().min(PIECE_BYTES as u64) as usize;
+        if bytes == 0 {
+            return Err(ChainError::TooShort(0, 1).into());
+        }
+        while !self.receive_closed {
+            let Some(piece) = self.piece.get_mut(..bytes) else { break };
+            match receive(&self.socket, piece) {
+                Ok(0) => self.receive_closed = true,
+                Ok(got) => {
+                    chain.write(0, piece.get(..got).unwrap_or(piece))?;
+                    return Ok(Outcome::Used(got as u32));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::debug!(%error, "nobody writes to the console any more");
+                    self.receive_closed = true;
+                }
+            }
+        }
+        Ok(Outcome::Keep)
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_CONSOLE
+    }
+
+    fn name(&self) -> &'static str {
+        "console"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // cols, rows u16; max_nr_ports u32; emerg_wr u32: none of them valid without its feature bit, except that a
+        // reader may want to see one port.
+        read_space(&[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, _acked_features: u64) {}
+
+    fn reset(&mut self) {
+        self.transmit_offset = 0;
+        self.transmit_blocked = false;
+        self.receive_buffers = false;
+    }
+
+    fn queue_event(
+        &mut self,
+        index: usize,
+        queues: &mut [Queue],
+        memory: &GuestMemory,
+    ) -> Result<Progress, DeviceError> {
+        match index {
+            RECEIVE => self.receive(queues, memory),
+            TRANSMIT => self.transmit(queues, memory),
+            _ => Err(DeviceError::NoQueue(index)),
+        }
+    }
+
+    fn host_interest(&self) -> Vec<HostInterest> {
+        let readable = self.receive_buffers && !self.receive_closed;
+        let writable = self.transmit_blocked;
+        // With neither, the descriptor must not be watched at all: a hang-up is reported whatever was asked for.
+        if readable || writable {
+            vec![HostInterest { fd: self.socket.as_raw_fd(), readable, writable }]
+        } else {
+            vec![]
+        }
+    }
+
+    fn host_event(
+        &mut self,
+        fd: RawFd,
+        queues: &mut [Queue],
+        memory: &GuestMemory,
+    ) -> Result<Progress, DeviceError> {
+        let mut progress = Progress::default();
+        if fd != self.socket.as_raw_fd() {
+            return Ok(progress);
+        }
+        if self.transmit_blocked {
+            progress = self.transmit(queues, memory)?;
+        }
+        if self.receive_buffers && !self.receive_closed {
+            progress.interrupt |= self.receive(queues, memory)?.interrupt;
+        }
+        Ok(progress)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        codec::encode(&ConsoleState::V1 { transmit_offset: self.transmit_offset })
+            .map_err(|source| DeviceError::Codec { device: self.name(), source })
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
+        let ConsoleState::V1 { transmit_offset } =
+            codec::decode(bytes).map_err(|source| DeviceError::Codec { device: self.name(), source })?;
+        // Any value is harmless: what lies past the chain's end counts as sent.
+        self.transmit_offset = transmit_offset;
+        Ok(())
+    }
+}
+
+/// Sends without blocking, and without SIGPIPE.
+fn send(socket: &OwnedFd, data: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: pointer and length are those of `data`, which is readable and lives through the call.
+    let sent = unsafe { libc::send(socket.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives without blocking; 0 at the end of the stream.
+fn receive(socket: &OwnedFd, data: &mut [u8]) -> io::Result<usize> {
+    // SAFETY: pointer and length are those of `data`, which is writable and lives through the call.
+    let got =
+        unsafe { libc::recv(socket.as_raw_fd(), data.as_mut_ptr().cast(), data.len(), libc::MSG_DONTWAIT) };
+    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+}
