@@ -187,8 +187,8 @@ impl MmioTransport {
         self.pending &= !mask;
         if self.unchecked {
             self.unchecked = false;
-            let ready = self.queues.iter().filter(|queue| queue.ready());
-            if let Err(error) = ready.map(|queue| check_available(queue, memory)).collect::<Result<(), _>>() {
+            let mut ready = self.queues.iter().filter(|queue| queue.ready());
+            if let Err(error) = ready.try_for_each(|queue| check_available(queue, memory)) {
                 self.fail(&error);
             }
         }
@@ -299,11 +299,7 @@ impl MmioTransport {
                 }
             }
             VIRTIO_MMIO_QUEUE_READY => self.set_queue_ready(value, memory),
-            VIRTIO_MMIO_QUEUE_NOTIFY => {
-                if (value as usize) < self.queues.len() {
-                    self.kick(1 << value);
-                }
-            }
+            VIRTIO_MMIO_QUEUE_NOTIFY if (value as usize) < self.queues.len() => self.kick(1 << value),
             VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt_status &= !value,
             VIRTIO_MMIO_STATUS => self.set_status(value),
             VIRTIO_MMIO_QUEUE_DESC_LOW => {

@@ -346,7 +346,7 @@ proptest! {
             let value = if small { value & 0xf } else { value };
             let mut data = value.to_le_bytes();
             if is_write {
-                machine.transport.write(offset & !3 * u64::from(small), &data[..width], &machine.memory);
+                machine.transport.write(offset, &data[..width], &machine.memory);
                 machine.transport.write(offset & !3, &data[..4], &machine.memory);
             } else {
                 machine.transport.read(offset, &mut data[..width]);
