@@ -243,7 +243,12 @@ impl Writer<'_> {
     }
 
     /// Writes what is not zero of `pages` pages.
-    fn take_from_memory(&mut self, region: &SourceRegion, first: usize, pages: usize) -> Result<(), ImageError> {
+    fn take_from_memory(
+        &mut self,
+        region: &SourceRegion,
+        first: usize,
+        pages: usize,
+    ) -> Result<(), ImageError> {
         let (mut at, end) = (first, first + pages);
         while at < end {
             if is_zero(region.slice(at, 1)) {
