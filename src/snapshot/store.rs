@@ -13,21 +13,24 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::SystemTime,
 };
 
 use super::{
     cause::Cause,
-    folder::{self, FileError, Folder, OpenError, Temporary, failed},
+    folder::{self, Folder, Temporary, failed},
     limits,
     manifest::{
         self, DISKS_FOLDER, FORMAT, Facts, FileEntry, MEMORY_FILE, Manifest, ManifestError, Refusal,
         STATE_FILE, SnapshotId,
     },
+    memory::pager::{PagerError, PagerSource},
     sums::{Sum, SumKind},
     transfer,
 };
+
+pub use super::folder::{FileError, OpenError};
 
 /// The manifest's file name.
 pub const MANIFEST_FILE: &str = "manifest.json";
@@ -427,6 +430,19 @@ pub struct OpenSnapshot {
     pub memory: Arc<File>,
     /// As in the manifest.
     pub disks: Vec<OpenDisk>,
+    pager_source: OnceLock<Arc<PagerSource>>,
+}
+
+impl OpenSnapshot {
+    /// The memory as the pager reads it; made at the first call.
+    pub fn pager_source(&self) -> Result<Arc<PagerSource>, PagerError> {
+        if let Some(source) = self.pager_source.get() {
+            return Ok(Arc::clone(source));
+        }
+        // Two first calls at once look at the file twice, and one result is kept.
+        let source = Arc::new(PagerSource::new(Arc::clone(&self.memory))?);
+        Ok(Arc::clone(self.pager_source.get_or_init(|| source)))
+    }
 }
 
 /// A disk's files.
@@ -537,7 +553,13 @@ impl Snapshot {
             let layers = disk.layers.iter().map(disk_file).collect::<Result<_, _>>()?;
             disks.push(OpenDisk { base: disk_file(&disk.base)?, layers });
         }
-        Ok(OpenSnapshot { manifest: Arc::clone(&self.manifest), state, memory, disks })
+        Ok(OpenSnapshot {
+            manifest: Arc::clone(&self.manifest),
+            state,
+            memory,
+            disks,
+            pager_source: OnceLock::new(),
+        })
     }
 
     /// Opens a file and checks its length.

@@ -1,5 +1,5 @@
 //! Guest memory as a file: writing it out ([`image`]), mapping it for a guest ([`mapped`]), answering the page
-//! faults of clones from it (`pager`).
+//! faults of clones from it ([`pager`]).
 //!
 //! `memory.img` holds the guest's regions one after the other, page for page, zero pages as holes. Two lazy
 //! sources give the same memory: *mapped* (the kernel faults from the page cache) and *userfault* (the pager
@@ -9,3 +9,4 @@
 pub mod extents;
 pub mod image;
 pub mod mapped;
+pub mod pager;
