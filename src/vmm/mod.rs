@@ -1,8 +1,26 @@
 //! The machine itself: KVM, memory, vCPUs, chipset, virtio, boot protocols. No policy, no async, no network API.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`host`] | what this host's KVM offers |
+//! | [`machine`] | all of it put together: boot, restore, pause, resume, save |
+//! | [`memory`] | the guest-physical layout and the RAM |
+//! | [`vcpu`], [`vcpu_state`] | a vCPU's thread; its registers out of KVM and back |
+//! | [`bus`] | what a vCPU's exits reach |
+//! | [`devices`] | the thread that does all I/O |
+//! | [`chipset`] | serial, timer, clock, interrupt controllers |
+//! | [`virtio`] | virtio devices and their transport |
+//! | [`boot`], [`x86`] | kernels and the tables they expect |
 
 pub mod boot;
+pub mod bus;
 pub mod chipset;
+pub mod devices;
+pub mod host;
 pub mod irq;
+pub mod machine;
 pub mod memory;
+pub mod vcpu;
+pub mod vcpu_state;
 pub mod virtio;
 pub mod x86;

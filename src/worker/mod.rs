@@ -1,4 +1,176 @@
 //! The process around one VM: `coldspark worker`. No tokio here. See [`protocol`] for what it is told.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`protocol`] | the messages |
+//! | [`channel`] | the socket they travel on |
+//! | [`vm`] | the VM: from a request's descriptors to a machine, and from a machine to a snapshot's files |
+//! | [`fault`] | errors as the daemon is told them |
+//!
+//! Threads: this one takes requests, one for each vCPU, one for the devices. Opened by path at the start, before
+//! anything of a guest is seen: `/dev/kvm` and the userfault device. Nothing later.
 
 pub mod channel;
+mod fault;
 pub mod protocol;
+mod vm;
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use channel::{Channel, ChannelError};
+use protocol::{CONTROL_FD, Event, ExitReason, Fault, FaultKind, FromWorker, Reply, Request, ToWorker};
+use vm::{Shell, Vm};
+
+/// Runs the worker until its VM ends or, while it is a shell, until the control socket closes.
+pub fn main(die_with_parent: bool) -> ExitCode {
+    match run(die_with_parent) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            // Standard error is the daemon's log of this worker.
+            eprintln!("{message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The daemon's end of the conversation.
+#[derive(Clone)]
+struct Daemon(Arc<Channel>);
+
+impl Daemon {
+    fn send(&self, message: &FromWorker, fds: &[BorrowedFd<'_>]) {
+        if let Err(error) = self.0.send(message, fds) {
+            // The VM outlives the daemon; who listens next asks for what it needs.
+            eprintln!("the daemon could not be told: {error}");
+        }
+    }
+
+    fn event(&self, event: Event) {
+        self.send(&FromWorker::Event(event), &[]);
+    }
+}
+
+fn run(die_with_parent: bool) -> Result<(), String> {
+    if die_with_parent {
+        die_with_parent_now().map_err(|e| format!("PR_SET_PDEATHSIG: {e}"))?;
+    }
+    let control = control_socket().map_err(|e| {
+        format!(
+            "descriptor {CONTROL_FD} is not a control socket ({e}); workers are started by `coldspark serve`"
+        )
+    })?;
+    let daemon = Daemon(Arc::new(control));
+    let mut kvm = Some(OpenOptions::new().read(true).write(true).open("/dev/kvm"));
+    crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
+    let mut shell = Shell::default();
+    shell.prepare(&mut kvm);
+    let mut vm: Option<Vm> = None;
+    loop {
+        let (message, fds): (ToWorker, Vec<OwnedFd>) = match daemon.0.recv() {
+            Ok(received) => received,
+            Err(ChannelError::Closed) if vm.is_some() => {
+                // The VM goes on without a daemon; its own end ends the process.
+                loop {
+                    std::thread::park();
+                }
+            }
+            Err(ChannelError::Closed) => return Ok(()),
+            Err(error) => return Err(format!("control socket: {error}")),
+        };
+        let arrived = Instant::now();
+        let id = message.id;
+        let reply = |result| daemon.send(&FromWorker::Reply { id, result }, &[]);
+        match message.request {
+            Request::Boot(_) | Request::Restore(_) if vm.is_some() => {
+                reply(Err(fault::wrong_state("this worker has its VM already")));
+            }
+            Request::Boot(spec) => match shell.boot(&daemon, &spec, fds, arrived) {
+                Ok((new, booted)) => {
+                    vm = Some(new);
+                    reply(Ok(Reply::Booted(booted)));
+                }
+                Err(fault) => reply(Err(fault)),
+            },
+            Request::Restore(spec) => match shell.restore(&daemon, &spec, fds, arrived) {
+                Ok((new, restored)) => {
+                    vm = Some(new);
+                    reply(Ok(Reply::Restored(restored)));
+                }
+                Err(fault) => reply(Err(fault)),
+            },
+            Request::Kill => {
+                drop(vm.take());
+                reply(Ok(Reply::Done));
+                daemon.event(Event::Exited(ExitReason::Killed));
+                return Ok(());
+            }
+            other => {
+                let result = match vm.as_mut() {
+                    Some(vm) => ask(vm, other, fds),
+                    None => Err(fault::wrong_state("this worker has no VM yet")),
+                };
+                reply(result);
+            }
+        }
+    }
+}
+
+/// Requests to a VM that is there.
+fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault> {
+    match request {
+        Request::Pause => vm.pause().map(|()| Reply::Done),
+        Request::Resume => vm.resume().map(|()| Reply::Done),
+        Request::Snapshot(spec) => vm.snapshot(&spec, fds).map(Reply::Frozen),
+        Request::Stats => Ok(Reply::Stats(vm.stats())),
+        Request::Boot(_) | Request::Restore(_) | Request::Kill => {
+            Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() })
+        }
+    }
+}
+
+/// Takes over the inherited control socket, after a look at what it is.
+fn control_socket() -> io::Result<Channel> {
+    let mut kind: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `kind` and `length` are valid for the call; an unusable descriptor is an error, not undefined.
+    let result = unsafe {
+        libc::getsockopt(CONTROL_FD, libc::SOL_SOCKET, libc::SO_TYPE, (&raw mut kind).cast(), &raw mut length)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if kind != libc::SOCK_SEQPACKET {
+        return Err(io::Error::other("another kind of socket"));
+    }
+    // SAFETY: it is open, as getsockopt showed, and by the protocol nobody else in this process owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
+    // SAFETY: an fcntl on our own descriptor, with a plain integer argument.
+    if unsafe { libc::fcntl(CONTROL_FD, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Channel::from_fd(socket))
+}
+
+/// Lets the kernel kill this process when its parent goes. Until workers are re-adopted after a daemon's crash, a VM
+/// without a daemon could be reached by nobody.
+fn die_with_parent_now() -> io::Result<()> {
+    // SAFETY: prctl with plain integer arguments.
+    if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: no arguments, cannot fail.
+    if unsafe { libc::getppid() } == 1 {
+        return Err(io::Error::other("the parent is gone already"));
+    }
+    Ok(())
+}
+
+/// Duplicates a descriptor for sending.
+fn duplicate(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fd.as_fd().try_clone_to_owned()
+}

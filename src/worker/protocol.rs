@@ -40,7 +40,7 @@ pub enum Request {
     /// Answered when the vCPUs have been told to run.
     Boot(BootSpec),
     /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then the disks as in
-    /// `Boot`; with [`MemoryMode::Userfault`] the reply carries the userfaultfd back.
+    /// `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
     /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
     /// read-write), then one new empty overlay for each writable disk. Answered when all is written (not synced).
@@ -145,7 +145,6 @@ pub enum FromWorker {
 pub enum Reply {
     Done,
     Booted(Booted),
-    /// With [`MemoryMode::Userfault`]: one descriptor, the userfaultfd.
     Restored(Restored),
     Frozen(Frozen),
     Stats(Stats),
@@ -165,8 +164,6 @@ pub struct Booted {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Restored {
     pub steps: Vec<Step>,
-    /// For the pager: where the memory regions lie in the worker and in the file. Empty when mapped.
-    pub regions: Vec<FaultRegion>,
 }
 
 /// One registered userfault range.
@@ -196,6 +193,7 @@ pub struct Frozen {
     /// Names of the CPUID features that the guest was shown.
     pub cpu_features: Vec<String>,
     pub tsc_khz: u32,
+    /// `Auto` for a clone: as its snapshot has it.
     pub protocol: BootProtocol,
     /// Device names with their sections' versions.
     pub devices: Vec<String>,
@@ -203,6 +201,8 @@ pub struct Frozen {
     pub pause_us: u64,
     /// Bytes of memory written (not holes).
     pub data_bytes: u64,
+    /// For each disk: the old overlay became a frozen layer. False: nothing was in it, or the disk is read-only.
+    pub disks_frozen: Vec<bool>,
     pub steps: Vec<Step>,
 }
 
@@ -253,6 +253,9 @@ pub enum FaultKind {
 pub enum Event {
     /// A boot phase reached: name, microseconds since the request arrived.
     Phase { name: String, us: u64 },
+    /// One descriptor, the userfaultfd: the pager must answer it from now on, or the restore, whose reply is still
+    /// to come, waits for ever (KVM reads guest memory when it sets the guest's clock page).
+    Userfault { regions: Vec<FaultRegion> },
     /// The guest wrote to the ready port.
     ReadyPort { value: u32 },
     /// The guest asked for a reset; without restart support the VM then ends.

@@ -1,0 +1,438 @@
+//! The machine: memory, split interrupt chip, vCPUs and devices put together, in the order that is cheap.
+//!
+//! Memory slots come first, then the split irqchip, then vCPUs: the other order costs milliseconds (DESIGN.md, "Order of the
+//! ioctls"). Everything is created standing still; [`Machine::resume`] lets it go.
+//!
+//! ```text
+//!   boot / restore --> paused --resume--> running --pause--> paused --save--> paused ...
+//! ```
+//!
+//! Pausing stops the vCPUs first and the device thread after them: what the last instruction notified is either done or
+//! still in the ring, where the restored device finds it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{
+    CpuId, KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_clock_data, kvm_enable_cap, kvm_msr_entry,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::boot::{self, BootError, BootInput, BootProtocol, DiskView, Loaded, MmioSlot, ModuleKind, ReadAt};
+use super::bus::{Bus, SharedBus, lock};
+use super::chipset::{Chipset, ioapic};
+use super::devices::{DeviceThread, DevicesError};
+use super::host::Host;
+use super::irq::Interrupt;
+use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
+use super::vcpu::{EventSink, VcpuError, VcpuHandle};
+use super::vcpu_state::{self, VcpuStateError};
+use super::virtio::DeviceError;
+use super::virtio::block::{Block, SharedDisk};
+use super::virtio::console::Console;
+use super::virtio::mmio::{MmioTransport, RestoreError, TransportError};
+use super::virtio::rng::Rng;
+use super::x86::cpuid;
+use crate::snapshot::codec::CodecError;
+use crate::snapshot::layers::{Freeze, LayerError, LayeredDisk};
+use crate::snapshot::state::chipset::ChipsetState;
+use crate::snapshot::state::file::{StateError, StateFile};
+use crate::snapshot::state::machine::MachineState;
+use crate::snapshot::state::vcpu::VcpuState;
+use crate::snapshot::state::virtio::TransportState;
+
+/// Most vCPUs.
+pub const VCPUS_MAX: u8 = 32;
+/// I/O APIC pins of the virtio-mmio slots: those without a legacy owner.
+const SLOT_PINS: [u8; 16] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
+/// Most disks: the slots, less console and rng.
+pub const DISKS_MAX: usize = SLOT_PINS.len() - 2;
+
+/// Intel's KVM keeps a task state and a page table in guest space for real mode; below the I/O APIC nothing else lives.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// Write-back memory type as default, as firmware leaves it (SDM volume 3, 12.11.2.1).
+const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
+const MTRR_ENABLED_WRITE_BACK: u64 = 0x806;
+/// Local vector table: LINT0 takes the PIC, LINT1 NMIs, on the boot CPU.
+const LAPIC_LVT_LINT0: usize = 0x350;
+const LAPIC_LVT_LINT1: usize = 0x360;
+const DELIVERY_EXTINT: u32 = 0x700;
+const DELIVERY_NMI: u32 = 0x400;
+
+/// Why a machine cannot be made, or not be frozen.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error("{call}: {source}")]
+    Kvm { call: &'static str, source: errno::Error },
+    #[error("{0} vCPUs: a VM has 1 to {VCPUS_MAX}")]
+    Vcpus(u8),
+    #[error("{0} disks: a VM has at most {DISKS_MAX}")]
+    Disks(usize),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error("vCPU {index}: {source}")]
+    VcpuState { index: usize, source: VcpuStateError },
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error(transparent)]
+    DeviceState(#[from] DeviceError),
+    #[error(transparent)]
+    DeviceRestore(#[from] RestoreError),
+    #[error(transparent)]
+    Layers(#[from] LayerError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error("the state {0}")]
+    Encode(#[from] CodecError),
+    #[error("the snapshot does not fit what was given: {0}")]
+    Mismatch(String),
+    #[error("descriptors: {0}; raise the limit of open files")]
+    Descriptors(io::Error),
+}
+
+fn call(call: &'static str) -> impl FnOnce(errno::Error) -> MachineError {
+    move |source| MachineError::Kvm { call, source }
+}
+
+/// A KVM VM, its memory slots set, its interrupt chip split: what a shell may hold ready.
+pub struct Shell {
+    vm: Arc<VmFd>,
+    ram: Ram,
+}
+
+impl Shell {
+    /// Creates the VM around `ram`.
+    pub fn new(host: &Host, ram: Ram) -> Result<Self, MachineError> {
+        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        for (slot, (region, address)) in ram.regions().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.guest_address,
+                memory_size: region.bytes,
+                userspace_addr: address.addr() as u64,
+            };
+            // SAFETY: the memory stays mapped as long as `ram`, which this value keeps beside the VM.
+            unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        if cpuid::vendor(&host.supported_cpuid) == "GenuineIntel" {
+            vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        }
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = ioapic::PINS as u64;
+        vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
+        Ok(Shell { vm: Arc::new(vm), ram })
+    }
+}
+
+/// What a machine is made of besides memory.
+pub struct Parts {
+    /// The console, non-blocking.
+    pub console: UnixStream,
+    /// The agent channel, non-blocking.
+    pub agent: UnixStream,
+    pub disks: Vec<DiskPart>,
+    pub ready_port: Option<u16>,
+    pub events: EventSink,
+}
+
+/// One disk and its serial number, as the guest sees it.
+pub struct DiskPart {
+    pub disk: LayeredDisk,
+    pub serial: String,
+}
+
+/// A cold boot's wishes.
+pub struct BootOptions<'a> {
+    pub vcpus: u8,
+    pub kernel: &'a File,
+    pub module: Option<(ModuleKind, &'a File)>,
+    pub protocol: BootProtocol,
+    pub command_line: &'a str,
+}
+
+/// A machine.
+pub struct Machine {
+    // In the order in which they must go: threads, then what they use.
+    vcpus: Vec<VcpuHandle>,
+    devices: DeviceThread,
+    bus: SharedBus,
+    disks: Vec<SharedDisk>,
+    vm: Arc<VmFd>,
+    ram: Ram,
+}
+
+/// A disk as the boot builder reads it.
+struct DiskReader<'a>(&'a Mutex<LayeredDisk>);
+
+impl ReadAt for DiskReader<'_> {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        lock(self.0).read_at(buffer, offset).map_err(io::Error::other)
+    }
+}
+
+/// Bus and device thread, before there are vCPUs.
+struct Frame {
+    bus: SharedBus,
+    devices: DeviceThread,
+    disks: Vec<SharedDisk>,
+    events: EventSink,
+}
+
+impl Frame {
+    fn new(shell: &Shell, parts: Parts) -> Result<Self, MachineError> {
+        if parts.disks.len() > DISKS_MAX {
+            return Err(MachineError::Disks(parts.disks.len()));
+        }
+        let changed =
+            EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Descriptors)?;
+        let told = changed.try_clone().map_err(MachineError::Descriptors)?;
+        let chipset = Chipset::new(shell.vm.clone(), parts.console, told, parts.ready_port)
+            .map_err(call("the chipset's lines and timer"))?;
+        let mut virtio = Vec::new();
+        let mut disks = Vec::new();
+        let mut add = |device: Box<dyn super::virtio::VirtioDevice>| -> Result<(), MachineError> {
+            let pin = SLOT_PINS.get(virtio.len()).copied().unwrap_or(0);
+            let line: Arc<dyn Interrupt> =
+                chipset.ioapic.line(usize::from(pin)).map_err(call("KVM_IRQFD"))?;
+            virtio.push(Mutex::new(MmioTransport::new(device, line)?));
+            Ok(())
+        };
+        for part in parts.disks {
+            let disk: SharedDisk = Arc::new(Mutex::new(part.disk));
+            add(Box::new(Block::new(disk.clone(), &part.serial)))?;
+            disks.push(disk);
+        }
+        add(Box::new(Console::new(parts.agent)))?;
+        add(Box::new(Rng::new()))?;
+        let memory = shell.ram.memory().clone();
+        let bus = Arc::new(Bus { chipset, virtio, memory, exits: AtomicU64::new(0) });
+        let devices = DeviceThread::start(bus.clone(), changed)?;
+        Ok(Frame { bus, devices, disks, events: parts.events })
+    }
+
+    fn slots(&self) -> Vec<MmioSlot> {
+        let slot = |(n, irq): (usize, &u8)| MmioSlot {
+            base: VIRTIO_MMIO_START + n as u64 * VIRTIO_MMIO_BYTES,
+            bytes: VIRTIO_MMIO_BYTES,
+            irq: *irq,
+        };
+        SLOT_PINS.iter().enumerate().take(self.bus.virtio.len()).map(slot).collect()
+    }
+
+    fn into_machine(self, host: &Host, shell: Shell, vcpus: Vec<VcpuFd>) -> Result<Machine, MachineError> {
+        let vcpus = vcpus
+            .into_iter()
+            .enumerate()
+            .map(|(index, vcpu)| {
+                let (msrs, bus, events) = (host.msr_indices.clone(), self.bus.clone(), self.events.clone());
+                VcpuHandle::start(index as u8, vcpu, msrs, bus, events)
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Machine {
+            vcpus,
+            devices: self.devices,
+            bus: self.bus,
+            disks: self.disks,
+            vm: shell.vm,
+            ram: shell.ram,
+        })
+    }
+}
+
+impl Machine {
+    /// Puts a kernel into a new machine. It stands at its first instruction.
+    pub fn boot(
+        host: &Host,
+        shell: Shell,
+        parts: Parts,
+        options: &BootOptions<'_>,
+    ) -> Result<(Self, Loaded), MachineError> {
+        let count = options.vcpus;
+        if !(1..=VCPUS_MAX).contains(&count) {
+            return Err(MachineError::Vcpus(count));
+        }
+        let frame = Frame::new(&shell, parts)?;
+        let readers: Vec<DiskReader<'_>> = frame.disks.iter().map(|disk| DiskReader(disk)).collect();
+        let views: Vec<DiskView<'_>> = readers
+            .iter()
+            .map(|reader| {
+                let disk = lock(reader.0);
+                DiskView { content: reader, bytes: disk.disk_bytes(), read_only: disk.read_only() }
+            })
+            .collect();
+        let loaded = boot::load(&BootInput {
+            memory: shell.ram.memory(),
+            kernel: options.kernel,
+            module: options.module,
+            protocol: options.protocol,
+            command_line: options.command_line,
+            vcpus: count,
+            disks: &views,
+            mmio: &frame.slots(),
+        })?;
+        let mut vcpus = Vec::new();
+        for index in 0..count {
+            let vcpu = shell.vm.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU"))?;
+            let tsc_khz = vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
+            let cpuid: CpuId = cpuid::for_vcpu(&host.supported_cpuid, index, count, tsc_khz);
+            vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+            set_firmware_state(&vcpu)?;
+            if index == 0 {
+                let mut regs = vcpu.get_regs().map_err(call("KVM_GET_REGS"))?;
+                let mut sregs = vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+                loaded.entry.apply(&mut regs, &mut sregs);
+                vcpu.set_sregs(&sregs).map_err(call("KVM_SET_SREGS"))?;
+                vcpu.set_regs(&regs).map_err(call("KVM_SET_REGS"))?;
+            }
+            vcpus.push(vcpu);
+        }
+        Ok((frame.into_machine(host, shell, vcpus)?, loaded))
+    }
+
+    /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood.
+    pub fn restore(host: &Host, shell: Shell, parts: Parts, state: &StateFile) -> Result<Self, MachineError> {
+        let machine: MachineState = state.get(0)?;
+        if !(1..=VCPUS_MAX).contains(&machine.vcpus) {
+            return Err(MachineError::Vcpus(machine.vcpus));
+        }
+        if !shell.ram.regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
+            return Err(MachineError::Mismatch("other memory regions".into()));
+        }
+        let frame = Frame::new(&shell, parts)?;
+        let names: Vec<&str> = frame.bus.virtio.iter().map(|device| lock(device).device_name()).collect();
+        if names != machine.devices {
+            return Err(MachineError::Mismatch(format!(
+                "it has the devices {:?}, this machine {names:?}",
+                machine.devices
+            )));
+        }
+        let saved = (0..u32::from(machine.vcpus))
+            .map(|index| state.get::<VcpuState>(index))
+            .collect::<Result<Vec<_>, _>>()?;
+        let tsc = saved.first().map_or(0, vcpu_state::saved_tsc);
+        let clock = kvm_clock_data { clock: machine.clock_ns, ..Default::default() };
+        shell.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
+        let mut vcpus = Vec::new();
+        for (index, saved) in saved.iter().enumerate() {
+            let vcpu = shell.vm.create_vcpu(index as u64).map_err(call("KVM_CREATE_VCPU"))?;
+            vcpu_state::restore(&vcpu, saved, tsc)
+                .map_err(|source| MachineError::VcpuState { index, source })?;
+            vcpus.push(vcpu);
+        }
+        frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
+        for (slot, device) in frame.bus.virtio.iter().enumerate() {
+            lock(device).restore(&state.get::<TransportState>(slot as u32)?, &frame.bus.memory)?;
+        }
+        frame.into_machine(host, shell, vcpus)
+    }
+
+    /// Lets it run.
+    pub fn resume(&self) -> Result<(), MachineError> {
+        for device in &self.bus.virtio {
+            lock(device).kick_after_restore();
+        }
+        self.devices.resume()?;
+        for vcpu in &self.vcpus {
+            vcpu.resume()?;
+        }
+        Ok(())
+    }
+
+    /// Returns when every vCPU and every device stands still.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let pausing = self.vcpus.iter().map(VcpuHandle::pause).collect::<Result<Vec<_>, _>>()?;
+        for vcpu in pausing {
+            vcpu.wait()?;
+        }
+        Ok(self.devices.pause()?)
+    }
+
+    /// The state of a paused machine: all but memory and disks.
+    pub fn save(&self) -> Result<StateFile, MachineError> {
+        let mut file = StateFile::default();
+        let clock = self.vm.get_clock().map_err(call("KVM_GET_CLOCK"))?;
+        let devices = self.bus.virtio.iter().map(|device| lock(device).device_name().to_string()).collect();
+        let memory = self.ram.regions().map(|(region, _)| region).collect();
+        let vcpus = self.vcpus.len() as u8;
+        file.push(0, &MachineState { vcpus, memory, clock_ns: clock.clock, devices })?;
+        for (index, vcpu) in self.vcpus.iter().enumerate() {
+            file.push(index as u32, &vcpu.save()?)?;
+        }
+        file.push(0, &self.bus.chipset.save())?;
+        for (slot, device) in self.bus.virtio.iter().enumerate() {
+            file.push(slot as u32, &lock(device).save()?)?;
+        }
+        Ok(file)
+    }
+
+    /// Freezes the writable disks of a paused machine: each goes on with a new empty overlay, taken from `overlays` in
+    /// the order of the writable disks. The answer is in the order of all disks; `None` is a read-only one.
+    pub fn freeze_disks(&self, overlays: Vec<File>) -> Result<Vec<Option<Freeze>>, MachineError> {
+        let writable = self.disks.iter().filter(|disk| !lock(disk).read_only()).count();
+        if overlays.len() != writable {
+            return Err(MachineError::Mismatch(format!(
+                "{} new overlays for {writable} writable disks",
+                overlays.len()
+            )));
+        }
+        let mut overlays = overlays.into_iter();
+        let mut frozen = Vec::new();
+        for disk in &self.disks {
+            let mut disk = lock(disk);
+            frozen.push(match disk.read_only() {
+                true => None,
+                false => overlays.next().map(|overlay| disk.freeze(overlay)).transpose()?,
+            });
+        }
+        Ok(frozen)
+    }
+
+    /// The machine's memory. Reading it is sound only while the machine is paused.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpu_count(&self) -> u8 {
+        self.vcpus.len() as u8
+    }
+
+    /// Exits of all vCPUs to this process so far.
+    pub fn exits(&self) -> u64 {
+        self.bus.exits.load(Ordering::Relaxed)
+    }
+}
+
+/// What firmware would have set and kernels take for granted.
+fn set_firmware_state(vcpu: &VcpuFd) -> Result<(), MachineError> {
+    let entry =
+        kvm_msr_entry { index: MSR_MTRR_DEFAULT_TYPE, data: MTRR_ENABLED_WRITE_BACK, ..Default::default() };
+    let msrs = Msrs::from_entries(&[entry])
+        .map_err(|_| MachineError::Kvm { call: "KVM_SET_MSRS", source: errno::Error::new(libc::ENOMEM) })?;
+    if vcpu.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))? != 1 {
+        tracing::warn!("this KVM has no MTRR default type register; the guest keeps KVM's own default");
+    }
+    let mut lapic = vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?;
+    for (register, value) in [(LAPIC_LVT_LINT0, DELIVERY_EXTINT), (LAPIC_LVT_LINT1, DELIVERY_NMI)] {
+        for (to, from) in lapic.regs[register..].iter_mut().zip(value.to_le_bytes()) {
+            *to = from as _;
+        }
+    }
+    vcpu.set_lapic(&lapic).map_err(call("KVM_SET_LAPIC"))
+}

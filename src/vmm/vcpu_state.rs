@@ -1,0 +1,144 @@
+//! A vCPU's registers out of KVM and into it again (`Documentation/virt/kvm/api.rst`).
+//!
+//! Order on the way in: CPUID first (it says what the rest may hold), local APIC before the MSRs (IA32_TSC_DEADLINE
+//! arms the timer that the APIC's LVT describes), IA32_TSC before its deadline, pending events and the run state last.
+
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::errno;
+
+use crate::snapshot::state::vcpu::{CPUID_ENTRIES_MAX, MSRS_MAX, VcpuState};
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Why a vCPU's state cannot be taken or set.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    #[error("{call}: {source}")]
+    Kvm { call: &'static str, source: errno::Error },
+    #[error("MSR {index:#x} = {value:#x} of the snapshot is refused by this host's KVM")]
+    Msr { index: u32, value: u64 },
+    #[error("{what}: {count} is more than {max}; the snapshot is damaged")]
+    TooMany { what: &'static str, count: usize, max: usize },
+    #[error("this host cannot run a guest at {needed} kHz (its own TSC has {host} kHz, and it cannot scale)")]
+    TscFrequency { needed: u32, host: u32 },
+}
+
+fn call(call: &'static str) -> impl FnOnce(errno::Error) -> VcpuStateError {
+    move |source| VcpuStateError::Kvm { call, source }
+}
+
+/// Everything of a vCPU that stands still. `msr_indices`: KVM_GET_MSR_INDEX_LIST.
+pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
+    Ok(VcpuState {
+        // The run state first: asking for it makes KVM settle events that arrived for the local APIC.
+        mp_state: vcpu.get_mp_state().map_err(call("KVM_GET_MP_STATE"))?,
+        regs: vcpu.get_regs().map_err(call("KVM_GET_REGS"))?,
+        sregs: vcpu.get_sregs().map_err(call("KVM_GET_SREGS"))?,
+        xsave: Box::new(vcpu.get_xsave().map_err(call("KVM_GET_XSAVE"))?),
+        xcrs: vcpu.get_xcrs().map_err(call("KVM_GET_XCRS"))?,
+        debug_regs: vcpu.get_debug_regs().map_err(call("KVM_GET_DEBUGREGS"))?,
+        lapic: Box::new(vcpu.get_lapic().map_err(call("KVM_GET_LAPIC"))?),
+        msrs: save_msrs(vcpu, msr_indices)?,
+        events: vcpu.get_vcpu_events().map_err(call("KVM_GET_VCPU_EVENTS"))?,
+        tsc_khz: vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?,
+        cpuid: vcpu.get_cpuid2(CPUID_ENTRIES_MAX).map_err(call("KVM_GET_CPUID2"))?.as_slice().to_vec(),
+    })
+}
+
+/// Reads every MSR of the list that this vCPU has: KVM lists some that a given CPUID hides, and stops at them.
+fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
+    let mut rest: Vec<kvm_msr_entry> =
+        indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+    // KVM sets them in this order later: the TSC before all that looks at it, the deadline last.
+    rest.sort_by_key(|entry| match entry.index {
+        MSR_TSC => 0,
+        MSR_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    let mut saved = Vec::with_capacity(rest.len());
+    while !rest.is_empty() {
+        let mut msrs = msrs_of(&rest)?;
+        let count = vcpu.get_msrs(&mut msrs).map_err(call("KVM_GET_MSRS"))?;
+        saved.extend_from_slice(msrs.as_slice().get(..count).unwrap_or(&[]));
+        rest.drain(..(count + 1).min(rest.len()));
+    }
+    Ok(saved)
+}
+
+fn msrs_of(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
+    Msrs::from_entries(entries).map_err(|_| VcpuStateError::TooMany {
+        what: "MSRs",
+        count: entries.len(),
+        max: MSRS_MAX,
+    })
+}
+
+/// Sets a new vCPU to a saved state. `tsc` is the guest's time stamp to go on from: the same for all vCPUs, or KVM
+/// would see them as not synchronized.
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuStateError> {
+    if state.msrs.len() > MSRS_MAX {
+        return Err(VcpuStateError::TooMany { what: "MSRs", count: state.msrs.len(), max: MSRS_MAX });
+    }
+    let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuStateError::TooMany {
+        what: "CPUID entries",
+        count: state.cpuid.len(),
+        max: CPUID_ENTRIES_MAX,
+    })?;
+    set_tsc_khz(vcpu, state.tsc_khz)?;
+    vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    vcpu.set_sregs(&state.sregs).map_err(call("KVM_SET_SREGS"))?;
+    vcpu.set_regs(&state.regs).map_err(call("KVM_SET_REGS"))?;
+    vcpu.set_xcrs(&state.xcrs).map_err(call("KVM_SET_XCRS"))?;
+    // SAFETY: the kernel reads at most as many bytes as the enabled features need; features beyond the 4 KiB of
+    // `kvm_xsave` (AMX) need a permission that this process never asks for.
+    unsafe { vcpu.set_xsave(&state.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
+    vcpu.set_debug_regs(&state.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
+    vcpu.set_lapic(&state.lapic).map_err(call("KVM_SET_LAPIC"))?;
+    restore_msrs(vcpu, &state.msrs, tsc)?;
+    vcpu.set_vcpu_events(&state.events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
+    vcpu.set_mp_state(state.mp_state).map_err(call("KVM_SET_MP_STATE"))
+}
+
+fn set_tsc_khz(vcpu: &VcpuFd, needed: u32) -> Result<(), VcpuStateError> {
+    let host = vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
+    if host == needed {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(needed).map_err(|_| VcpuStateError::TscFrequency { needed, host })
+}
+
+/// All in one call; KVM stops at the first that it refuses. A refused zero is what a new vCPU holds anyway.
+fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry], tsc: u64) -> Result<(), VcpuStateError> {
+    let mut rest: Vec<kvm_msr_entry> = saved.to_vec();
+    for entry in rest.iter_mut().filter(|entry| entry.index == MSR_TSC) {
+        entry.data = tsc;
+    }
+    while !rest.is_empty() {
+        let count = vcpu.set_msrs(&msrs_of(&rest)?).map_err(call("KVM_SET_MSRS"))?;
+        if let Some(refused) = rest.get(count)
+            && refused.data != 0
+            && !same_already(vcpu, refused)
+        {
+            return Err(VcpuStateError::Msr { index: refused.index, value: refused.data });
+        }
+        rest.drain(..(count + 1).min(rest.len()));
+    }
+    Ok(())
+}
+
+/// Some MSRs can be read and not set (a host's constant facts); that is fine if they agree.
+fn same_already(vcpu: &VcpuFd, entry: &kvm_msr_entry) -> bool {
+    let mut ask = match msrs_of(&[kvm_msr_entry { index: entry.index, ..Default::default() }]) {
+        Ok(ask) => ask,
+        Err(_) => return false,
+    };
+    matches!(vcpu.get_msrs(&mut ask), Ok(1))
+        && ask.as_slice().first().is_some_and(|got| got.data == entry.data)
+}
+
+/// The time stamp in a saved state.
+pub fn saved_tsc(state: &VcpuState) -> u64 {
+    state.msrs.iter().find(|entry| entry.index == MSR_TSC).map_or(0, |entry| entry.data)
+}

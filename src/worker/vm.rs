@@ -1,0 +1,466 @@
+//! The VM of a worker: from a request's descriptors to a machine, and from a machine to a snapshot's files.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use userfaultfd::Uffd;
+
+use super::fault;
+use super::protocol::{
+    BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
+    Frozen, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored, SnapshotSpec, Stats,
+    Step,
+};
+use super::{Daemon, duplicate};
+use crate::snapshot::layers::{Freeze, LayeredDisk};
+use crate::snapshot::memory::image::{PageMap, SourceRegion, write_image};
+use crate::snapshot::memory::mapped::{Mapping, UserfaultDevice};
+use crate::snapshot::state::file::StateFile;
+use crate::snapshot::state::machine::{MachineState, RegionState};
+use crate::snapshot::state::vcpu::VcpuState;
+use crate::vmm::boot;
+use crate::vmm::host::Host;
+use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, Parts};
+use crate::vmm::memory::{self, Backing, Ram};
+use crate::vmm::vcpu::{EventSink, VcpuEvent};
+use crate::vmm::x86::{cpuid, features};
+
+/// Largest state file that is read.
+const STATE_BYTES_MAX: u64 = 16 << 20;
+
+/// What a worker prepares before it is told which VM to be.
+#[derive(Default)]
+pub struct Shell {
+    host: Option<Result<Arc<Host>, Fault>>,
+    userfault: Option<UserfaultDevice>,
+}
+
+/// The VM.
+pub struct Vm {
+    machine: Machine,
+    host: Arc<Host>,
+    /// The memory file a clone was started from.
+    parent: Option<File>,
+    /// Kept open: when the last descriptor goes, the kernel answers missing pages with zeros.
+    _uffd: Option<Uffd>,
+    protocol: BootProtocol,
+    running: bool,
+    /// A freeze failed between two disks: their layers are no longer what the daemon believes.
+    disks_uneven: bool,
+}
+
+/// A mapping as the machine's RAM.
+struct Backed(Mapping);
+
+// SAFETY: a `Mapping` owns its range until it is dropped, and gives its address to nobody but through here.
+unsafe impl Backing for Backed {
+    fn address(&self) -> *mut u8 {
+        self.0.address()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.bytes() as u64
+    }
+}
+
+/// Collects timed steps.
+struct Steps {
+    last: Instant,
+    steps: Vec<Step>,
+}
+
+impl Steps {
+    fn since(start: Instant) -> Self {
+        Steps { last: start, steps: Vec::with_capacity(8) }
+    }
+
+    fn done(&mut self, name: &str) {
+        let now = Instant::now();
+        self.steps.push(Step { name: name.into(), us: micros(now - self.last) });
+        self.last = now;
+    }
+}
+
+fn micros(duration: Duration) -> u32 {
+    u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
+}
+
+/// A request's descriptors, taken in the order of its message.
+struct Descriptors(std::vec::IntoIter<OwnedFd>);
+
+impl Descriptors {
+    fn new(fds: Vec<OwnedFd>) -> Self {
+        Descriptors(fds.into_iter())
+    }
+
+    fn next(&mut self) -> Result<OwnedFd, Fault> {
+        self.0.next().ok_or_else(|| fault::descriptors("too few"))
+    }
+
+    fn file(&mut self) -> Result<File, Fault> {
+        self.next().map(File::from)
+    }
+
+    fn socket(&mut self) -> Result<UnixStream, Fault> {
+        let socket = UnixStream::from(self.next()?);
+        socket.set_nonblocking(true).map_err(fault::io("a console or agent socket"))?;
+        Ok(socket)
+    }
+
+    fn disks(&mut self, specs: &[DiskSpec]) -> Result<Vec<DiskPart>, Fault> {
+        if specs.len() > DISKS_MAX {
+            return Err(Fault::from(machine::MachineError::Disks(specs.len())));
+        }
+        specs.iter().map(|spec| self.disk(spec)).collect()
+    }
+
+    fn disk(&mut self, spec: &DiskSpec) -> Result<DiskPart, Fault> {
+        if usize::from(spec.layers) > LAYERS_MAX {
+            return Err(fault::descriptors("too many disk layers"));
+        }
+        let base = self.file()?;
+        let layers = (0..spec.layers).map(|_| self.file()).collect::<Result<_, _>>()?;
+        let overlay = if spec.read_only { None } else { Some(self.file()?) };
+        let disk = LayeredDisk::open(Some(base), layers, overlay, spec.bytes)?;
+        Ok(DiskPart { disk, serial: spec.serial.clone() })
+    }
+
+    fn end(mut self) -> Result<(), Fault> {
+        match self.0.next() {
+            None => Ok(()),
+            Some(_) => Err(fault::descriptors("too many")),
+        }
+    }
+}
+
+impl Shell {
+    /// Does ahead what needs no knowledge of the VM. A failure is told with the first request.
+    pub fn prepare(&mut self, kvm: &mut Option<io::Result<File>>) {
+        self.userfault = Some(UserfaultDevice::open());
+        self.host = Some(match kvm.take() {
+            Some(Ok(file)) => Host::new(file).map(Arc::new).map_err(Fault::from),
+            Some(Err(error)) => Err(fault::io(
+                "/dev/kvm cannot be opened (is KVM enabled, and is this user in the group kvm?)",
+            )(error)),
+            None => Err(fault::wrong_state("/dev/kvm was given away")),
+        });
+    }
+
+    fn host(&self) -> Result<Arc<Host>, Fault> {
+        match &self.host {
+            Some(result) => result.clone(),
+            None => Err(fault::wrong_state("the worker is not prepared")),
+        }
+    }
+
+    /// Cold boot.
+    pub(super) fn boot(
+        &self,
+        daemon: &Daemon,
+        spec: &BootSpec,
+        fds: Vec<OwnedFd>,
+        arrived: Instant,
+    ) -> Result<(Vm, Booted), Fault> {
+        let host = self.host()?;
+        let mut steps = Steps::since(arrived);
+        let mut fds = Descriptors::new(fds);
+        let (console, agent, kernel) = (fds.socket()?, fds.socket()?, fds.file()?);
+        let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
+        let disks = fds.disks(&spec.disks)?;
+        fds.end()?;
+        let ram = backed(&memory::layout(spec.memory_bytes)?, |region| Mapping::anonymous(region.bytes))?;
+        steps.done("memory");
+        let shell = machine::Shell::new(&host, ram)?;
+        steps.done("vm");
+        let parts =
+            Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
+        let options = BootOptions {
+            vcpus: spec.vcpus,
+            kernel: &kernel,
+            module: module.as_ref().map(|(kind, file)| (module_kind(*kind), file)),
+            protocol: to_boot(spec.protocol),
+            command_line: &spec.command_line,
+        };
+        let (machine, loaded) = Machine::boot(&host, shell, parts, &options)?;
+        steps.done("load");
+        let protocol = from_boot(loaded.protocol);
+        machine.resume()?;
+        steps.done("start");
+        let vm =
+            Vm { machine, host, parent: None, _uffd: None, protocol, running: true, disks_uneven: false };
+        Ok((vm, Booted { protocol, choices: loaded.choices, steps: steps.steps }))
+    }
+
+    /// Start a clone.
+    pub(super) fn restore(
+        &self,
+        daemon: &Daemon,
+        spec: &RestoreSpec,
+        fds: Vec<OwnedFd>,
+        arrived: Instant,
+    ) -> Result<(Vm, Restored), Fault> {
+        let host = self.host()?;
+        let mut steps = Steps::since(arrived);
+        let mut fds = Descriptors::new(fds);
+        let (console, agent) = (fds.socket()?, fds.socket()?);
+        let (state, memory_file) = (fds.file()?, fds.file()?);
+        let disks = fds.disks(&spec.disks)?;
+        fds.end()?;
+        let state = read_state(&state)?;
+        let machine_state: MachineState = state.get(0)?;
+        steps.done("state");
+        let mut uffd = None;
+        let ram = match spec.memory_mode {
+            MemoryMode::Mapped => backed(&machine_state.memory, |region| {
+                Mapping::of_file(&memory_file, region.file_offset, region.bytes)
+            })?,
+            MemoryMode::Userfault => {
+                let device = self
+                    .userfault
+                    .as_ref()
+                    .ok_or_else(|| fault::wrong_state("the worker is not prepared"))?;
+                let created = device.create()?;
+                let ram = backed(&machine_state.memory, |region| Mapping::userfault(&created, region.bytes))?;
+                // Before anything touches memory: KVM itself does, when it sets the guest's clock page.
+                hand_over(daemon, &created, &ram)?;
+                uffd = Some(created);
+                ram
+            }
+        };
+        steps.done("memory");
+        let shell = machine::Shell::new(&host, ram)?;
+        steps.done("vm");
+        let parts =
+            Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
+        let machine = Machine::restore(&host, shell, parts, &state)?;
+        steps.done("vcpus and devices");
+        if !spec.paused {
+            machine.resume()?;
+        }
+        steps.done("start");
+        let vm = Vm {
+            machine,
+            host,
+            parent: Some(memory_file),
+            _uffd: uffd,
+            // What a clone is entered by was decided when its ancestor was booted.
+            protocol: BootProtocol::Auto,
+            running: !spec.paused,
+            disks_uneven: false,
+        };
+        Ok((vm, Restored { steps: steps.steps }))
+    }
+}
+
+/// RAM with a mapping behind each region.
+fn backed<E>(
+    regions: &[RegionState],
+    mut map: impl FnMut(&RegionState) -> Result<Mapping, E>,
+) -> Result<Ram, Fault>
+where
+    Fault: From<E>,
+{
+    let parts = regions
+        .iter()
+        .map(|region| Ok((*region, Box::new(Backed(map(region)?)) as Box<dyn Backing>)))
+        .collect::<Result<Vec<_>, E>>()?;
+    Ok(Ram::new(parts)?)
+}
+
+/// Gives the daemon's pager the userfaultfd.
+fn hand_over(daemon: &Daemon, uffd: &Uffd, ram: &Ram) -> Result<(), Fault> {
+    // SAFETY: the Uffd outlives the borrow.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) };
+    let fd = duplicate(fd).map_err(fault::io("the userfaultfd"))?;
+    let regions = ram
+        .regions()
+        .map(|(region, address)| FaultRegion {
+            host_address: address.addr() as u64,
+            bytes: region.bytes,
+            file_offset: region.file_offset,
+        })
+        .collect();
+    daemon.send(&FromWorker::Event(Event::Userfault { regions }), &[fd.as_fd()]);
+    Ok(())
+}
+
+fn read_state(file: &File) -> Result<StateFile, Fault> {
+    let mut bytes = Vec::new();
+    // The descriptor is shared with other clones' workers, and with it its position: read by offset.
+    let length = file.metadata().map_err(fault::io("the state file"))?.len().min(STATE_BYTES_MAX);
+    bytes.resize(usize::try_from(length).unwrap_or(0), 0);
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, 0).map_err(fault::io("the state file"))?;
+    Ok(StateFile::from_bytes(&bytes)?)
+}
+
+/// Turns vCPU events into messages. An end of the guest ends the process once it was told.
+fn sink(daemon: Daemon) -> EventSink {
+    let started = Instant::now();
+    Arc::new(move |event| {
+        let reason = match event {
+            VcpuEvent::Ready(value) => {
+                let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+                daemon.event(Event::Phase { name: "ready port".into(), us });
+                return daemon.event(Event::ReadyPort { value });
+            }
+            VcpuEvent::Reset(how) => {
+                daemon.event(Event::GuestReset { how: how.into() });
+                ExitReason::GuestReset { how: how.into() }
+            }
+            VcpuEvent::PowerOff => ExitReason::GuestPowerOff,
+            VcpuEvent::Failed(what) => ExitReason::Failed(what),
+        };
+        daemon.event(Event::Exited(reason));
+        // Everything the guest printed is in the console socket, everything it flushed is in its files: nothing
+        // is left to be done in order, and the vCPU threads must not run on.
+        std::process::exit(0);
+    })
+}
+
+impl Vm {
+    pub fn pause(&mut self) -> Result<(), Fault> {
+        if self.running {
+            self.machine.pause()?;
+            self.running = false;
+        }
+        Ok(())
+    }
+
+    pub fn resume(&mut self) -> Result<(), Fault> {
+        if !self.running {
+            self.machine.resume()?;
+            self.running = true;
+        }
+        Ok(())
+    }
+
+    /// Freezes the VM into files. On failure it goes on as before.
+    pub fn snapshot(&mut self, spec: &SnapshotSpec, fds: Vec<OwnedFd>) -> Result<Frozen, Fault> {
+        if self.disks_uneven {
+            return Err(fault::wrong_state(
+                "an earlier snapshot of this VM failed between two of its disks; start a new VM to snapshot it",
+            ));
+        }
+        let was_running = self.running;
+        let begin = Instant::now();
+        self.pause()?;
+        let result = self.freeze(fds, begin);
+        if was_running && (spec.resume || result.is_err()) {
+            self.resume()?;
+        }
+        let mut frozen = result?;
+        frozen.pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+        Ok(frozen)
+    }
+
+    fn freeze(&mut self, fds: Vec<OwnedFd>, begin: Instant) -> Result<Frozen, Fault> {
+        let mut steps = Steps::since(begin);
+        steps.done("pause");
+        let mut fds = Descriptors::new(fds);
+        let (mut state_file, memory_file) = (fds.file()?, fds.file()?);
+        let overlays: Vec<File> = fds.0.map(File::from).collect();
+        let state = self.machine.save()?;
+        let bytes = state.to_bytes().map_err(machine::MachineError::from)?;
+        state_file.write_all(&bytes).map_err(fault::io("the state file cannot be written"))?;
+        steps.done("state");
+        let sources: Vec<SourceRegion> = self
+            .machine
+            .ram()
+            .regions()
+            .map(|(region, address)| {
+                // SAFETY: RAM stays mapped as long as the machine, and the machine is paused: no vCPU and no
+                // device writes to it until `resume`, after the last use of these.
+                unsafe { SourceRegion::new(address, region.bytes as usize, region.file_offset) }
+            })
+            .collect();
+        let written = write_image(&sources, self.parent.as_ref(), &PageMap::open()?, &memory_file)?;
+        steps.done("memory");
+        let many = overlays.len() > 1;
+        let disks = self.machine.freeze_disks(overlays).inspect_err(|_| self.disks_uneven = many)?;
+        steps.done("disks");
+        let vcpu: VcpuState = state.get(0)?;
+        let shown = kvm_bindings::CpuId::from_entries(&vcpu.cpuid)
+            .unwrap_or_else(|_| self.host.supported_cpuid.clone());
+        Ok(Frozen {
+            vcpus: self.machine.vcpu_count(),
+            regions: self
+                .machine
+                .ram()
+                .regions()
+                .map(|(r, _)| MemoryRegion {
+                    guest_address: r.guest_address,
+                    bytes: r.bytes,
+                    file_offset: r.file_offset,
+                })
+                .collect(),
+            cpu_vendor: cpuid::vendor(&shown),
+            cpu_features: features::feature_names(&shown),
+            tsc_khz: vcpu.tsc_khz,
+            protocol: self.protocol,
+            devices: state.names(),
+            pause_us: 0,
+            data_bytes: written.data_bytes(),
+            disks_frozen: disks.iter().map(|disk| matches!(disk, Some(Freeze::Layer(_)))).collect(),
+            steps: steps.steps,
+        })
+    }
+
+    pub fn stats(&self) -> Stats {
+        let (minor_faults, major_faults) = faults();
+        Stats {
+            vcpu_exits: self.machine.exits(),
+            minor_faults,
+            major_faults,
+            private_dirty_bytes: private_dirty().unwrap_or(0),
+        }
+    }
+}
+
+/// Page faults of this process so far.
+fn faults() -> (u64, u64) {
+    // SAFETY: an all-zero rusage is valid, and getrusage fills it.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    (u64::try_from(usage.ru_minflt).unwrap_or(0), u64::try_from(usage.ru_majflt).unwrap_or(0))
+}
+
+/// Memory of this process that nobody shares, from smaps_rollup.
+fn private_dirty() -> Option<u64> {
+    let mut text = String::new();
+    File::open("/proc/self/smaps_rollup").ok()?.take(64 << 10).read_to_string(&mut text).ok()?;
+    let line = text.lines().find(|line| line.starts_with("Private_Dirty:"))?;
+    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib << 10)
+}
+
+fn module_kind(kind: ModuleKind) -> boot::ModuleKind {
+    match kind {
+        ModuleKind::MemoryDisk => boot::ModuleKind::MemoryDisk,
+        ModuleKind::Initrd => boot::ModuleKind::Initrd,
+    }
+}
+
+fn to_boot(protocol: BootProtocol) -> boot::BootProtocol {
+    match protocol {
+        BootProtocol::Auto => boot::BootProtocol::Auto,
+        BootProtocol::FreeBsd => boot::BootProtocol::FreeBsd,
+        BootProtocol::Pvh => boot::BootProtocol::Pvh,
+        BootProtocol::Linux => boot::BootProtocol::Linux,
+    }
+}
+
+fn from_boot(protocol: boot::BootProtocol) -> BootProtocol {
+    match protocol {
+        boot::BootProtocol::Auto => BootProtocol::Auto,
+        boot::BootProtocol::FreeBsd => BootProtocol::FreeBsd,
+        boot::BootProtocol::Pvh => BootProtocol::Pvh,
+        boot::BootProtocol::Linux => BootProtocol::Linux,
+    }
+}
