@@ -10,6 +10,9 @@
 //! queue before `DRIVER_OK`, and **polls** each transmitted chain until it is used, so a socket that nobody reads
 //! stops that vCPU.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

@@ -6,6 +6,9 @@
 //! Facts: virtio 1.2 clause 5.4; FreeBSD's `sys/dev/virtio/random/virtio_random.c` asks for a few bytes at a time and
 //! polls for them.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::RawFd;
 
