@@ -21,14 +21,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use self::format::{BLOCK_BYTES, Bitmap, FrozenBitmap, Layout};
-
-/// Most frozen layers of a disk, the base not counted. The control protocol's `LAYERS_MAX` says the same.
-pub const LAYERS_MAX: usize = 16;
-/// Largest disk: 8 TiB (ext4 allows no file of 16), whose bitmap has 256 MiB of address space; memory only where bits
-/// are set.
-pub const DISK_BYTES_MAX: u64 = 8 << 40;
-/// Sizes of disks are multiples of this.
-pub const SECTOR_BYTES: u64 = 512;
+use super::cause::Cause;
+pub use super::limits::{DISK_BYTES_MAX, LAYERS_MAX, SECTOR_BYTES};
 
 /// Why a disk cannot be opened, read, written or frozen.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +51,21 @@ pub enum LayerError {
     ReadOnly,
     #[error("bytes {offset} to {offset} + {bytes} lie outside the disk of {disk_bytes} bytes")]
     OutOfRange { offset: u64, bytes: u64, disk_bytes: u64 },
+}
+
+impl LayerError {
+    /// The kind of this failure.
+    pub fn cause(&self) -> Cause {
+        match self {
+            LayerError::Io { source, .. } => Cause::of_io(source),
+            LayerError::BaseTooShort { .. } | LayerError::Damaged { .. } => Cause::Damaged,
+            LayerError::TooManyLayers(_) => Cause::Unsupported,
+            LayerError::DiskSize(_)
+            | LayerError::OverlayNotEmpty(_)
+            | LayerError::ReadOnly
+            | LayerError::OutOfRange { .. } => Cause::InvalidInput,
+        }
+    }
 }
 
 /// What [`LayeredDisk::freeze`] made of the overlay.

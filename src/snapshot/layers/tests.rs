@@ -264,3 +264,61 @@ fn a_huge_disk_opens_without_memory_of_its_size() {
     disk.read_at(&mut sector, DISK_BYTES_MAX - 512).unwrap();
     assert_eq!(sector, [1; 512]);
 }
+
+/// A memory file that refuses what `seal` (`F_SEAL_*`) names from the moment it is set.
+fn memory_file() -> File {
+    // SAFETY: the name is a C string; a descriptor that is returned belongs to nobody else.
+    unsafe {
+        let fd = libc::memfd_create(c"overlay".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0);
+        std::os::fd::FromRawFd::from_raw_fd(fd)
+    }
+}
+
+fn refuse(file: &File, seal: i32) {
+    // SAFETY: changes nothing in this process's memory.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seal) }, 0);
+}
+
+#[test]
+fn a_write_that_fails_leaves_the_old_content() {
+    let overlay = memory_file();
+    let handle = overlay.try_clone().unwrap();
+    let mut disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
+    disk.write_at(&[4; 4096], 4096).unwrap();
+    let before = content(&disk);
+    refuse(&handle, libc::F_SEAL_WRITE);
+    for result in [
+        disk.write_at(&[9; 4096], 0),
+        disk.write_at(&[9; 8192], 4608),
+        disk.write_zeroes(8192, 4096),
+        disk.discard(0, 4096),
+    ] {
+        assert!(matches!(result, Err(LayerError::Io { .. })));
+    }
+    assert_eq!(content(&disk), before);
+    assert_eq!(disk.overlay_bytes(), 4096);
+}
+
+#[test]
+fn a_freeze_that_fails_leaves_a_disk_that_goes_on() {
+    let overlay = memory_file();
+    let handle = overlay.try_clone().unwrap();
+    let mut disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
+    disk.write_at(&[4; 512], 4096).unwrap();
+    refuse(&handle, libc::F_SEAL_GROW);
+    let error = disk.freeze(file()).unwrap_err();
+    assert!(matches!(error, LayerError::Io { .. }), "{error}");
+    assert_eq!((disk.frozen_layers(), disk.overlay_bytes()), (0, 4096));
+    disk.write_at(&[5; 512], 8192).unwrap();
+    let content = content(&disk);
+    assert_eq!((content[0], content[4096], content[8192], content[8704]), (3, 4, 5, 3));
+}
+
+#[test]
+fn a_full_disk_is_told_from_a_damaged_one() {
+    let full = LayerError::Io { what: "write", source: io::Error::from_raw_os_error(libc::ENOSPC) };
+    assert_eq!(full.cause(), Cause::Exhausted);
+    let short = LayeredDisk::open(Some(base(&[0; 512])), vec![], None, 1024).unwrap_err();
+    assert_eq!(short.cause(), Cause::Damaged);
+}

@@ -192,8 +192,12 @@ fn a_peer_that_only_reads_still_gets_output() {
 
 #[test]
 fn wrong_chains_stop_the_device_and_lose_no_input() {
-    let wrong: [&[(u64, u32, bool)]; 4] =
-        [&[(BUFFERS, 16, false)], &[(u64::MAX, 16, true)], &[(MEMORY_BYTES - 1, 2, true)], &[(BUFFERS, 0, true)]];
+    let wrong: [&[(u64, u32, bool)]; 4] = [
+        &[(BUFFERS, 16, false)],
+        &[(u64::MAX, 16, true)],
+        &[(MEMORY_BYTES - 1, 2, true)],
+        &[(BUFFERS, 0, true)],
+    ];
     for buffers in wrong {
         let (mut machine, mut peer) = started();
         peer.write_all(b"precious").unwrap();
