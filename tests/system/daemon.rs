@@ -1,0 +1,229 @@
+//! A daemon of a trial's own: started, watched, killed with everything it started.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::client::Client;
+use crate::trial::{Stage, limit};
+
+/// How often a condition is looked at again that nobody announces.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// A running `coldspark serve`.
+pub struct Daemon {
+    child: Child,
+    /// Its snapshots, images and VMs.
+    pub data: PathBuf,
+    /// Removes socket (and data, unless given) at the end.
+    folder: tempfile::TempDir,
+    logs: PathBuf,
+    starts: u32,
+    /// Processes that a killed daemon left running.
+    orphans: Vec<Process>,
+}
+
+impl Daemon {
+    /// Starts one with an empty data folder, and waits until it accepts connections.
+    pub async fn start(stage: &Stage) -> anyhow::Result<Daemon> {
+        let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
+        let data = folder.path().join("data");
+        fs::create_dir(&data)?;
+        Self::start_in(stage, folder, data).await
+    }
+
+    /// Starts one on a data folder that is there.
+    pub async fn start_at(stage: &Stage, data: &Path) -> anyhow::Result<Daemon> {
+        let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
+        Self::start_in(stage, folder, data.to_path_buf()).await
+    }
+
+    async fn start_in(stage: &Stage, folder: tempfile::TempDir, data: PathBuf) -> anyhow::Result<Daemon> {
+        let logs = stage.logs.clone();
+        let child = spawn(&socket(&folder), &data, &log_file(&logs, 1))?;
+        let mut daemon = Daemon { child, data, folder, logs, starts: 1, orphans: Vec::new() };
+        daemon.wait_until_ready().await?;
+        Ok(daemon)
+    }
+
+    /// A new connection.
+    pub async fn client(&self) -> anyhow::Result<Client> {
+        Ok(Client::new(connect(&socket(&self.folder)).await?, self.logs.clone()))
+    }
+
+    /// Kills the daemon alone, as a crash would; its workers are left.
+    pub fn kill_hard(&mut self) -> anyhow::Result<()> {
+        self.orphans.extend(descendants(self.child.id()));
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts the daemon again on the same data and socket.
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
+        self.starts += 1;
+        self.child = spawn(&socket(&self.folder), &self.data, &log_file(&self.logs, self.starts))?;
+        self.wait_until_ready().await
+    }
+
+    /// Asks it to end (SIGTERM) and waits until it has.
+    pub async fn stop(&mut self) -> anyhow::Result<ExitStatus> {
+        self.orphans.extend(descendants(self.child.id()));
+        // SAFETY: plain kill of a child that has not been waited for.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGTERM) };
+        let deadline = Instant::now() + limit(30);
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("the daemon did not end after SIGTERM");
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    /// True while the daemon process is there.
+    pub fn is_alive(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// The service's socket.
+    pub fn socket(&self) -> PathBuf {
+        socket(&self.folder)
+    }
+
+    async fn wait_until_ready(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit(30);
+        loop {
+            if UnixStream::connect(socket(&self.folder)).await.is_ok() {
+                return Ok(());
+            }
+            if let Some(status) = self.child.try_wait()? {
+                bail!("the daemon ended before it accepted a connection: {status}");
+            }
+            if Instant::now() > deadline {
+                bail!("the daemon did not accept a connection");
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let mut left = descendants(self.child.id());
+        left.append(&mut self.orphans);
+        // Both fail only when the process is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        left.iter().for_each(Process::kill);
+    }
+}
+
+/// Looks at `condition` until it holds; fails after `seconds` (see [`limit`]), naming `what`.
+pub async fn eventually(
+    what: &str,
+    seconds: u64,
+    mut condition: impl AsyncFnMut() -> anyhow::Result<bool>,
+) -> anyhow::Result<()> {
+    let deadline = Instant::now() + limit(seconds);
+    while !condition().await? {
+        if Instant::now() > deadline {
+            bail!("waited in vain: {what}");
+        }
+        sleep(LOOK_AGAIN).await;
+    }
+    Ok(())
+}
+
+/// The program under test.
+pub fn program() -> PathBuf {
+    std::env::var_os("COLDSPARK_BIN").map_or_else(|| env!("CARGO_BIN_EXE_coldspark").into(), PathBuf::from)
+}
+
+fn socket(folder: &tempfile::TempDir) -> PathBuf {
+    folder.path().join("socket")
+}
+
+fn log_file(logs: &Path, start: u32) -> PathBuf {
+    logs.join(format!("daemon-{start}.log"))
+}
+
+fn spawn(socket: &Path, data: &Path, log: &Path) -> anyhow::Result<Child> {
+    let log = File::create(log)?;
+    let program = program();
+    Command::new(&program)
+        .arg("serve")
+        .arg("--socket")
+        .arg(socket)
+        .arg("--data")
+        .arg(data)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))
+}
+
+async fn connect(socket: &Path) -> anyhow::Result<Channel> {
+    let socket = socket.to_path_buf();
+    // The address is not used: the connector knows the socket.
+    let channel = Endpoint::from_static("http://coldspark.local")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        }))
+        .await?;
+    Ok(channel)
+}
+
+/// A process, told from a later one with the same number by its start time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Process {
+    pid: i32,
+    parent: i32,
+    started: u64,
+}
+
+impl Process {
+    /// From `/proc/PID/stat`; the command's name (second field) may contain anything, its closing bracket ends it.
+    fn read(pid: i32) -> Option<Process> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+        Some(Process { pid, parent: fields.get(1)?.parse().ok()?, started: fields.get(19)?.parse().ok()? })
+    }
+
+    fn kill(&self) {
+        if Process::read(self.pid).is_some_and(|now| now.started == self.started) {
+            // SAFETY: plain kill of a process that this test's daemon started.
+            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+        }
+    }
+}
+
+/// All processes below `ancestor`.
+fn descendants(ancestor: u32) -> Vec<Process> {
+    let all: Vec<Process> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Process::read(entry.file_name().to_str()?.parse().ok()?))
+        .collect();
+    let mut found: Vec<Process> = Vec::new();
+    let mut parents = vec![ancestor as i32];
+    while let Some(parent) = parents.pop() {
+        for process in all.iter().filter(|process| process.parent == parent) {
+            found.push(*process);
+            parents.push(process.pid);
+        }
+    }
+    found
+}

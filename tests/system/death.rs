@@ -1,0 +1,188 @@
+//! Processes that are killed: a worker takes only its VM with it, a daemon loses nothing that was published.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, bail, ensure};
+use coldspark::api::proto::*;
+use libtest_mimic::Trial;
+use tonic::Code;
+
+use crate::client::{ask, expect_status};
+use crate::daemon::{Daemon, eventually};
+use crate::host::Need;
+use crate::trial::{Stage, trial};
+
+const NEEDS: &[Need] = &[Need::Kvm];
+
+pub fn trials() -> Vec<Trial> {
+    vec![
+        trial("death/worker-killed", NEEDS, 60, worker_killed),
+        trial("death/guest-resets-itself", NEEDS, 60, guest_resets_itself),
+        trial("death/daemon-killed-while-snapshotting", NEEDS, 180, daemon_killed_while_snapshotting),
+        trial("death/daemon-stopped", NEEDS, 60, daemon_stopped),
+    ]
+}
+
+/// What clients leave in a store besides whole snapshots.
+fn leftovers(data: &Path, whole: &[&str]) -> anyhow::Result<Vec<String>> {
+    let mut left = Vec::new();
+    for entry in fs::read_dir(data.join("snapshots"))? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type()?.is_dir() && !whole.contains(&name.as_str()) {
+            left.push(name);
+        }
+    }
+    Ok(left)
+}
+
+async fn worker_killed(stage: Stage) -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let (victim, witness) = (client.boot_embedded(64 << 20).await?, client.boot_embedded(64 << 20).await?);
+    let snapshot = client.snapshot(&victim.id, "").await?;
+    let clone = client.clone_vms(&snapshot.id, 1, MemoryMode::Mapped, Identity::Managed).await?.remove(0);
+    for vm in [&victim, &clone] {
+        let pid = i32::try_from(vm.worker_pid)?;
+        ensure!(pid > 1 && Path::new(&format!("/proc/{pid}")).exists(), "{}: worker {pid}", vm.id);
+        // SAFETY: plain kill of a worker that this trial's daemon started.
+        ensure!(unsafe { libc::kill(pid, libc::SIGKILL) } == 0);
+        eventually("the daemon notices that the worker died", 10, async || {
+            Ok(client.vm(&vm.id).await?.state() == VmState::Exited)
+        })
+        .await?;
+        let reason = client.vm(&vm.id).await?.exit_reason;
+        ensure!(
+            reason.contains("SIGKILL") || reason.contains("signal 9"),
+            "the reason should say the signal: {reason}"
+        );
+        let request = PauseVmRequest { vm: vm.id.clone() };
+        expect_status("pausing a dead VM", client.vms.pause_vm(request).await, &[Code::FailedPrecondition])?;
+        expect_status(
+            "freezing a dead VM",
+            client.snapshot(&vm.id, "").await,
+            &[Code::FailedPrecondition, Code::Aborted],
+        )?;
+        client.delete_vm(&vm.id).await?;
+    }
+    ensure!(daemon.is_alive()?);
+    let echo = ask!(&mut client, &witness.id, Echo(EchoOp { data: b"still here".to_vec().into() }));
+    ensure!(echo.data[..] == b"still here"[..]);
+    client
+        .clone_vms(&snapshot.id, 2, MemoryMode::Mapped, Identity::Managed)
+        .await
+        .context("cloning afterwards")?;
+    Ok(())
+}
+
+async fn guest_resets_itself(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(64 << 20).await?;
+    let mut console = client.console(&vm.id).await?;
+    ask!(&mut client, &vm.id, Reset(ResetOp {}));
+    eventually("the VM ends", 10, async || Ok(client.vm(&vm.id).await?.state() == VmState::Exited)).await?;
+    let reason = client.vm(&vm.id).await?.exit_reason;
+    ensure!(reason.contains("reset"), "the reason should say that the guest reset itself: {reason}");
+    console.rest().await?;
+    Ok(())
+}
+
+/// Kills the daemon at different moments of publishing a snapshot; each time the store holds what was published
+/// before, whole, and nothing half-made.
+async fn daemon_killed_while_snapshotting(stage: Stage) -> anyhow::Result<()> {
+    const MEMORY_BYTES: u64 = 256 << 20;
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(MEMORY_BYTES).await?;
+    let hello = ask!(&mut client, &vm.id, Hello(HelloOp {}));
+    let touch = TouchOp {
+        first_page: hello.arena_bytes / 4096 / 2,
+        pages: hello.arena_bytes / 4096 / 4,
+        stride: 1,
+        seed: 9,
+        mode: TouchMode::Fill.into(),
+    };
+    ask!(&mut client, &vm.id, Touch(touch));
+    let kept = client.snapshot(&vm.id, "kept").await?;
+    let clone = client.clone_vms("kept", 1, MemoryMode::Mapped, Identity::Managed).await?.remove(0);
+
+    let mut seen_half_made = false;
+    for round in 0..4 {
+        let victim = if round == 0 {
+            clone.id.clone()
+        } else {
+            client.clone_vms("kept", 1, MemoryMode::Mapped, Identity::Managed).await?.remove(0).id
+        };
+        let mut other = daemon.client().await?;
+        let snapshot = tokio::spawn(async move { other.snapshot(&victim, "half").await });
+        // The moment: the folder appears; then a little more of its memory is written each round.
+        let data = daemon.data.clone();
+        eventually("the snapshot begins", 30, async || {
+            let Some(folder) = leftovers(&data, &[&kept.id])?.pop() else {
+                return Ok(snapshot.is_finished());
+            };
+            let written = fs::metadata(data.join("snapshots").join(folder).join("memory.img"))
+                .map_or(0, |file| file.len());
+            Ok(snapshot.is_finished() || round == 0 || written > 0)
+        })
+        .await?;
+        seen_half_made |= !snapshot.is_finished();
+        daemon.kill_hard()?;
+        let outcome = snapshot.await?;
+
+        daemon.start_again().await?;
+        client = daemon.client().await?;
+        let list = client.list_snapshots().await?;
+        ensure!(list.damaged.is_empty(), "round {round}: {:?}", list.damaged);
+        let ids: Vec<&str> = list.snapshots.iter().map(|snapshot| snapshot.id.as_str()).collect();
+        ensure!(ids.contains(&kept.id.as_str()), "round {round}: the published snapshot is gone: {ids:?}");
+        let left = leftovers(&daemon.data, &ids)?;
+        ensure!(left.is_empty(), "round {round}: half-made snapshots stayed: {left:?}");
+        for id in &ids {
+            client.verify(id).await.with_context(|| format!("round {round}: {id}"))?;
+        }
+        if outcome.is_ok() {
+            ensure!(ids.len() == 2, "round {round}: a snapshot that was confirmed is gone");
+        }
+        for id in ids.iter().filter(|id| **id != kept.id) {
+            client.snapshots.delete_snapshot(DeleteSnapshotRequest { snapshot: id.to_string() }).await?;
+        }
+        let again = client.clone_vms("kept", 2, MemoryMode::Mapped, Identity::Managed).await?;
+        let check = CheckOp {
+            first_page: touch.first_page,
+            pages: touch.pages,
+            stride: 1,
+            seed: 9,
+            mode: TouchMode::Fill.into(),
+        };
+        ensure!(ask!(&mut client, &again[1].id, Check(check)).bad_pages == 0);
+        for vm in again {
+            client.delete_vm(&vm.id).await?;
+        }
+    }
+    ensure!(seen_half_made, "every snapshot was finished before the kill: nothing was tried");
+    Ok(())
+}
+
+/// SIGTERM: the daemon ends by itself, in good order, and what it published is there for the next one.
+async fn daemon_stopped(stage: Stage) -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(64 << 20).await?;
+    client.import_embedded("kept", vec![]).await?;
+    let snapshot = client.snapshot(&vm.id, "kept").await?;
+    let status = daemon.stop().await?;
+    ensure!(status.success(), "the daemon ended with {status}");
+    let socket = daemon.socket();
+    if tokio::net::UnixStream::connect(&socket).await.is_ok() {
+        bail!("somebody still answers on {}", socket.display());
+    }
+    daemon.start_again().await?;
+    let mut client = daemon.client().await?;
+    ensure!(client.list_snapshots().await?.snapshots.iter().any(|kept| kept.id == snapshot.id));
+    client.boot_image("kept", 1, BootProtocol::Unspecified).await?;
+    client.clone_vms("kept", 1, MemoryMode::Mapped, Identity::Managed).await?;
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! What this host can do, looked at once: each trial names what it needs and is ignored with the reason if it is
+//! not there.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit};
+
+/// What a trial may need. The error is the reason shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// A /dev/kvm that runs guests at all.
+    Kvm,
+    /// A KVM that runs any kernel, not only the embedded guest.
+    KernelMode,
+    /// userfaultfd for this user.
+    Userfault,
+    /// Memory for a VM with RAM above 4 GiB.
+    LargeMemory,
+    /// Permission to mount a small tmpfs.
+    Mount,
+    /// The inner Linux guest of the rig.
+    LinuxGuest,
+    /// A FreeBSD kernel and disk of the user's.
+    FreeBsd,
+}
+
+impl Need {
+    /// `Err` with the reason when the host has not got it.
+    pub fn check(self) -> Result<(), String> {
+        match self {
+            Need::Kvm => kvm().clone().map(|_| ()),
+            Need::KernelMode => match kvm() {
+                Ok(KernelMode::Native) => Ok(()),
+                Ok(KernelMode::Emulated) => Err("this KVM emulates kernel mode; runs in the rig".into()),
+                Err(reason) => Err(reason.clone()),
+            },
+            Need::Userfault => userfault().clone(),
+            Need::LargeMemory => large_memory(),
+            Need::Mount => is_root().then_some(()).ok_or_else(|| "only root can mount a small tmpfs".into()),
+            Need::LinuxGuest => linux_guest().map(|_| ()),
+            Need::FreeBsd => freebsd().map(|_| ()),
+        }
+    }
+}
+
+/// True inside the nested rig: everything is slow there, so trials take fewer clones and longer deadlines.
+pub fn in_rig() -> bool {
+    std::env::var_os("COLDSPARK_IN_RIG").is_some()
+}
+
+/// The folder made by `tests/rig/rig linux-guest`.
+pub fn linux_guest() -> Result<PathBuf, String> {
+    path_from("COLDSPARK_LINUX_GUEST", "no inner Linux guest (tests/rig/rig linux-guest makes one)")
+}
+
+/// Kernel and disk of a FreeBSD.
+pub fn freebsd() -> Result<(PathBuf, PathBuf), String> {
+    let reason = "no FreeBSD given (docs/testing.md says how)";
+    Ok((path_from("COLDSPARK_FREEBSD_KERNEL", reason)?, path_from("COLDSPARK_FREEBSD_DISK", reason)?))
+}
+
+fn path_from(variable: &str, reason: &str) -> Result<PathBuf, String> {
+    let path = std::env::var_os(variable)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("{variable} is not set: {reason}"))?;
+    if path.exists() { Ok(path) } else { Err(format!("{variable}: {} does not exist", path.display())) }
+}
+
+/// 6 GiB to spare.
+fn large_memory() -> Result<(), String> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available_kib = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    if available_kib >= 6 << 20 { Ok(()) } else { Err("less than 6 GiB of memory available".into()) }
+}
+
+fn is_root() -> bool {
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
+fn userfault() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        userfaultfd::UffdBuilder::new()
+            .close_on_exec(true)
+            .create()
+            .map(|_| ())
+            .map_err(|error| format!("userfaultfd is not allowed here: {error}"))
+    })
+}
+
+/// How this KVM runs code of privilege level 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum KernelMode {
+    Native,
+    Emulated,
+}
+
+fn kvm() -> &'static Result<KernelMode, String> {
+    static FOUND: OnceLock<Result<KernelMode, String>> = OnceLock::new();
+    FOUND.get_or_init(probe_kvm)
+}
+
+/// Runs `fninit; fldcw [0x2000]; hlt` in real mode. KVM's instruction emulator has no `fldcw`: a host that emulates
+/// kernel mode gives up there, one that executes it arrives at `hlt`.
+fn probe_kvm() -> Result<KernelMode, String> {
+    const CODE: [u8; 7] = [0xdb, 0xe3, 0xd9, 0x2e, 0x00, 0x20, 0xf4];
+    const START: usize = 0x1000;
+    let unusable = |error: kvm_ioctls::Error| format!("/dev/kvm cannot be used: {error}");
+    let kvm = Kvm::new().map_err(|error| format!("no usable /dev/kvm: {error}"))?;
+    let vm = kvm.create_vm().map_err(unusable)?;
+    let mut memory = vm_memory::MmapRegion::<()>::new(64 << 10).map_err(|error| error.to_string())?;
+    write(&mut memory, START, &CODE);
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        flags: 0,
+        guest_phys_addr: 0,
+        memory_size: 64 << 10,
+        userspace_addr: memory.as_ptr() as u64,
+    };
+    // SAFETY: the region is a private mapping of that size, and outlives the VM (dropped after it, in reverse order).
+    unsafe { vm.set_user_memory_region(region) }.map_err(unusable)?;
+    let mut vcpu = vm.create_vcpu(0).map_err(unusable)?;
+    let mut sregs = vcpu.get_sregs().map_err(unusable)?;
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    vcpu.set_sregs(&sregs).map_err(unusable)?;
+    let mut registers = vcpu.get_regs().map_err(unusable)?;
+    registers.rip = START as u64;
+    registers.rflags = 2;
+    vcpu.set_regs(&registers).map_err(unusable)?;
+    match vcpu.run() {
+        Ok(VcpuExit::Hlt) => Ok(KernelMode::Native),
+        Ok(VcpuExit::InternalError) => Ok(KernelMode::Emulated),
+        Ok(other) => Err(format!("/dev/kvm runs guests in an unknown way: {other:?}")),
+        Err(error) => Err(unusable(error)),
+    }
+}
+
+fn write(memory: &mut vm_memory::MmapRegion<()>, offset: usize, bytes: &[u8]) {
+    assert!(offset + bytes.len() <= memory.size());
+    // SAFETY: in bounds of a mapping that nobody else uses yet.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), memory.as_ptr().add(offset), bytes.len()) };
+}

@@ -1,0 +1,39 @@
+//! Whole-system tests: a real daemon, real VMs, spoken to over gRPC only.
+//!
+//! Each trial starts its own `coldspark serve` on a private socket and an empty data folder. What a trial needs of
+//! the host is decided when it runs; what cannot run here is reported as ignored with the reason, and the reasons
+//! are listed again at the end. The same program runs on the host and inside the nested rig (docs/testing.md).
+//!
+//! | file | what it proves |
+//! |---|---|
+//! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
+//! | `death` | workers and daemons that are killed |
+//! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
+//! | `linux` | a real Linux kernel, by PVH and bzImage |
+//! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
+
+mod bad_input;
+mod client;
+mod console;
+mod daemon;
+mod death;
+mod embedded;
+mod freebsd;
+mod host;
+mod linux;
+mod trial;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // SAFETY: no other thread runs yet. Errors then know where they were made (`trial::places`).
+    unsafe { std::env::set_var("RUST_LIB_BACKTRACE", "1") };
+    let mut arguments = libtest_mimic::Arguments::from_args();
+    // Each trial runs many VMs of its own; more than two at once only makes them wait for each other.
+    arguments.test_threads.get_or_insert(2);
+    let trials =
+        [embedded::trials(), death::trials(), bad_input::trials(), linux::trials(), freebsd::trials()];
+    let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
+    trial::print_reasons();
+    conclusion.exit_code()
+}

@@ -1,0 +1,125 @@
+//! A trial: a name, what it needs, a time limit, and an async body with its own daemon.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use libtest_mimic::{Completion, Trial};
+
+use crate::host::{self, Need};
+
+/// Reasons for which trials were ignored, with their names.
+static IGNORED: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
+
+/// How much longer everything may take inside the rig than on hardware.
+const RIG_FACTOR: u32 = 8;
+
+/// A time limit as it is on this host. Limits only keep a broken test from hanging; nothing is measured.
+pub fn limit(seconds: u64) -> Duration {
+    Duration::from_secs(seconds) * if host::in_rig() { RIG_FACTOR } else { 1 }
+}
+
+/// What a trial's body is given.
+pub struct Stage {
+    /// An empty folder for daemon and console logs; it stays after the trial.
+    pub logs: PathBuf,
+}
+
+impl Stage {
+    fn new(name: &str) -> anyhow::Result<Stage> {
+        let top = match std::env::var_os("COLDSPARK_TEST_LOGS") {
+            Some(folder) => PathBuf::from(folder),
+            None => Path::new(env!("CARGO_TARGET_TMPDIR")).join("system"),
+        };
+        let logs = top.join(name.replace('/', "-"));
+        match fs::remove_dir_all(&logs) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => fs::create_dir_all(&logs).with_context(|| format!("folder for logs {}", logs.display()))?,
+        }
+        Ok(Stage { logs })
+    }
+}
+
+/// Makes a trial. `body` is called only if the host has all of `needs`; it fails after `seconds` (see [`limit`]).
+pub fn trial<F, R>(name: impl Into<String>, needs: &'static [Need], seconds: u64, body: F) -> Trial
+where
+    F: FnOnce(Stage) -> R + Send + 'static,
+    R: Future<Output = anyhow::Result<()>>,
+{
+    let name = name.into();
+    let for_runner = name.clone();
+    Trial::ignorable_test(name, move || {
+        if let Some(reason) = needs.iter().find_map(|need| need.check().err()) {
+            let mut ignored = IGNORED.lock().unwrap_or_else(|poison| poison.into_inner());
+            ignored.entry(reason.clone()).or_default().push(for_runner);
+            return Ok(Completion::ignored_with(reason));
+        }
+        let stage = Stage::new(&for_runner).map_err(|error| format!("{error:?}"))?;
+        let logs = stage.logs.clone();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let result = runtime.block_on(async {
+            tokio::time::timeout(limit(seconds), body(stage))
+                .await
+                .with_context(|| format!("not finished after {} s", limit(seconds).as_secs()))?
+        });
+        // Not waiting for tasks that a failed trial left behind.
+        runtime.shutdown_background();
+        result
+            .map(|()| Completion::Completed)
+            .map_err(|error| format!("{error:#}\n{}{}", places(&error), last_lines_of_all(&logs)).into())
+    })
+}
+
+/// Where in these files the error came from (`main` turns capturing on).
+fn places(error: &anyhow::Error) -> String {
+    let trace = error.backtrace().to_string();
+    trace
+        .lines()
+        .filter(|line| line.contains("tests/system/"))
+        .map(|line| format!("    {}\n", line.trim()))
+        .collect()
+}
+
+/// The ends of all logs in a folder.
+fn last_lines_of_all(logs: &Path) -> String {
+    const LINES: usize = 40;
+    let mut files: Vec<_> =
+        fs::read_dir(logs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    let mut text = String::new();
+    for file in files {
+        let bytes = fs::read(&file).unwrap_or_default();
+        let content = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = content.lines().collect();
+        let skipped = lines.len().saturating_sub(LINES);
+        text.push_str(&format!(
+            "--- {} (last {} of {} lines)\n",
+            file.display(),
+            lines.len() - skipped,
+            lines.len()
+        ));
+        for line in &lines[skipped..] {
+            text.push_str(&format!("    {}\n", line.trim_end()));
+        }
+    }
+    text
+}
+
+/// Prints what was ignored and why.
+pub fn print_reasons() {
+    let ignored = IGNORED.lock().unwrap_or_else(|poison| poison.into_inner());
+    if ignored.is_empty() {
+        return;
+    }
+    println!("ignored:");
+    for (reason, names) in ignored.iter() {
+        println!("  {}: {reason}", names.len());
+        for name in names {
+            println!("      {name}");
+        }
+    }
+}
