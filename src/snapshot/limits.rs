@@ -32,7 +32,7 @@ pub const MODULE_BYTES_MAX: u64 = 16 << 30;
 /// Largest `manifest.json` and `settings.json`.
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 /// Longest name of a snapshot or an image.
-pub const NAME_BYTES_MAX: usize = 63;
+pub const NAME_BYTES_MAX: usize = 64;
 /// Longest file name inside a snapshot.
 pub const FILE_NAME_BYTES_MAX: usize = 100;
 /// Most labels.
@@ -41,6 +41,8 @@ pub const LABELS_MAX: usize = 64;
 pub const TEXT_BYTES_MAX: usize = 1024;
 /// Longest kernel command line or environment.
 pub const COMMAND_LINE_BYTES_MAX: usize = 16 << 10;
+/// Longest console pattern that tells readiness.
+pub const PATTERN_BYTES_MAX: usize = 256;
 /// Most CPU features, KVM capabilities or devices listed.
 pub const LIST_MAX: usize = 1024;
 /// Most snapshots, or images, in one store.

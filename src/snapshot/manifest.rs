@@ -38,10 +38,9 @@ pub enum ManifestError {
     #[error("it is not valid JSON of a manifest: {0}")]
     Json(#[from] serde_json::Error),
     #[error(
-        "it has format {0} and this coldspark reads format {FORMAT}: use the coldspark that wrote it, \
-         or take the snapshot again"
+        "it has format {has} and this coldspark reads format {reads}: use the coldspark that wrote it, or make it again"
     )]
-    Format(u64),
+    Format { has: u64, reads: u32 },
     #[error("{field}: {problem}")]
     Field { field: &'static str, problem: String },
 }
@@ -50,13 +49,13 @@ impl ManifestError {
     /// The kind of this failure, for a manifest that came from a store.
     pub fn cause(&self) -> Cause {
         match self {
-            ManifestError::Format(_) => Cause::Unsupported,
+            ManifestError::Format { .. } => Cause::Unsupported,
             _ => Cause::Damaged,
         }
     }
 }
 
-fn wrong<T>(field: &'static str, problem: impl Into<String>) -> Result<T, ManifestError> {
+pub(super) fn wrong<T>(field: &'static str, problem: impl Into<String>) -> Result<T, ManifestError> {
     Err(ManifestError::Field { field, problem: problem.into() })
 }
 
@@ -264,17 +263,7 @@ pub enum Refusal {
 impl Manifest {
     /// Reads and checks a manifest.
     pub fn parse(json: &[u8]) -> Result<Manifest, ManifestError> {
-        if json.len() as u64 > limits::MANIFEST_BYTES_MAX {
-            return Err(ManifestError::TooLarge(json.len() as u64));
-        }
-        #[derive(Deserialize)]
-        struct Probe {
-            format: u64,
-        }
-        let probe: Probe = serde_json::from_slice(json)?;
-        if probe.format != u64::from(FORMAT) {
-            return Err(ManifestError::Format(probe.format));
-        }
+        check_format(json, FORMAT)?;
         let manifest: Manifest = serde_json::from_slice(json)?;
         manifest.check()?;
         Ok(manifest)
@@ -282,12 +271,7 @@ impl Manifest {
 
     /// The JSON text, ending in a newline.
     pub fn to_json(&self) -> Result<Vec<u8>, ManifestError> {
-        let mut json = serde_json::to_vec_pretty(self)?;
-        json.push(b'\n');
-        match json.len() as u64 {
-            bytes if bytes > limits::MANIFEST_BYTES_MAX => Err(ManifestError::TooLarge(bytes)),
-            _ => Ok(json),
-        }
+        to_json(self)
     }
 
     /// The entry of a file by its path in the snapshot.
@@ -303,7 +287,7 @@ impl Manifest {
     /// Checks everything that [`parse`](Self::parse) promises of a manifest, its files against each other included.
     pub fn check(&self) -> Result<(), ManifestError> {
         if self.format != FORMAT {
-            return Err(ManifestError::Format(u64::from(self.format)));
+            return Err(ManifestError::Format { has: u64::from(self.format), reads: FORMAT });
         }
         if !is_rfc3339_utc(&self.created) {
             return wrong("created", "is not a UTC time like 2026-11-22T12:00:00Z");
@@ -351,6 +335,32 @@ impl Manifest {
     }
 }
 
+/// Refuses a document that is too long, is not JSON, or has another format number.
+pub(super) fn check_format(json: &[u8], reads: u32) -> Result<(), ManifestError> {
+    #[derive(Deserialize)]
+    struct Probe {
+        format: u64,
+    }
+    if json.len() as u64 > limits::MANIFEST_BYTES_MAX {
+        return Err(ManifestError::TooLarge(json.len() as u64));
+    }
+    let probe: Probe = serde_json::from_slice(json)?;
+    match probe.format == u64::from(reads) {
+        true => Ok(()),
+        false => Err(ManifestError::Format { has: probe.format, reads }),
+    }
+}
+
+/// JSON for people, ending in a newline; not longer than it may be read.
+pub(super) fn to_json(document: &impl Serialize) -> Result<Vec<u8>, ManifestError> {
+    let mut json = serde_json::to_vec_pretty(document)?;
+    json.push(b'\n');
+    match json.len() as u64 {
+        bytes if bytes > limits::MANIFEST_BYTES_MAX => Err(ManifestError::TooLarge(bytes)),
+        _ => Ok(json),
+    }
+}
+
 /// Path of a disk file inside a snapshot.
 pub fn disk_path(name: &str) -> String {
     format!("{DISKS_FOLDER}/{name}")
@@ -389,11 +399,7 @@ impl Facts {
             {
                 return wrong("disks", format!("{} bytes is no size of a disk", disk.bytes));
             }
-            if disk.serial.len() > limits::SERIAL_BYTES_MAX
-                || !disk.serial.bytes().all(|byte| byte.is_ascii_graphic())
-            {
-                return wrong("disks", "a serial has at most 20 printable characters and no space");
-            }
+            check_serial(&disk.serial)?;
             if disk.layers.len() > limits::LAYERS_MAX {
                 return wrong("disks", format!("more than {} layers", limits::LAYERS_MAX));
             }
@@ -486,15 +492,12 @@ impl Memory {
 
 // === small checks ===
 
-/// A name given by a user: 1 to 63 of `a-z`, `0-9` and `-`, not starting with `-`, and not like an id.
+/// A name given by a user: 1 to 64 of `a-z A-Z 0-9 . _ -`, not beginning with a dot or dash, and not like an id.
 pub fn check_name(name: &str) -> Result<(), String> {
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    if name.is_empty()
-        || name.len() > limits::NAME_BYTES_MAX
-        || !name.bytes().all(plain)
-        || name.starts_with('-')
-    {
-        return Err("must be 1 to 63 of a-z, 0-9 and -, and not start with -".into());
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    let starts_well = !name.starts_with(['.', '-']);
+    if name.is_empty() || name.len() > limits::NAME_BYTES_MAX || !name.bytes().all(plain) || !starts_well {
+        return Err("must be 1 to 64 of a-z A-Z 0-9 . _ -, and not begin with a dot or dash".into());
     }
     if super::folder::looks_like_id(name) {
         return Err("looks like an id; choose another one".into());
@@ -515,6 +518,14 @@ pub fn check_file_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A serial as virtio-blk can show it.
+pub(super) fn check_serial(serial: &str) -> Result<(), ManifestError> {
+    match serial.len() <= limits::SERIAL_BYTES_MAX && serial.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Ok(()),
+        false => wrong("disks", "a serial has at most 20 printable characters and no space"),
+    }
+}
+
 pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
     let plain = |text: &String| text.len() <= limits::TEXT_BYTES_MAX && !text.chars().any(char::is_control);
     if labels.len() > limits::LABELS_MAX {
@@ -526,7 +537,7 @@ pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), Stri
     }
 }
 
-fn check_text(field: &'static str, text: &str) -> Result<(), ManifestError> {
+pub(super) fn check_text(field: &'static str, text: &str) -> Result<(), ManifestError> {
     match text.len() <= limits::TEXT_BYTES_MAX && !text.chars().any(char::is_control) {
         true => Ok(()),
         false => wrong(field, "is longer than 1024 bytes or has control characters"),

@@ -7,6 +7,7 @@
 //! | [`manifest`] | `manifest.json`: what a snapshot is, and whether it fits this host |
 //! | [`state`] | the machine state: plain, versioned structs |
 //! | [`store`] | the folder of published snapshots: begin, publish, open, verify, delete |
+//! | [`images`] | the folder of images that can be cold-booted |
 //! | [`sums`] | BLAKE3 sums of whole and of sparse files |
 //! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
 //! | [`layers`] | copy-on-write disks: base, frozen layers, a private overlay |
@@ -17,10 +18,12 @@
 pub mod cause;
 pub mod codec;
 mod folder;
+pub mod images;
 pub mod layers;
 pub mod limits;
 pub mod manifest;
 pub mod memory;
+mod shelf;
 pub mod state;
 pub mod store;
 pub mod sums;

@@ -85,7 +85,7 @@ fn a_manifest_survives_the_round_trip() {
 fn another_format_is_refused_by_its_number_whatever_else_it_says() {
     for (json, format) in [(r#"{"format": 2, "new": {}}"#, 2), (r#"{"format": 0}"#, 0)] {
         let error = Manifest::parse(json.as_bytes()).unwrap_err();
-        assert!(matches!(error, ManifestError::Format(seen) if seen == format));
+        assert!(matches!(error, ManifestError::Format { has, reads: FORMAT } if has == format));
         assert_eq!(error.cause(), Cause::Unsupported);
     }
     for json in ["{}", "", "[]", r#"{"format": -1}"#, r#"{"format": "1"}"#] {

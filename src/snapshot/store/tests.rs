@@ -1,12 +1,14 @@
 use std::{
     fs,
-    io::Write,
+    io::{self, Write},
     os::unix::{fs::FileExt, process::CommandExt},
+    path::PathBuf,
     process::Command,
 };
 
 use super::*;
 use crate::snapshot::memory::extents::Extents;
+use crate::snapshot::{cause::Cause, sums::Sum};
 
 fn open(path: &Path) -> Arc<SnapshotStore> {
     Arc::new(SnapshotStore::open(path).unwrap())
@@ -59,8 +61,9 @@ fn a_published_snapshot_is_found_opened_and_verified_also_by_the_next_daemon() {
         names(&folder.path().join(id.as_str())),
         ["disks", "manifest.b3", "manifest.json", "memory.img", "state.bin"]
     );
+    drop(store);
     for _ in 0..2 {
-        let store = open_again(folder.path(), &store);
+        let store = open(folder.path());
         for key in [id.as_str(), "web"] {
             assert_eq!(store.get(key).unwrap().id(), &id);
         }
@@ -73,16 +76,16 @@ fn a_published_snapshot_is_found_opened_and_verified_also_by_the_next_daemon() {
         let verified = store.verify("web").unwrap();
         assert_eq!(verified, Verified { files: 5, bytes: 13 + (8 << 20) + (1 << 20) + 2 * 4096 });
     }
+    let store = open(folder.path());
     assert!(store.get("web").unwrap().disk_usage_bytes().unwrap() < 1 << 20);
 }
 
-/// The next daemon's view: the first store must let go of the lock, which a copy of its folder stands in for.
-fn open_again(path: &Path, store: &Arc<SnapshotStore>) -> Arc<SnapshotStore> {
+/// Another daemon on a copy of the folder, while the first keeps its lock.
+fn copy_of(path: &Path) -> (Arc<SnapshotStore>, PathBuf) {
     assert!(matches!(SnapshotStore::open(path), Err(StoreError::Open(OpenError::Locked(_)))));
-    let _ = store;
     let copy = tempfile::tempdir().unwrap().keep();
     assert!(Command::new("cp").arg("-a").arg(path.join(".")).arg(&copy).status().unwrap().success());
-    open(&copy)
+    (open(&copy), copy)
 }
 
 #[test]
@@ -110,9 +113,8 @@ fn what_a_crash_leaves_half_made_is_removed_and_nothing_else() {
     assert_eq!(names(folder.path()).len(), 5);
 
     // The forgotten draft keeps the first store alive; its lock goes with the process that was killed.
-    let copy = open_again(folder.path(), &store);
-    let path = copy.folder.path_of("");
-    assert_eq!(names(&path), ["README.md", "other", id.as_str()]);
+    let (copy, copy_path) = copy_of(folder.path());
+    assert_eq!(names(&copy_path), ["README.md", "other", id.as_str()]);
     assert_eq!(copy.list().len(), 1);
     copy.verify("kept").unwrap();
 }
@@ -168,7 +170,7 @@ fn deletion_spares_running_clones() {
     let store = open(folder.path());
     let snapshot = publish(&store, "web");
     let clone = snapshot.open_for_restore().unwrap();
-    assert_eq!(store.delete("web").unwrap(), *snapshot.id());
+    assert_eq!(store.delete("web").unwrap(), snapshot.id().as_str());
     assert!(names(folder.path()).is_empty());
     assert_eq!(store.delete("web").unwrap_err().cause(), Cause::NotFound);
     let mut content = [0; 6];
@@ -294,17 +296,17 @@ fn no_byte_of_the_manifest_can_change_unnoticed() {
     let store = open(folder.path());
     let id = publish(&store, "web").id().clone();
     let path = folder.path().join(id.as_str());
-    let json = fs::read(path.join(MANIFEST_FILE)).unwrap();
+    let json = fs::read(path.join(DOCUMENT.file)).unwrap();
     for at in 0..json.len() {
         for bit in [0x01, 0x10] {
             let mut changed = json.clone();
             changed[at] ^= bit;
-            fs::write(path.join(MANIFEST_FILE), &changed).unwrap();
-            assert!(Snapshot::read(path.clone(), &id).is_err(), "byte {at}");
+            fs::write(path.join(DOCUMENT.file), &changed).unwrap();
+            assert!(store.verify("web").is_err(), "byte {at}");
         }
     }
-    fs::write(path.join(MANIFEST_FILE), &json).unwrap();
-    Snapshot::read(path, &id).unwrap();
+    fs::write(path.join(DOCUMENT.file), &json).unwrap();
+    store.verify("web").unwrap();
 }
 
 #[test]
@@ -312,7 +314,7 @@ fn a_link_in_the_place_of_a_file_is_not_followed() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
     let snapshot = publish(&store, "web");
-    let memory = snapshot.path.join("memory.img");
+    let memory = folder.path().join(snapshot.id().as_str()).join("memory.img");
     fs::rename(&memory, folder.path().join("moved")).unwrap();
     std::os::unix::fs::symlink("../moved", &memory).unwrap();
     assert!(snapshot.open_for_restore().is_err());
@@ -327,7 +329,7 @@ fn a_manifest_of_another_snapshot_or_format_is_refused() {
     assert!(
         Command::new("cp").arg("-a").arg(&from).arg(folder.path().join(other)).status().unwrap().success()
     );
-    fs::write(from.join(MANIFEST_FILE), r#"{"format": 7}"#).unwrap();
+    fs::write(from.join(DOCUMENT.file), r#"{"format": 7}"#).unwrap();
     drop(store);
     let store = open(folder.path());
     let problem = |id: &str| store.get(id).unwrap_err().to_string();
