@@ -4,9 +4,12 @@ use std::error::Error;
 
 #[path = "build/proto.rs"]
 mod proto;
+#[path = "build/testguest.rs"]
+mod testguest;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
+    testguest::build()?;
     proto::build()
 }

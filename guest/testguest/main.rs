@@ -1,0 +1,115 @@
+//! The embedded test guest: a program that is entered like a FreeBSD kernel, looks hard at what its machine and its
+//! loader gave it, says ready, and serves the agent protocol.
+//!
+//! Everything here runs in ring 3, ports open to it, interrupts off; `stub.s` holds the few ring-0 steps. That split is
+//! what lets it run at full speed on a KVM that emulates kernel mode, and unchanged on real hardware. All memory is
+//! identity-mapped and open to ring 3, so drivers and page tables are plain Rust. Interrupts are taken only while a CPU
+//! halts in the gate ([`gate::halt`]): code never races with a handler.
+//!
+//! What goes wrong is said on the serial console and ends in [`fail`]: 0xEE on port 0xF4 and a halt, never a silent
+//! hang. Facts: FREEBSD.md (entries, records, MPTable, CPUID), the virtio 1.2 specification, the Intel SDM.
+
+#![no_std]
+#![no_main]
+
+mod arena;
+mod checks;
+mod clock;
+mod cpu;
+mod gate;
+mod given;
+mod interrupts;
+mod memory;
+mod mptable;
+mod native;
+mod pvh;
+mod random;
+mod serial;
+mod serve;
+mod smp;
+mod virtio;
+
+#[path = "../protocol/pattern.rs"]
+mod pattern;
+#[path = "../protocol/wire.rs"]
+mod wire;
+
+use checks::Checks;
+use serial::say;
+
+core::arch::global_asm!(include_str!("stub.s"), options(raw));
+
+/// What the guest tells the VMM on [`STATUS_PORT`].
+const STATUS_PORT: u16 = 0xf4;
+const STATUS_READY: u8 = 0x52;
+const STATUS_FAILED: u8 = 0xee;
+
+/// Entered by the stub, on the first CPU, with the protocol (`wire::BOOT_*`) and its two arguments.
+#[unsafe(no_mangle)]
+extern "C" fn guest_main(boot: u32, first: u32, second: u32) -> ! {
+    serial::init();
+    say!("coldspark test guest, entered by {}", protocol_name(boot));
+    let mut checks = Checks::new();
+    let given = match boot {
+        wire::BOOT_NATIVE => native::read(&mut checks, first.into(), second.into()),
+        _ => pvh::read(&mut checks, first.into()),
+    };
+    given.check_memory(&mut checks);
+    let timing = cpu::check(&mut checks);
+    let topology = mptable::check(&mut checks);
+    interrupts::init_this_cpu();
+    interrupts::init_timer(timing.lapic_khz);
+    let cpus = smp::start(&mut checks, &topology, &given);
+    let mut arena = arena::map(&given);
+    let mut devices = virtio::find(&given, &mut checks);
+    let mut random = random::Generator::new(gate::tsc());
+    devices.seed(&mut random, &mut checks);
+    let clock = clock::Clock::new(timing.tsc_khz);
+    arena.fill_to(given.number("coldspark.fill_mib").unwrap_or(4) << 20);
+
+    if checks.failed() != 0 && !given.is_set("coldspark.lenient") {
+        fail(format_args!("{} checks failed", checks.failed().count_ones()));
+    }
+    say!(
+        "COLDSPARK-READY protocol={} cpus={} memory_mib={} arena_mib={} disks={} tsc_khz={} checks_failed={}",
+        protocol_name(boot),
+        cpus.alive(),
+        given.ram_bytes() >> 20,
+        arena.bytes() >> 20,
+        devices.disks(),
+        timing.tsc_khz,
+        checks.failed().count_ones()
+    );
+    serial::out8(STATUS_PORT, STATUS_READY);
+    let facts = serve::Facts { boot, tsc_khz: timing.tsc_khz, checks, memory_bytes: given.ram_bytes() };
+    serve::run(facts, devices, arena, cpus, random, clock)
+}
+
+fn protocol_name(boot: u32) -> &'static str {
+    match boot {
+        wire::BOOT_NATIVE => "native",
+        wire::BOOT_PVH => "pvh",
+        _ => "unknown",
+    }
+}
+
+/// Says why, tells the VMM, stops this CPU.
+fn fail(why: core::fmt::Arguments) -> ! {
+    say!("COLDSPARK-FAILED {why}");
+    serial::out8(STATUS_PORT, STATUS_FAILED);
+    gate::stop()
+}
+
+/// Entered by the stub after a fault in either ring.
+#[unsafe(no_mangle)]
+extern "C" fn guest_fault() -> ! {
+    let [vector, error, rip, cs, rsp, cr2, flags] = gate::fault_notes_of_stub();
+    fail(format_args!(
+        "fault vector={vector} error={error:#x} rip={rip:#x} cs={cs:#x} rsp={rsp:#x} cr2={cr2:#x} flags={flags:#x}"
+    ))
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    fail(format_args!("{info}"))
+}
