@@ -78,7 +78,7 @@ impl Cmos {
 }
 
 fn bcd(value: u8) -> u8 {
-    (value / 10) << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 /// Proleptic Gregorian date and time, UTC.

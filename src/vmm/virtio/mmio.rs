@@ -14,7 +14,7 @@
 //!
 //! Facts: virtio 1.2 clauses 2.1, 2.2, 4.2.2, 4.2.3; FreeBSD's `sys/dev/virtio/mmio/virtio_mmio.c`: waits for status 0
 //! after a reset, negotiates both feature words, reads back FEATURES_OK, asks `QueueNumMax`, reads configuration fields
-//! in their own width between two reads of `ConfigGeneration`, notifies queues before DRIVER_OK.
+//! in their own width between two reads of `ConfigGeneration`, notifies queues (and polls them) before DRIVER_OK.
 
 mod persist;
 #[cfg(test)]
@@ -176,10 +176,13 @@ impl MmioTransport {
         }
     }
 
-    /// The device takes part in I/O: the driver said so and did not break it since.
+    /// The device takes part in I/O: features are agreed upon and the driver did not break it since.
+    ///
+    /// Clause 3.1.1 has drivers wait for DRIVER_OK; FreeBSD's vtblk asks for the disk's serial number, and polls for
+    /// the answer, in its attach routine, before the bus sets DRIVER_OK. A device that waits hangs it there.
     fn running(&self) -> bool {
-        self.status & (VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED)
-            == VIRTIO_CONFIG_S_DRIVER_OK
+        self.status & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED)
+            == VIRTIO_CONFIG_S_FEATURES_OK
     }
 
     /// Has the device look at the queues of `mask`.
@@ -368,11 +371,11 @@ impl MmioTransport {
         self.status |= new & !(VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK);
         if new & VIRTIO_CONFIG_S_FEATURES_OK != 0 && self.features_acceptable() {
             self.status |= VIRTIO_CONFIG_S_FEATURES_OK;
+            self.device.activate(self.driver_features);
         }
         if new & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.status & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
             self.status |= VIRTIO_CONFIG_S_DRIVER_OK;
-            self.device.activate(self.driver_features);
-            // Drivers fill and notify queues before this point, when nothing may be taken from them.
+            // What was filled before and not notified.
             self.kick_all();
         }
     }

@@ -55,7 +55,7 @@ pub trait VirtioDevice: Send {
     /// Writes the configuration space; what is not writable ignores it.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// The driver is ready (`DRIVER_OK`), with these features.
+    /// The driver has agreed on these features (`FEATURES_OK`); queues may be used from now on.
     fn activate(&mut self, acked_features: u64);
 
     /// Back to the state after construction; host resources stay.

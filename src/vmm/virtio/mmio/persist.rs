@@ -129,7 +129,7 @@ impl MmioTransport {
         self.queue_select = state.queue_select;
         self.config_generation = state.config_generation;
         self.unchecked = true;
-        if driver_ok {
+        if features_ok {
             self.device.activate(self.driver_features);
         }
         Ok(self.device.restore(&state.device)?)

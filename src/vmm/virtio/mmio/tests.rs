@@ -93,18 +93,17 @@ fn a_driver_comes_up_works_and_resets() {
 }
 
 #[test]
-fn what_was_notified_before_driver_ok_is_done_after_it() {
-    // FreeBSD's console driver fills its receive queue while it attaches.
+fn what_is_notified_before_driver_ok_is_answered_on_the_device_thread() {
+    // FreeBSD's vtblk polls for the disk's serial number while it attaches, before the bus sets DRIVER_OK.
     let mut machine = new();
     machine.set(VIRTIO_MMIO_STATUS, UP & !VIRTIO_CONFIG_S_DRIVER_OK & !VIRTIO_CONFIG_S_FEATURES_OK);
     machine.accept(1 << VIRTIO_F_VERSION_1);
     machine.set(VIRTIO_MMIO_STATUS, UP & !VIRTIO_CONFIG_S_DRIVER_OK);
     machine.add_queue(0, 8);
-    assert!(!ask(&mut machine), "not started yet");
+    assert!(ask(&mut machine));
     machine.set(VIRTIO_MMIO_STATUS, UP);
-    assert!(machine.take_used(0).is_none(), "the vCPU's thread does no I/O");
     machine.run();
-    assert_eq!(machine.take_used(0), Some((0, 64)));
+    assert!(ask(&mut machine));
 }
 
 #[test]
