@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_EXIT_IO, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -23,6 +24,9 @@ use super::bus::Bus;
 use super::chipset::PortEffect;
 use super::vcpu_state::{self, VcpuStateError};
 use crate::snapshot::state::vcpu::VcpuState;
+
+/// How long a guest that ends waits for its console to take what it printed.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a vCPU reports by itself.
 #[derive(Debug, Clone)]
@@ -267,6 +271,10 @@ impl Runner {
         let step = self.run_once();
         if let Step::Event(event) = &step {
             self.dead = !matches!(event, VcpuEvent::Ready(_));
+            if self.dead {
+                // The last words of a guest that ends must not be lost with it.
+                self.bus.chipset.serial.flush(LAST_WORDS_LIMIT);
+            }
             (self.events)(event.clone());
         }
         step

@@ -7,8 +7,10 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -270,6 +272,27 @@ impl Serial {
             r.transmit_interrupt = true;
         }
         self.update(&mut r);
+    }
+
+    /// Hands the rest of the output to the console, waiting for it up to `limit`: for a guest that ends.
+    pub fn flush(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        loop {
+            {
+                let mut r = self.lock();
+                self.drain(&mut r);
+                if r.transmit.is_empty() {
+                    return;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut poll = libc::pollfd { fd: self.console.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+            let left_ms = libc::c_int::try_from(left.as_millis()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: one valid pollfd, which lives through the call.
+            if left.is_zero() || unsafe { libc::poll(&mut poll, 1, left_ms) } == 0 {
+                return;
+            }
+        }
     }
 
     /// Raises the line if an interrupt source has become active. Also when another one already held it: an extra
