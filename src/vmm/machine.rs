@@ -286,6 +286,8 @@ impl Machine {
             disks: &views,
             mmio: &frame.slots(),
         })?;
+        // The tables say: the first id after the vCPUs'.
+        frame.bus.chipset.ioapic.set_id(count);
         let mut vcpus = Vec::new();
         for index in 0..count {
             let vcpu = shell.vm.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU"))?;

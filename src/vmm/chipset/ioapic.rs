@@ -137,6 +137,12 @@ impl IoApic {
         Ok(())
     }
 
+    /// The id that firmware gave it, the same as in the tables. Eight bits, as on every later chip: with 16 vCPUs and
+    /// more the data sheet's four do not reach.
+    pub fn set_id(&self, id: u8) {
+        self.lock().id = id;
+    }
+
     fn entry_changed(&self, r: &Registers, pin: usize) -> Result<(), errno::Error> {
         let bit = 1u32 << pin;
         let was_masked = self.gate.masked.load(Ordering::SeqCst) & bit != 0;
@@ -187,7 +193,7 @@ impl IoApic {
     pub fn restore(&self, state: &IoApicState) -> Result<(), errno::Error> {
         let mut r = self.lock();
         r.select = state.select;
-        r.id = state.id & 0x0f;
+        r.id = state.id;
         let mut masked = 0;
         for (pin, (to, from)) in r.entries.iter_mut().zip(&state.entries).enumerate() {
             *to = from & ENTRY_WRITABLE;
@@ -240,7 +246,7 @@ impl Registers {
     /// The pin whose entry changed, if any.
     fn write_selected(&mut self, value: u32) -> Option<usize> {
         if self.select == INDEX_ID {
-            self.id = (value >> 24) as u8 & 0x0f;
+            self.id = (value >> 24) as u8;
             return None;
         }
         let (pin, high) = self.entry(self.select)?;
