@@ -24,6 +24,8 @@ pub struct TransportState {
     /// Interrupt status: bit 0 used buffers, bit 1 configuration change.
     pub interrupt_status: u32,
     pub config_generation: u32,
+    /// Queues that the device was still to look at; bit = number.
+    pub pending: u32,
     /// In the order of the device's queue numbers.
     pub queues: Vec<QueueState>,
     /// Encoded state of the device itself.
@@ -65,6 +67,10 @@ pub enum ConsoleState {
         /// Bytes of the chain at the head of the transmit queue that had been sent already. The rest of that
         /// chain is in guest memory, so the pending bytes themselves need no room here.
         transmit_offset: u64,
+        /// That chain waits for the peer to read.
+        transmit_blocked: bool,
+        /// The guest had given receive buffers.
+        receive_buffers: bool,
     },
 }
 

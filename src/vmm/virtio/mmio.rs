@@ -2,9 +2,9 @@
 //!
 //! vCPU threads read and write registers; what a register write asks of the queues is only noted here and handed to
 //! the device thread through the transport's own event descriptor (the *kick*), which is always among
-//! [`MmioTransport::host_interest`]. So no vCPU waits for a disk, and whatever changes the descriptors to be watched
-//! happens on, or wakes, the thread that watches them. With an ioeventfd on `QueueNotify` the device thread calls
-//! [`MmioTransport::notify`] itself.
+//! [`MmioTransport::host_interest`]. So whatever changes the descriptors to be watched happens on, or wakes, the thread
+//! that watches them. The registers of everyday operation need no lock at all ([`HotRegisters`]): no vCPU waits for a
+//! disk. With an ioeventfd on `QueueNotify` the device thread calls [`MmioTransport::notify`] itself.
 //!
 //! The interrupt is an edge: the bit in the interrupt status is set first, then the line raised, every time; an edge
 //! that meets a handler already running is latched by the interrupt controller.
@@ -16,12 +16,13 @@
 //! after a reset, negotiates both feature words, reads back FEATURES_OK, asks `QueueNumMax`, reads configuration fields
 //! in their own width between two reads of `ConfigGeneration`, notifies queues (and polls them) before DRIVER_OK.
 
+mod hot;
 mod persist;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_config::{
@@ -31,10 +32,9 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+pub use self::hot::HotRegisters;
 pub use self::persist::RestoreError;
-use super::queue::check_available;
 use super::{DeviceError, HostInterest, Progress, VirtioDevice, read_space};
 use crate::vmm::irq::Interrupt;
 use crate::vmm::memory::GuestMemory;
@@ -70,17 +70,12 @@ pub struct MmioTransport {
     interrupt: Arc<dyn Interrupt>,
     queues: Vec<Queue>,
     status: u32,
-    interrupt_status: u32,
     device_features_select: u32,
     driver_features_select: u32,
     driver_features: u64,
     queue_select: u32,
     config_generation: u32,
-    /// Queues that the device thread is to look at after a kick; bit = number.
-    pending: u32,
-    /// After a restore the rings are still to be checked against the saved indices.
-    unchecked: bool,
-    kick: EventFd,
+    hot: Arc<HotRegisters>,
     complaints: u32,
 }
 
@@ -92,21 +87,18 @@ impl MmioTransport {
         if queues.len() != sizes.len() || queues.len() > QUEUES_MAX {
             return Err(TransportError::Queues(sizes.to_vec()));
         }
-        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(TransportError::Kick)?;
+        let hot = Arc::new(HotRegisters::new(queues.len()).map_err(TransportError::Kick)?);
         Ok(Self {
             device,
             interrupt,
             queues,
             status: 0,
-            interrupt_status: 0,
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
             queue_select: 0,
             config_generation: 0,
-            pending: 0,
-            unchecked: false,
-            kick,
+            hot,
             complaints: 0,
         })
     }
@@ -114,6 +106,11 @@ impl MmioTransport {
     /// Number of queues: as many values of `QueueNotify` are worth an ioeventfd.
     pub fn queue_count(&self) -> usize {
         self.queues.len()
+    }
+
+    /// The registers that need no lock on this transport.
+    pub fn hot_registers(&self) -> Arc<HotRegisters> {
+        self.hot.clone()
     }
 
     /// Name of the device.
@@ -141,13 +138,17 @@ impl MmioTransport {
             self.device.write_config(config_offset, data);
             return;
         }
+        if self.hot.write(offset, data) {
+            return;
+        }
         // Clause 4.2.2.2: drivers access registers with 32 bits, aligned. Anything else is ignored.
         if let (Ok(register), Ok(value)) = (u32::try_from(offset), data.try_into()) {
             self.set_register(register, u32::from_le_bytes(value), memory);
         }
     }
 
-    /// The driver notified `queue`: handles what is available there. On the device thread.
+    /// The driver notified `queue`: handles what is available there. On the device thread. (Who learns of it by an
+    /// ioeventfd must call this for a signal that came before a pause, too, or a snapshot does not know of it.)
     pub fn notify(&mut self, queue: u16, memory: &GuestMemory) {
         if usize::from(queue) < self.queues.len() {
             self.work_on(1 << queue, memory);
@@ -157,7 +158,7 @@ impl MmioTransport {
     /// Host descriptors to watch now. Ask again after every call that takes guest memory on the device thread. One
     /// that is not in the list must not be watched at all, not even for hang-ups.
     pub fn host_interest(&self) -> Vec<HostInterest> {
-        let mut interest = vec![HostInterest { fd: self.kick.as_raw_fd(), readable: true, writable: false }];
+        let mut interest = vec![HostInterest { fd: self.hot.kick_fd(), readable: true, writable: false }];
         if self.running() {
             interest.extend(self.device.host_interest());
         }
@@ -166,10 +167,9 @@ impl MmioTransport {
 
     /// A watched descriptor is ready. On the device thread.
     pub fn host_event(&mut self, fd: RawFd, memory: &GuestMemory) {
-        if fd == self.kick.as_raw_fd() {
-            // Empty it; it is there only to wake, `pending` says what for.
-            let _ = self.kick.read();
-            self.work_on(self.pending, memory);
+        if fd == self.hot.kick_fd() {
+            let pending = self.hot.take_pending();
+            self.work_on(pending, memory);
         } else if self.running() {
             let result = self.device.host_event(fd, &mut self.queues, memory);
             self.conclude(result, None);
@@ -187,14 +187,6 @@ impl MmioTransport {
 
     /// Has the device look at the queues of `mask`.
     fn work_on(&mut self, mask: u32, memory: &GuestMemory) {
-        self.pending &= !mask;
-        if self.unchecked {
-            self.unchecked = false;
-            let mut ready = self.queues.iter().filter(|queue| queue.ready());
-            if let Err(error) = ready.try_for_each(|queue| check_available(queue, memory)) {
-                self.fail(&error);
-            }
-        }
         for index in 0..self.queues.len() {
             if mask & 1 << index == 0 || !self.running() || !self.queues.get(index).is_some_and(Queue::ready)
             {
@@ -213,7 +205,7 @@ impl MmioTransport {
                     self.raise(VIRTIO_MMIO_INT_VRING);
                 }
                 match queue {
-                    Some(index) if progress.more => self.kick(1 << index),
+                    Some(index) if progress.more => self.hot.kick(1 << index),
                     // A host event may concern any queue.
                     None if progress.more => self.kick_all(),
                     _ => {}
@@ -234,21 +226,14 @@ impl MmioTransport {
     }
 
     fn raise(&mut self, bit: u32) {
-        self.interrupt_status |= bit;
+        self.hot.set_interrupt(bit);
         self.interrupt.raise();
-    }
-
-    /// Has the device thread look at the queues of `mask`.
-    fn kick(&mut self, mask: u32) {
-        self.pending |= mask;
-        // It fails only if the counter is full, and then the thread is woken already.
-        let _ = self.kick.write(1);
     }
 
     fn kick_all(&mut self) {
         let mask =
             self.queues.iter().enumerate().filter(|(_, queue)| queue.ready()).map(|(index, _)| 1 << index);
-        self.kick(mask.sum());
+        self.hot.kick(mask.sum());
     }
 
     fn selected(&self) -> Option<&Queue> {
@@ -277,7 +262,7 @@ impl MmioTransport {
             },
             VIRTIO_MMIO_QUEUE_NUM_MAX => self.selected().map_or(0, |queue| u32::from(queue.max_size())),
             VIRTIO_MMIO_QUEUE_READY => self.selected().map_or(0, |queue| u32::from(queue.ready())),
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt_status,
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.hot.interrupt_status(),
             VIRTIO_MMIO_STATUS => self.status,
             // No shared memory region exists: length and base read as all ones (clause 4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW
@@ -302,8 +287,6 @@ impl MmioTransport {
                 }
             }
             VIRTIO_MMIO_QUEUE_READY => self.set_queue_ready(value, memory),
-            VIRTIO_MMIO_QUEUE_NOTIFY if (value as usize) < self.queues.len() => self.kick(1 << value),
-            VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt_status &= !value,
             VIRTIO_MMIO_STATUS => self.set_status(value),
             VIRTIO_MMIO_QUEUE_DESC_LOW => {
                 self.configure(|queue| queue.set_desc_table_address(Some(value), None))
@@ -391,12 +374,10 @@ impl MmioTransport {
             queue.reset();
         }
         self.status = 0;
-        self.interrupt_status = 0;
+        self.hot.set(0, 0);
         self.device_features_select = 0;
         self.driver_features_select = 0;
         self.driver_features = 0;
         self.queue_select = 0;
-        self.pending = 0;
-        self.unchecked = false;
     }
 }

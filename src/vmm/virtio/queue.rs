@@ -94,9 +94,3 @@ fn wants_interrupt(queue: &mut Queue, memory: &GuestMemory) -> Result<bool, Devi
         .map_err(virtio_queue::Error::GuestMemory)?;
     Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
 }
-
-/// Whether the available ring's index can be true: never more entries ahead than the queue has.
-pub fn check_available(queue: &Queue, memory: &GuestMemory) -> Result<(), DeviceError> {
-    let ahead = queue.avail_idx(memory, Ordering::Acquire)?.0.wrapping_sub(queue.next_avail());
-    if ahead > queue.size() { Err(virtio_queue::Error::InvalidAvailRingIndex.into()) } else { Ok(()) }
-}

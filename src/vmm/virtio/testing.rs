@@ -75,6 +75,13 @@ impl Machine {
         machine
     }
 
+    /// A copy of this machine, guest memory and driver, with `device` in it. The transport is in reset still.
+    pub fn copy_with(&self, device: Box<dyn VirtioDevice>) -> Self {
+        let memory = guest_memory();
+        memory.write_slice(&self.read_bytes(0, MEMORY_BYTES as usize), GuestAddress(0)).unwrap();
+        Machine { queues: self.queues.clone(), ..Self::with_memory(device, memory) }
+    }
+
     /// Does what a driver does from reset to DRIVER_OK.
     pub fn start(&mut self, size: u16, without: u64) {
         self.set(VIRTIO_MMIO_STATUS, 0);

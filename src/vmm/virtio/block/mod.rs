@@ -39,7 +39,7 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 const RANGES_MAX: u32 = 32;
 const RANGE_SECTORS_MAX: u32 = 4 << 20;
 /// Most bytes read and written in one call before the other devices have their turn.
-const CALL_BYTES_MAX: u64 = 16 << 20;
+const CALL_BYTES_MAX: u64 = 4 << 20;
 /// Sectors of 512 bytes in a block of the disk's layers, as a power of two.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 const CONFIG_BYTES: usize = 60;

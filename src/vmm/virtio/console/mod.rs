@@ -218,15 +218,22 @@ impl VirtioDevice for Console {
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        codec::encode(&ConsoleState::V1 { transmit_offset: self.transmit_offset })
-            .map_err(|source| DeviceError::Codec { device: self.name(), source })
+        let state = ConsoleState::V1 {
+            transmit_offset: self.transmit_offset,
+            transmit_blocked: self.transmit_blocked,
+            receive_buffers: self.receive_buffers,
+        };
+        codec::encode(&state).map_err(|source| DeviceError::Codec { device: self.name(), source })
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
-        let ConsoleState::V1 { transmit_offset } =
+        let ConsoleState::V1 { transmit_offset, transmit_blocked, receive_buffers } =
             codec::decode(bytes).map_err(|source| DeviceError::Codec { device: self.name(), source })?;
-        // Any value is harmless: what lies past the chain's end counts as sent.
+        // Any value is harmless. What lies past the chain's end counts as sent; the flags say what to try, and the
+        // first try sets them right.
         self.transmit_offset = transmit_offset;
+        self.transmit_blocked = transmit_blocked;
+        self.receive_buffers = receive_buffers;
         Ok(())
     }
 }

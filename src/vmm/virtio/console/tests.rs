@@ -5,10 +5,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::vmm::virtio::testing::{BUFFERS, MEMORY_BYTES, Machine, guest_memory};
+use crate::vmm::virtio::testing::{BUFFERS, MEMORY_BYTES, Machine};
 
 const RX: u16 = RECEIVE as u16;
 const TX: u16 = TRANSMIT as u16;
@@ -125,11 +124,9 @@ fn a_chain_half_sent_at_the_snapshot_is_finished_by_the_clone() {
     source.add(TX, 0, &[(BUFFERS, data.len() as u32, false)]);
     source.notify(TX);
     let state = source.transport.save().unwrap();
-    let memory = guest_memory();
-    memory.write_slice(&source.read_bytes(0, MEMORY_BYTES as usize), GuestAddress(0)).unwrap();
     let (ours, mut clones_peer) = UnixStream::pair().unwrap();
     clones_peer.set_nonblocking(true).unwrap();
-    let mut clone = Machine::with_memory(Box::new(Console::new(ours)), memory);
+    let mut clone = source.copy_with(Box::new(Console::new(ours)));
     clone.transport.restore(&state, &clone.memory).unwrap();
     clone.transport.kick_after_restore();
     clone.run();
@@ -146,6 +143,21 @@ fn a_chain_half_sent_at_the_snapshot_is_finished_by_the_clone() {
     let all = finish(&mut source, &mut peer);
     assert!(all == data, "the source sends all of it to its own peer");
     assert!(!rest.is_empty() && rest.len() < data.len() && data.ends_with(&rest), "the clone only the rest");
+}
+
+#[test]
+fn receive_buffers_given_before_the_snapshot_serve_the_clone() {
+    let (mut source, _peer) = started();
+    source.add(RX, 0, &[(BUFFERS, 16, true)]);
+    source.notify(RX);
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let mut clone = source.copy_with(Box::new(Console::new(ours)));
+    clone.transport.restore(&source.transport.save().unwrap(), &clone.memory).unwrap();
+    clone.transport.kick_after_restore();
+    peer.write_all(b"for the clone").unwrap();
+    clone.run();
+    assert_eq!(clone.take_used(RX), Some((0, 13)));
+    assert_eq!(clone.read_bytes(BUFFERS, 13), b"for the clone");
 }
 
 #[test]
@@ -235,8 +247,14 @@ fn a_saved_offset_beyond_its_chain_counts_as_sent() {
     for transmit_offset in [10, 11, u64::MAX] {
         let (mut source, _peer) = started();
         let mut state = source.transport.save().unwrap();
-        state.device = codec::encode(&ConsoleState::V1 { transmit_offset }).unwrap();
+        state.device = codec::encode(&ConsoleState::V1 {
+            transmit_offset,
+            transmit_blocked: true,
+            receive_buffers: true,
+        })
+        .unwrap();
         source.transport.restore(&state, &source.memory).unwrap();
+        source.run();
         source.write_bytes(BUFFERS, &[b'x'; 10]);
         source.add(TX, 0, &[(BUFFERS, 10, false)]);
         source.notify(TX);

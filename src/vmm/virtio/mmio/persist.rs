@@ -35,8 +35,9 @@ pub enum RestoreError {
 }
 
 impl MmioTransport {
-    /// The state of transport and device. Only while no vCPU runs and the device thread is quiet. What was noted for
-    /// the device thread and not done yet needs no saving: [`Self::kick_after_restore`] looks at every queue.
+    /// The state of transport and device. Only while no vCPU runs and the device thread is quiet. Every queue with
+    /// chains that were not looked at is then either noted as pending, or its driver has not notified it yet, or its
+    /// device knows what it waits for: so a restored device touches guest memory only when there is work.
     pub fn save(&self) -> Result<TransportState, DeviceError> {
         let queues = self.queues.iter().map(|queue| QueueState {
             size: queue.size(),
@@ -55,8 +56,9 @@ impl MmioTransport {
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
             queue_select: self.queue_select,
-            interrupt_status: self.interrupt_status,
+            interrupt_status: self.hot.interrupt_status(),
             config_generation: self.config_generation,
+            pending: self.hot.pending(),
             queues: queues.collect(),
             device: self.device.save()?,
         })
@@ -73,13 +75,14 @@ impl MmioTransport {
         result
     }
 
-    /// Sets going what a restored device may have missed: the device thread will look at every queue (and check its
-    /// ring's index first), and an interrupt that was not acknowledged is raised again. Touches no guest memory.
+    /// Sets going what a restored device was about to do: the device thread will look at the queues that were
+    /// pending, and an interrupt that was not acknowledged is raised again. Touches no guest memory. Harmless at any
+    /// time.
     pub fn kick_after_restore(&mut self) {
-        if self.running() {
-            self.kick_all();
+        if self.hot.pending() != 0 {
+            self.hot.kick(0);
         }
-        if self.interrupt_status != 0 {
+        if self.hot.interrupt_status() != 0 {
             self.interrupt.raise();
         }
     }
@@ -106,6 +109,9 @@ impl MmioTransport {
         if state.interrupt_status & !(VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG) != 0 {
             return Err(register(format!("interrupt status {:#x}", state.interrupt_status)));
         }
+        if state.pending & !self.hot.queues() != 0 {
+            return Err(register(format!("set of pending queues {:#x}", state.pending)));
+        }
         self.driver_features = state.driver_features;
         if features_ok && !self.features_acceptable() {
             let missing = state.driver_features & !self.device_features();
@@ -123,12 +129,11 @@ impl MmioTransport {
             })?;
         }
         self.status = state.status;
-        self.interrupt_status = state.interrupt_status;
+        self.hot.set(state.pending, state.interrupt_status);
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.queue_select = state.queue_select;
         self.config_generation = state.config_generation;
-        self.unchecked = true;
         if features_ok {
             self.device.activate(self.driver_features);
         }
@@ -136,7 +141,8 @@ impl MmioTransport {
     }
 }
 
-/// Sets a fresh queue to its saved state. The rings' contents are looked at later, see the module `mmio`.
+/// Sets a fresh queue to its saved state. Whether the indices agree with the ring shows when the ring is used: more
+/// chains ahead than the queue has entries are refused every time.
 fn restore_queue(
     queue: &mut Queue,
     saved: &QueueState,

@@ -217,9 +217,7 @@ fn a_queue_that_does_not_exist_cannot_be_notified() {
 
 /// A machine with the memory of `source` and a device restored from `state`.
 fn clone_of(source: &Machine, state: &TransportState) -> (Machine, Result<(), RestoreError>) {
-    let memory = guest_memory();
-    memory.write_slice(&source.read_bytes(0, MEMORY_BYTES as usize), GuestAddress(0)).unwrap();
-    let mut clone = Machine::with_memory(Box::new(Rng::new()), memory);
+    let mut clone = source.copy_with(Box::new(Rng::new()));
     let result = clone.transport.restore(state, &clone.memory);
     (clone, result)
 }
@@ -287,13 +285,14 @@ fn restoring_touches_no_guest_memory() {
 #[test]
 fn a_saved_state_that_cannot_be_is_refused() {
     type Change = fn(&mut TransportState);
-    let changes: [(&str, Change); 19] = [
+    let changes: [(&str, Change); 20] = [
         ("device", |state| state.device_id = 2),
         ("status", |state| state.status |= 0x10),
         ("status without features", |state| state.status &= !VIRTIO_CONFIG_S_FEATURES_OK),
         ("interrupt status", |state| state.interrupt_status = 4),
         ("feature not offered", |state| state.driver_features |= 1 << 5),
         ("no version 1", |state| state.driver_features &= !(1 << VIRTIO_F_VERSION_1)),
+        ("pending queue", |state| state.pending = 2),
         ("no queue", |state| state.queues.clear()),
         ("too many queues", |state| state.queues.push(state.queues[0])),
         ("size 0", |state| state.queues[0].size = 0),
@@ -331,8 +330,47 @@ fn saved_indices_that_do_not_agree_with_the_ring_stop_the_device() {
     let (mut clone, result) = clone_of(&source, &state);
     result.unwrap();
     clone.transport.kick_after_restore();
-    clone.run();
+    clone.notify(0);
     assert!(clone.broken());
+}
+
+#[test]
+fn the_registers_of_operation_need_no_lock() {
+    let mut machine = started(0);
+    let hot = machine.transport.hot_registers();
+    machine.add(0, 0, &[(BUFFERS, 64, true)]);
+    assert!(hot.write(VIRTIO_MMIO_QUEUE_NOTIFY.into(), &[0; 4]));
+    machine.run();
+    assert_eq!(machine.take_used(0), Some((0, 64)));
+    let mut data = [0; 4];
+    assert!(hot.read(VIRTIO_MMIO_INTERRUPT_STATUS.into(), &mut data));
+    assert_eq!(data, [1, 0, 0, 0]);
+    assert!(hot.write(VIRTIO_MMIO_INTERRUPT_ACK.into(), &[1, 0, 0, 0]));
+    assert_eq!(machine.get(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    // All else is not theirs, nor another width.
+    for offset in (0..0x200).chain([u64::MAX]) {
+        let mut one = [0];
+        assert_eq!(hot.read(offset, &mut data), offset == u64::from(VIRTIO_MMIO_INTERRUPT_STATUS));
+        assert!(!hot.read(offset, &mut one) && !hot.write(offset, &one));
+    }
+    assert!(!hot.write(VIRTIO_MMIO_STATUS.into(), &[0; 4]));
+    assert_eq!(machine.status(), UP);
+}
+
+#[test]
+fn a_quiet_device_is_restored_without_waking_anybody() {
+    let mut source = started(0);
+    assert!(ask(&mut source));
+    source.set(VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    let (mut clone, result) = clone_of(&source, &source.transport.save().unwrap());
+    result.unwrap();
+    clone.transport.kick_after_restore();
+    assert_eq!(clone.edges.take(), 0);
+    let kick = clone.transport.host_interest()[0];
+    let mut polled = libc::pollfd { fd: kick.fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one entry, which lives through the call.
+    assert_eq!(unsafe { libc::poll(&mut polled, 1, 0) }, 0);
+    assert!(ask(&mut clone));
 }
 
 proptest! {
