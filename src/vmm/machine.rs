@@ -13,7 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
@@ -210,7 +210,7 @@ impl Frame {
             let pin = SLOT_PINS.get(virtio.len()).copied().unwrap_or(0);
             let line: Arc<dyn Interrupt> =
                 chipset.ioapic.line(usize::from(pin)).map_err(call("KVM_IRQFD"))?;
-            virtio.push(Mutex::new(MmioTransport::new(device, line)?));
+            virtio.push(MmioTransport::new(device, line)?);
             Ok(())
         };
         for part in parts.disks {
@@ -221,7 +221,7 @@ impl Frame {
         add(Box::new(Console::new(parts.agent)))?;
         add(Box::new(Rng::new()))?;
         let memory = shell.ram.memory().clone();
-        let bus = Arc::new(Bus { chipset, virtio, memory, exits: AtomicU64::new(0) });
+        let bus = Arc::new(Bus::new(chipset, virtio, memory));
         let devices = DeviceThread::start(bus.clone(), changed)?;
         Ok(Frame { bus, devices, disks, events: parts.events })
     }
