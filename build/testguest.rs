@@ -16,6 +16,10 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// ELF identification: byte and value by which a kernel is FreeBSD's.
 const OSABI_AT: usize = 7;
 const OSABI_FREEBSD: u8 = 9;
+const PROGRAM_HEADER_BYTES: usize = 56;
+const VIRTUAL_ADDRESS_AT: usize = 16;
+/// Start of the kernel's window on physical memory.
+const KERNBASE: u64 = 0xffff_ffff_8000_0000;
 
 pub fn build() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=guest/testguest");
@@ -25,14 +29,26 @@ pub fn build() -> Result<(), Box<dyn Error>> {
     compile(&root, &elf)?;
 
     let mut bytes = fs::read(&elf)?;
-    if bytes.get(..4) != Some(b"\x7fELF".as_slice()) {
-        return Err(format!("{} is not an ELF file", elf.display()).into());
-    }
-    if let Some(osabi) = bytes.get_mut(OSABI_AT) {
-        *osabi = OSABI_FREEBSD;
-    }
+    dress(&mut bytes).ok_or_else(|| format!("{} is not an ELF file", elf.display()))?;
     fs::write(&elf, bytes)?;
     Ok(())
+}
+
+/// Gives the file a FreeBSD kernel's looks: OSABI, and segments in the KERNBASE window that the loader maps to where the guest
+/// is linked. `None`: a header is not where it should be.
+fn dress(bytes: &mut [u8]) -> Option<()> {
+    if bytes.get(..4)? != b"\x7fELF" {
+        return None;
+    }
+    *bytes.get_mut(OSABI_AT)? = OSABI_FREEBSD;
+    let headers = usize::try_from(u64::from_le_bytes(*bytes.get(32..)?.first_chunk()?)).ok()?;
+    let count = usize::from(u16::from_le_bytes(*bytes.get(56..)?.first_chunk()?));
+    for index in 0..count {
+        let at = headers + index * PROGRAM_HEADER_BYTES + VIRTUAL_ADDRESS_AT;
+        let field: &mut [u8; 8] = bytes.get_mut(at..)?.first_chunk_mut()?;
+        *field = u64::from_le_bytes(*field).checked_add(KERNBASE)?.to_le_bytes();
+    }
+    Some(())
 }
 
 fn compile(root: &Path, elf: &Path) -> Result<(), Box<dyn Error>> {

@@ -33,7 +33,9 @@ mod tests {
         let mut lowest = u64::MAX;
         let mut pvh_entry = 0;
         for header in (0..count).map(|index| headers + index * 56) {
-            let (offset, physical) = (number::<8>(header + 8) as usize, number::<8>(header + 24));
+            let [offset, window, physical] = [8, 16, 24].map(|at| number::<8>(header + at));
+            assert_eq!(window, physical + 0xffff_ffff_8000_0000, "linked like a kernel");
+            let offset = offset as usize;
             match number::<4>(header) {
                 1 => lowest = lowest.min(physical),
                 4 => {
