@@ -77,7 +77,7 @@ fn a_manifest_survives_the_round_trip() {
     // What DESIGN and docs promise to people and tools.
     let value: serde_json::Value = serde_json::from_slice(&json).unwrap();
     assert_eq!(value["guest"]["protocol"], "freebsd");
-    assert_eq!(value["files"][1]["sum"], "chunks-64k");
+    assert_eq!(value["files"][1]["sum"], "chunks-16k");
     assert_eq!(value["files"][0]["sum"], "whole");
 }
 

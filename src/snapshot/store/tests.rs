@@ -297,15 +297,12 @@ fn no_byte_of_the_manifest_can_change_unnoticed() {
     let id = publish(&store, "web").id().clone();
     let path = folder.path().join(id.as_str());
     let json = fs::read(path.join(DOCUMENT.file)).unwrap();
-    for at in 0..json.len() {
-        for bit in [0x01, 0x10] {
-            let mut changed = json.clone();
-            changed[at] ^= bit;
-            fs::write(path.join(DOCUMENT.file), &changed).unwrap();
-            assert!(store.verify("web").is_err(), "byte {at}");
-        }
+    let file = fs::OpenOptions::new().write(true).open(path.join(DOCUMENT.file)).unwrap();
+    for (at, &byte) in json.iter().enumerate() {
+        file.write_all_at(&[byte ^ (1 << (at % 7))], at as u64).unwrap();
+        assert!(store.verify("web").is_err(), "byte {at}");
+        file.write_all_at(&[byte], at as u64).unwrap();
     }
-    fs::write(path.join(DOCUMENT.file), &json).unwrap();
     store.verify("web").unwrap();
 }
 
