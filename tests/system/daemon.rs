@@ -164,7 +164,7 @@ fn spawn(socket: &Path, data: &Path, log: &Path) -> anyhow::Result<Child> {
         .arg("serve")
         .arg("--socket")
         .arg(socket)
-        .arg("--data")
+        .arg("--data-dir")
         .arg(data)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
