@@ -19,6 +19,8 @@
 mod hot;
 mod persist;
 #[cfg(test)]
+mod race;
+#[cfg(test)]
 mod tests;
 
 use std::io;
