@@ -31,8 +31,8 @@ const BSD_LABEL_MAGIC: u32 = 0x8256_4557;
 const BSD_PARTITIONS_MAX: usize = 20;
 const BSD_TYPE_FFS: u8 = 7;
 
-const SUPERBLOCK_UFS2: u64 = 65536;
-const SUPERBLOCK_UFS1: u64 = 8192;
+/// Where FreeBSD looks for a superblock, in its order (`SBLOCKSEARCH`). Image makers put UFS2's at 8 KiB too.
+const SUPERBLOCK_STARTS: [u64; 4] = [65536, 8192, 0, 262_144];
 const SUPERBLOCK_BYTES: usize = 1376;
 const UFS2_MAGIC: u32 = 0x1954_0119;
 const UFS1_MAGIC: u32 = 0x0001_1954;
@@ -203,13 +203,13 @@ impl Disk<'_> {
 
     /// A UFS in `bytes` bytes from `start`.
     fn ufs(&self, start: u64, bytes: u64) -> std::io::Result<Option<Ufs>> {
-        for (offset, magic, version) in [(SUPERBLOCK_UFS2, UFS2_MAGIC, 2), (SUPERBLOCK_UFS1, UFS1_MAGIC, 1)] {
+        for offset in SUPERBLOCK_STARTS {
             let Some(at) = start.checked_add(offset) else { continue };
             if offset.saturating_add(SUPERBLOCK_BYTES as u64) > bytes {
                 continue;
             }
             let Some(block) = self.read::<SUPERBLOCK_BYTES>(at)? else { continue };
-            if u32_at(&block, 1372) == magic {
+            if let Some(version) = superblock_version(&block, offset) {
                 return Ok(Some(Ufs { version, label: label(&block, version, bytes) }));
             }
         }
@@ -225,6 +225,17 @@ impl Disk<'_> {
         self.view.content.read_at(&mut buffer, at)?;
         Ok(Some(buffer))
     }
+}
+
+/// 1 or 2 if FreeBSD would take `block`, found at `offset`, for a superblock (`readsuper` in `ffs_subr.c`).
+fn superblock_version(block: &[u8], offset: u64) -> Option<u8> {
+    let version = match u32_at(block, 1372) {
+        UFS2_MAGIC if u64_at(block, 1000) == offset => 2,
+        UFS1_MAGIC if offset <= 8192 => 1,
+        _ => return None,
+    };
+    let (groups, block_bytes, superblock_bytes) = (u32_at(block, 44), u32_at(block, 48), u32_at(block, 104));
+    (groups >= 1 && (4096..=65536).contains(&block_bytes) && superblock_bytes <= 8192).then_some(version)
 }
 
 /// The volume label, under the conditions on which FreeBSD makes a device of it.

@@ -44,14 +44,22 @@ impl Image {
     }
 
     /// A UFS of `bytes` at `start`, its label if any.
-    fn ufs(mut self, start: u64, bytes: u64, version: u8, label: &str) -> Self {
+    fn ufs(self, start: u64, bytes: u64, version: u8, label: &str) -> Self {
+        self.ufs_at(start, bytes, version, label, if version == 2 { 65536 } else { 8192 })
+    }
+
+    fn ufs_at(mut self, start: u64, bytes: u64, version: u8, label: &str, at: u64) -> Self {
         let mut block = vec![0u8; 1376];
         let fragments = bytes / 4096;
+        block[44..48].copy_from_slice(&4u32.to_le_bytes());
+        block[48..52].copy_from_slice(&32768u32.to_le_bytes());
         block[52..56].copy_from_slice(&4096u32.to_le_bytes());
         block[36..40].copy_from_slice(&(fragments as u32).to_le_bytes());
+        block[104..108].copy_from_slice(&1376u32.to_le_bytes());
         block[680..680 + label.len()].copy_from_slice(label.as_bytes());
+        block[1000..1008].copy_from_slice(&at.to_le_bytes());
         block[1080..1088].copy_from_slice(&fragments.to_le_bytes());
-        let (at, magic) = if version == 2 { (65536, UFS2_MAGIC) } else { (8192, UFS1_MAGIC) };
+        let magic = if version == 2 { UFS2_MAGIC } else { UFS1_MAGIC };
         block[1372..].copy_from_slice(&magic.to_le_bytes());
         self.parts.push((start + at, block));
         self
@@ -165,6 +173,18 @@ fn a_bare_file_system_fills_the_disk() {
 }
 
 #[test]
+fn a_superblock_counts_where_freebsd_looks_and_nowhere_else() {
+    let at = |version, at| Image::new(64).ufs_at(0, 64 * MIB, version, "", at);
+    for (version, place) in [(2, 65536), (2, 8192), (2, 0), (2, 262_144), (1, 8192), (1, 0)] {
+        assert_eq!(root(at(version, place)), "ufs:/dev/vtbd0", "UFS{version} at {place}");
+    }
+    assert_eq!(find(&[&at(1, 65536)]).mount_from, None, "a backup of UFS1's");
+    let mut moved = at(2, 65536);
+    moved.parts[0].0 = 8192;
+    assert_eq!(find(&[&moved]).mount_from, None, "a backup that says where the first one is");
+}
+
+#[test]
 fn mbr_slices_and_bsd_partitions() {
     let slice = Image::new(64).mbr(0, 0x83, 1, 8).mbr(1, 0xa5, 16, 32).ufs(16 * MIB, 32 * MIB, 2, "");
     assert_eq!(root(slice), "ufs:/dev/vtbd0s2");
@@ -230,9 +250,9 @@ proptest! {
     }
 
     #[test]
-    fn hostile_superblocks_do_not_panic(block in prop::collection::vec(any::<u8>(), 1372)) {
+    fn hostile_superblocks_do_not_panic(block in prop::collection::vec(any::<u8>(), 1000 - 108)) {
         let mut image = Image::new(64).ufs(0, 64 * MIB, 2, "");
-        image.parts.push((65536, block));
+        image.parts.push((65536 + 108, block));
         prop_assert!(find(&[&image]).mount_from.is_some());
     }
 }
