@@ -27,6 +27,9 @@ const KERNEND: u32 = METADATA | 0x8;
 const SMAP: u32 = METADATA | 0x1001;
 const MODULEP: u32 = METADATA | 0x1006;
 
+/// Seed for FreeBSD's random number generator, of the size that its own boot scripts keep in /boot/entropy. A kernel without
+/// RDRAND and without it would wait long for its first random number.
+const ENTROPY_BYTES: usize = 4096;
 /// RAM needed beyond `kernend`: kernels from 14 add their load address (2 MiB) to it once more, and then take their first
 /// stack, per-CPU area and page tables from there.
 const EARLY_BYTES: u64 = 4 << 20;
@@ -43,6 +46,7 @@ pub fn default_environment(mmio: &[MmioSlot], root: Option<&str>) -> Environment
         ("hint.uart.0.port", "0x3F8"),
         ("hint.uart.0.irq", "4"),
         ("hint.uart.0.flags", "0x10"),
+        ("hint.uart.0.baud", "115200"), // Waits between looks at the transmitter shrink with it.
         ("hint.atrtc.0.at", "isa"),
         ("hint.atrtc.0.port", "0x70"),
         ("hint.atrtc.0.irq", "8"),
@@ -57,6 +61,7 @@ pub fn default_environment(mmio: &[MmioSlot], root: Option<&str>) -> Environment
         ("hint.atkbd.0.disabled", "1"),
         ("hint.psm.0.disabled", "1"),
         ("hint.acpi.0.disabled", "1"),
+        ("hint.pcib.0.disabled", "1"),
         // "Power off" waits this long for hardware that would do it.
         ("kern.shutdown.poweroff_delay", "0"),
     ] {
@@ -98,6 +103,15 @@ pub fn load(input: &BootInput, elf: &Elf, environment: &Environment) -> Result<E
         next = layout::page_up(end);
     }
 
+    let entropy_start = next;
+    files.push(Preloaded {
+        name: "/boot/entropy",
+        kind: "boot_entropy_cache",
+        start: entropy_start,
+        bytes: ENTROPY_BYTES as u64,
+    });
+    next = layout::page_up(next.saturating_add(ENTROPY_BYTES as u64));
+
     let map = layout::memory_map(memory);
     let environment_bytes = environment.to_bytes();
     let metadata_start = next;
@@ -113,6 +127,7 @@ pub fn load(input: &BootInput, elf: &Elf, environment: &Environment) -> Result<E
     if let (Some((file, bytes)), Some(placed)) = (disk, files.get(1)) {
         elf::stream(memory, "memory disk", file, 0, placed.start, bytes)?;
     }
+    layout::put(memory, "random seed", entropy_start, &random_bytes()?)?;
     layout::put(memory, "loader metadata", metadata_start, &metadata(&files, &tail, &map))?;
     layout::put(memory, "kernel environment", envp, &environment_bytes)?;
 
@@ -141,6 +156,23 @@ fn memory_disk<'a>(input: &BootInput<'a>) -> Result<Option<(&'a std::fs::File, u
             Ok(Some((file, bytes)))
         }
     }
+}
+
+/// Fresh random bytes, from getrandom(2): no file is opened by path in a jailed worker.
+fn random_bytes() -> Result<[u8; ENTROPY_BYTES], BootError> {
+    let mut bytes = [0u8; ENTROPY_BYTES];
+    // At most 256 at a time come whole, whatever signals arrive.
+    for part in bytes.chunks_mut(256) {
+        // SAFETY: the pointer and the length are those of a slice that lives through the call.
+        let got = unsafe { libc::getrandom(part.as_mut_ptr().cast(), part.len(), 0) };
+        if usize::try_from(got) != Ok(part.len()) {
+            return Err(BootError::Read {
+                what: "host's random numbers",
+                source: std::io::Error::last_os_error(),
+            });
+        }
+    }
+    Ok(bytes)
 }
 
 /// Both RAM and within the gigabyte that the entry page tables reach.

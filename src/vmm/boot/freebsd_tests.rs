@@ -61,7 +61,7 @@ fn the_kernel_finds_everything() {
     let kernel = ElfBuilder::freebsd().file();
     let loaded = load(&BootInput { command_line: "-v a.b=c,d", ..input(&memory, &kernel) }).expect("loads");
     let (modulep, kernend) = arguments(&memory, &loaded.entry);
-    assert_eq!(modulep, 0x20_3000);
+    assert_eq!(modulep, 0x20_4000);
     assert_eq!(kernend % 4096, 0);
 
     let all = records(&memory, modulep);
@@ -72,6 +72,11 @@ fn the_kernel_finds_everything() {
     assert_eq!(number(&kernel, MODULEP), modulep);
     assert_eq!(number(&kernel, KERNEND), kernend);
     assert_eq!(number(&kernel, HOWTO), 0x1000 | 0x800);
+    let seed = file_records(&all, "boot_entropy_cache");
+    assert_eq!((number(&seed, ADDR), number(&seed, SIZE)), (0x20_3000, 4096));
+    let mut bytes = [0u8; 4096];
+    memory.read_slice(&mut bytes, GuestAddress(0x20_3000)).expect("RAM");
+    assert!(bytes.chunks(64).all(|part| part.iter().any(|b| *b != 0)), "not all of it is random");
     assert!(modulep < number(&kernel, ENVP) && number(&kernel, ENVP) < kernend);
 
     let variables = environment(&memory, number(&kernel, ENVP));

@@ -48,7 +48,7 @@ fn the_zero_page_tells_everything() {
     assert_eq!(page::<u64>(&memory, 0x70), acpi_start(), "root pointer of the ACPI tables");
     let line = c_string(&memory, page::<u32>(&memory, 0x228).into());
     assert!(
-        line.starts_with("console=ttyS0 reboot=k virtio_mmio.device=") && line.ends_with(" quiet"),
+        line.starts_with("console=ttyS0 reboot=k pci=off virtio_mmio.device=") && line.ends_with(" quiet"),
         "{line}"
     );
     let (at, bytes) = (page::<u32>(&memory, 0x218), page::<u32>(&memory, 0x21c));

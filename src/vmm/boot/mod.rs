@@ -214,6 +214,9 @@ fn linux_line(input: &BootInput, choices: &mut Vec<String>) -> Result<String, Bo
     if !given("reboot=") {
         words.push("reboot=k".to_owned()); // By the keyboard controller: at once, without trying ACPI and EFI.
     }
+    if !given("pci=") {
+        words.push("pci=off".to_owned()); // There is no PCI; probing for it is slow and ends in an error line.
+    }
     words.extend(input.mmio.iter().map(|slot| format!("virtio_mmio.device={}", slot.to_words())));
     words.extend(Some(input.command_line.trim().to_owned()).filter(|line| !line.is_empty()));
     Ok(words.join(" "))

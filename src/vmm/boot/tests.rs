@@ -265,6 +265,6 @@ fn linux_line_has_our_words_first() {
     let line = c_string(&memory, layout::COMMAND_LINE_START);
     assert_eq!(
         line,
-        "reboot=k virtio_mmio.device=0x1000@0xd0000000:5 virtio_mmio.device=0x1000@0xd0001000:6 console=hvc0 quiet"
+        "reboot=k pci=off virtio_mmio.device=0x1000@0xd0000000:5 virtio_mmio.device=0x1000@0xd0001000:6 console=hvc0 quiet"
     );
 }
