@@ -23,7 +23,11 @@ use super::{
         self, DISKS_FOLDER, FORMAT, Facts, FileEntry, MEMORY_FILE, Manifest, ManifestError, STATE_FILE,
         SnapshotId,
     },
-    memory::pager::{PagerError, PagerSource},
+    memory::{
+        extents::Extents,
+        fold::fold,
+        pager::{PagerError, PagerSource},
+    },
     shelf::{Document, Item, Shelf, Stored, entry_of},
     sums::SumKind,
     transfer,
@@ -329,6 +333,15 @@ impl OpenSnapshot {
         // Two first calls at once look at the file twice, and one result is kept.
         let source = Arc::new(PagerSource::new(Arc::clone(&self.memory))?);
         Ok(Arc::clone(self.pager_source.get_or_init(|| source)))
+    }
+
+    /// Makes the page cache hold the memory in 2 MiB folios, up to `bytes_max` bytes: mapped clones then fault a
+    /// hundred times less. Worth doing in the background after publishing, and when a daemon has just started; never
+    /// on the road of a clone, for it reads the disk. Returns the bytes folded.
+    pub fn fold(&self, bytes_max: u64) -> Result<u64, StoreError> {
+        let folded =
+            Extents::of_file(&self.memory).and_then(|extents| fold(&self.memory, &extents, bytes_max));
+        Ok(folded.map_err(failed(Path::new(MEMORY_FILE), "folded"))?)
     }
 }
 

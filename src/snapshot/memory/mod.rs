@@ -1,5 +1,5 @@
-//! Guest memory as a file: writing it out ([`image`]), mapping it for a guest ([`mapped`]), answering the page
-//! faults of clones from it ([`pager`]).
+//! Guest memory as a file: writing it out ([`mod@image`]), mapping it for a guest ([`mod@mapped`]), having it ready in huge
+//! pages ([`mod@fold`]), answering the page faults of clones from it ([`mod@pager`]).
 //!
 //! `memory.img` holds the guest's regions one after the other, page for page, zero pages as holes. Two lazy
 //! sources give the same memory: *mapped* (the kernel faults from the page cache) and *userfault* (the pager
@@ -7,6 +7,7 @@
 //! is still what the file says; [`image`] leans on exactly that when it freezes a clone.
 
 pub mod extents;
+pub mod fold;
 pub mod image;
 pub mod mapped;
 pub mod pager;
