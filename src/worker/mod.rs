@@ -69,6 +69,7 @@ fn run(die_with_parent: bool) -> Result<(), String> {
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
     let mut shell = Shell::default();
     shell.prepare(&mut kvm);
+    daemon.event(Event::Hello(shell.report()));
     let mut vm: Option<Vm> = None;
     loop {
         let (message, fds): (ToWorker, Vec<OwnedFd>) = match daemon.0.recv() {

@@ -248,9 +248,21 @@ pub enum FaultKind {
     Internal,
 }
 
+/// What a guest on this host can be shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostReport {
+    /// Vendor string of CPUID leaf 0.
+    pub cpu_vendor: String,
+    /// Names of CPUID features, as in [`Frozen::cpu_features`].
+    pub cpu_features: Vec<String>,
+}
+
 /// Things that happen by themselves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Event {
+    /// The worker is ready to be told what to be, and this is its host; or why no VM can run here. Always the first
+    /// message, sent once.
+    Hello(Result<HostReport, Fault>),
     /// A boot phase reached: name, microseconds since the request arrived.
     Phase { name: String, us: u64 },
     /// One descriptor, the userfaultfd: the pager must answer it from now on, or the restore, whose reply is still

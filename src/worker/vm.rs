@@ -12,8 +12,8 @@ use userfaultfd::Uffd;
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
-    Frozen, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored, SnapshotSpec, Stats,
-    Step,
+    Frozen, HostReport, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored,
+    SnapshotSpec, Stats, Step,
 };
 use super::{Daemon, duplicate};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
@@ -148,6 +148,14 @@ impl Shell {
             )(error)),
             None => Err(fault::wrong_state("/dev/kvm was given away")),
         });
+    }
+
+    /// What the daemon is told first.
+    pub fn report(&self) -> Result<HostReport, Fault> {
+        let host = self.host()?;
+        // As a guest would be shown it: some features are added whether or not KVM lists them.
+        let shown = cpuid::for_vcpu(&host.supported_cpuid, 0, 1, 1);
+        Ok(HostReport { cpu_vendor: cpuid::vendor(&shown), cpu_features: features::feature_names(&shown) })
     }
 
     fn host(&self) -> Result<Arc<Host>, Fault> {
