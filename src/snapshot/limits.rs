@@ -20,6 +20,8 @@ pub const DISKS_MAX: usize = 8;
 pub const LAYERS_MAX: usize = 16;
 /// Largest disk: 8 TiB.
 pub const DISK_BYTES_MAX: u64 = 8 << 40;
+/// Largest file of a disk: all of it in a layer, and the layer's own tables.
+pub const DISK_FILE_BYTES_MAX: u64 = DISK_BYTES_MAX + (DISK_BYTES_MAX >> 8);
 /// Longest serial of a disk (virtio-blk GET_ID).
 pub const SERIAL_BYTES_MAX: usize = 20;
 /// Largest machine state file: what the codec is ready to decode.

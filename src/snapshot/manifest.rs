@@ -328,7 +328,7 @@ impl Manifest {
                 return wrong("disks", format!("the base {:?} is longer than its disk", disk.base));
             }
         }
-        if self.files.iter().any(|file| file.bytes > 2 * limits::DISK_BYTES_MAX) {
+        if self.files.iter().any(|file| file.bytes > limits::DISK_FILE_BYTES_MAX) {
             return wrong("files", "a file is larger than any can be");
         }
         Ok(())

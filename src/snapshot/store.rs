@@ -178,6 +178,7 @@ impl Draft {
     pub fn publish(self, facts: Facts) -> Result<Arc<Snapshot>, StoreError> {
         let refused = |source: ManifestError| StoreError::Refused { kind: KIND, source };
         facts.check().map_err(refused)?;
+        self.check_lengths(&facts)?;
         let _reserved = facts.name.as_deref().map(|name| self.shelf.reserve(name)).transpose()?;
         for file in [&self.state, &self.memory].into_iter().chain(self.disks.values().map(|disk| &disk.file))
         {
@@ -199,6 +200,34 @@ impl Draft {
         DOCUMENT.write(&self.temporary, &json)?;
         let Draft { shelf, id, temporary, .. } = self;
         shelf.publish(temporary, id.as_str(), |stored| Snapshot::new(stored, manifest))
+    }
+
+    /// Lengths before sums: the worker that wrote the files is not trusted, and summing an endless hole would take
+    /// forever.
+    fn check_lengths(&self, facts: &Facts) -> Result<(), StoreError> {
+        let disks = self.temporary.path().join(DISKS_FOLDER);
+        let length =
+            |file: &File, path: &Path| file.metadata().map(|data| data.len()).map_err(failed(path, "read"));
+        let refused = |problem: String| Err(StoreError::Content { kind: KIND, problem });
+        let state_bytes = length(&self.state, Path::new(STATE_FILE))?;
+        if !(1..=limits::STATE_BYTES_MAX).contains(&state_bytes) {
+            return refused(format!(
+                "{STATE_FILE} has {state_bytes} bytes; it must have 1 to {}",
+                limits::STATE_BYTES_MAX
+            ));
+        }
+        let (memory_bytes, needed) =
+            (length(&self.memory, Path::new(MEMORY_FILE))?, facts.memory.file_bytes());
+        if memory_bytes != needed {
+            return refused(format!("{MEMORY_FILE} has {memory_bytes} bytes, its regions need {needed}"));
+        }
+        for (name, disk) in &self.disks {
+            let bytes = length(&disk.file, &disks.join(name))?;
+            if bytes > limits::DISK_FILE_BYTES_MAX {
+                return refused(format!("{name} has {bytes} bytes, more than any disk file can have"));
+            }
+        }
+        Ok(())
     }
 
     fn entries(&self) -> Result<Vec<FileEntry>, StoreError> {

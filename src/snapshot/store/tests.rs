@@ -137,6 +137,25 @@ fn a_dropped_draft_leaves_nothing() {
 }
 
 #[test]
+fn a_worker_that_writes_files_of_absurd_lengths_is_refused_before_they_are_summed() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    let lengths: [fn(&Draft); 5] = [
+        |draft| draft.memory.set_len(8 << 40).unwrap(),
+        |draft| draft.memory.set_len((8 << 20) - 4096).unwrap(),
+        |draft| draft.state.set_len(8 << 40).unwrap(),
+        |draft| draft.state.set_len(0).unwrap(),
+        |draft| truncate(&draft.temporary.path().join("disks/layer-0.img"), (8 << 40) + (8 << 33)),
+    ];
+    for lengthen in lengths {
+        let draft = draft(&store);
+        lengthen(&draft);
+        assert_eq!(draft.publish(facts("absurd")).unwrap_err().cause(), Cause::InvalidInput);
+    }
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
 fn names_and_ids_are_taken_once() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path());
