@@ -26,6 +26,9 @@ const SECTIONS_MAX: usize = 8192;
 const NOTES_BYTES_MAX: u64 = 1 << 20;
 const NAMES_BYTES_MAX: u64 = 1 << 20;
 const INTERPRETER_BYTES_MAX: u64 = 256;
+/// How much of a file is searched at once, and the longest text to be searched for.
+const SCAN_BYTES: usize = 1 << 20;
+pub const TEXT_BYTES_MAX: usize = 64;
 
 const TYPE_EXECUTABLE: u16 = 2;
 const TYPE_SHARED: u16 = 3;
@@ -237,6 +240,26 @@ impl Elf {
         Ok(range)
     }
 
+    /// Which of `texts` (none longer than [`TEXT_BYTES_MAX`]) the segments' bytes in the file contain.
+    pub fn contains(&self, file: &File, texts: &[&[u8]]) -> Result<Vec<bool>, BootError> {
+        let mut found = vec![false; texts.len()];
+        let mut buffer = vec![0u8; SCAN_BYTES + TEXT_BYTES_MAX];
+        for segment in &self.segments {
+            let mut done = 0;
+            while done < segment.file_bytes && found.contains(&false) {
+                // Parts overlap by the longest text, so that one across a border is seen.
+                let bytes = (segment.file_bytes - done).min(buffer.len() as u64) as usize;
+                let Some(part) = buffer.get_mut(..bytes) else { break };
+                read_at(file, part, segment.offset.saturating_add(done))?;
+                for (text, found) in texts.iter().zip(&mut found).filter(|(_, found)| !**found) {
+                    *found = find(part, text);
+                }
+                done += SCAN_BYTES as u64;
+            }
+        }
+        Ok(found)
+    }
+
     /// True if a segment's loaded bytes cover `address`.
     pub fn covers(&self, addressing: Addressing, address: u64) -> bool {
         self.segments.iter().any(|segment| {
@@ -261,6 +284,14 @@ impl Segment {
             }
         }
     }
+}
+
+/// True if `text` is somewhere in `bytes`.
+fn find(bytes: &[u8], text: &[u8]) -> bool {
+    // SAFETY: both pointers and lengths are those of live slices; memmem only reads them. (The standard library has
+    // no search for byte strings, and one byte at a time is slow on a kernel of 30 MiB.)
+    let at = unsafe { libc::memmem(bytes.as_ptr().cast(), bytes.len(), text.as_ptr().cast(), text.len()) };
+    !at.is_null()
 }
 
 /// Copies `bytes` bytes at `offset` of `file` to guest memory at `address`, without a buffer between.

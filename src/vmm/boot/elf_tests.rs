@@ -120,6 +120,20 @@ fn kernels_outside_ram_are_told_how_much_is_needed() {
     }
 }
 
+#[test]
+fn texts_are_found_wherever_they_lie() {
+    for at in [0, SCAN_BYTES - 3, SCAN_BYTES - 1, SCAN_BYTES, 2 * SCAN_BYTES + 7, 3 * SCAN_BYTES - 6] {
+        let mut content = vec![0u8; 3 * SCAN_BYTES];
+        content[at..at + 6].copy_from_slice(b"needle");
+        let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, content, 4 << 20)];
+        let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() };
+        let content = kernel.build();
+        let elf = read(&content).expect("good");
+        let found = elf.contains(&file(&content), &[b"needle", b"noodle"]).expect("readable");
+        assert_eq!(found, [true, false], "at {at}");
+    }
+}
+
 proptest! {
     #[test]
     fn damaged_files_do_not_panic(

@@ -36,6 +36,9 @@ use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::{acpi, mptable};
 use choose::Kernel;
 
+/// The smallest FreeBSD kernels are several times this large.
+const FREEBSD_BYTES_MIN: u64 = 4 << 20;
+
 /// How the guest is entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootProtocol {
@@ -154,10 +157,12 @@ pub fn load(input: &BootInput) -> Result<Loaded, BootError> {
 
     let entry = match (&kernel, protocol) {
         (Kernel::Elf(elf), BootProtocol::FreeBsd) => {
+            freebsd_drivers(input, elf, &mut choices)?;
             let environment = freebsd_environment(input, &mut choices)?;
             freebsd::load(input, elf, &environment)?
         }
         (Kernel::Elf(elf), BootProtocol::Pvh) if elf.freebsd => {
+            freebsd_drivers(input, elf, &mut choices)?;
             let environment = freebsd_environment(input, &mut choices)?;
             pvh::load(input, elf, &pvh::freebsd_command_line(&environment)?, None)?
         }
@@ -176,6 +181,27 @@ pub fn load(input: &BootInput) -> Result<Loaded, BootError> {
     let lines: Vec<u8> = input.mmio.iter().map(|slot| slot.irq).collect();
     mptable::write(input.memory, input.vcpus, &lines)?;
     Ok(Loaded { protocol, choices, entry })
+}
+
+/// Says so when a FreeBSD kernel lacks a driver that this machine needs, as GENERIC does: it would stop at its mountroot
+/// prompt, or earlier, with no hint of why.
+fn freebsd_drivers(input: &BootInput, elf: &elf::Elf, choices: &mut Vec<String>) -> Result<(), BootError> {
+    let range = elf.range(elf::Addressing::Physical)?;
+    if range.end.saturating_sub(range.start) < FREEBSD_BYTES_MIN {
+        return Ok(()); // Too small to be FreeBSD itself.
+    }
+    let found = elf.contains(input.kernel, &[b"VirtIO MMIO adapter", b"MPTable: <"])?;
+    for (found, device, what) in [
+        (found.first(), "virtio_mmio", "it will find no disk, console or network device"),
+        (found.get(1), "mptable", "it will find one CPU and no interrupts"),
+    ] {
+        if found == Some(&false) {
+            choices.push(format!(
+                "warning: this kernel has no {device} driver, so {what}; add: device {device}"
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn freebsd_environment(

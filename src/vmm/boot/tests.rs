@@ -268,3 +268,17 @@ fn linux_line_has_our_words_first() {
         "reboot=k pci=off virtio_mmio.device=0x1000@0xd0000000:5 virtio_mmio.device=0x1000@0xd0001000:6 console=hvc0 quiet"
     );
 }
+
+#[test]
+fn missing_drivers_are_told() {
+    let memory = memory(64);
+    for (text, warnings) in
+        [("", 2), ("VirtIO MMIO adapter", 1), ("MPTable: <", 1), ("MPTable: <%s and VirtIO MMIO adapter", 0)]
+    {
+        let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text.as_bytes().to_vec(), 5 << 20)];
+        let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() }.file();
+        let loaded = load(&input(&memory, &kernel)).expect("loads");
+        let told = loaded.choices.iter().filter(|c| c.starts_with("warning: this kernel has no")).count();
+        assert_eq!(told, warnings, "{:?}", loaded.choices);
+    }
+}
