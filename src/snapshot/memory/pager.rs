@@ -18,17 +18,15 @@
 //! see [`super::mapped::UserfaultDevice::create`].)
 //!
 //! Facts: userfaultfd(2), ioctl_userfaultfd(2), linux/userfaultfd.h, fs/userfaultfd.c. The order of faults, which a later
-//! working-set record needs, is seen in one place: `Served::fault`.
+//! working-set record needs, is seen in one place: `served::Served::fault`.
+
+mod served;
 
 use std::{
     collections::HashMap,
     fs::{self, File},
     io,
-    ops::Range,
-    os::{
-        fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -42,7 +40,8 @@ use vmm_sys_util::{
     eventfd::EventFd,
 };
 
-use super::extents::{Extents, Run};
+use self::served::{OnEnd, Served};
+use super::extents::Extents;
 use crate::snapshot::{
     cause::Cause,
     limits::{PAGE_BYTES, REGIONS_MAX},
@@ -54,8 +53,6 @@ pub const AROUND_BYTES: u64 = 64 << 10;
 pub const THREADS_MAX: usize = 16;
 /// Most clones of one thread.
 pub const CLONES_MAX: usize = 4096;
-/// Most faults of one clone that are answered before the others get their turn.
-const MESSAGES_AT_ONCE: usize = 32;
 const EVENTS_AT_ONCE: usize = 64;
 /// The epoll token of a thread's own eventfd; attachments count up from 1.
 const WAKE_TOKEN: u64 = 0;
@@ -394,176 +391,6 @@ impl Server {
         if let (Some(reason), Some(on_end)) = (reason, on_end) {
             on_end(reason);
         }
-    }
-}
-
-struct OnEnd(Option<Box<dyn FnOnce(EndReason) + Send>>);
-
-impl std::fmt::Debug for OnEnd {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("OnEnd")
-    }
-}
-
-/// One clone as its thread sees it.
-#[derive(Debug)]
-struct Served {
-    uffd: Uffd,
-    regions: Vec<FaultRegion>,
-    source: Arc<PagerSource>,
-    counters: Arc<Counters>,
-    totals: Arc<Counters>,
-    on_end: OnEnd,
-}
-
-impl Served {
-    /// Answers what is waiting, up to [`MESSAGES_AT_ONCE`]; epoll (level-triggered) comes back for the rest.
-    fn serve(&mut self, buffer: &mut [u8]) -> Result<(), EndReason> {
-        let mut messages = [Message::default(); MESSAGES_AT_ONCE];
-        let count = read_messages(&self.uffd, &mut messages)
-            .map_err(|error| EndReason::Userfaultfd(format!("it cannot be read: {error}")))?;
-        for message in messages.iter().take(count) {
-            match message.event {
-                EVENT_PAGEFAULT => self.fault(message.argument[1], buffer)?,
-                EVENT_FORK => {
-                    // Only asked for by a worker that is not ours; the kernel has put a descriptor into our table.
-                    // SAFETY: the message hands over ownership of the new descriptor.
-                    drop(unsafe { OwnedFd::from_raw_fd(message.argument[0] as u32 as i32) });
-                    return Err(EndReason::Userfaultfd("the worker forked".into()));
-                }
-                // Remapped, removed or unmapped: what it says is seen at the next fault.
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn fault(&self, address: u64, buffer: &mut [u8]) -> Result<(), EndReason> {
-        let page = address - address % PAGE_BYTES;
-        let inside = |region: &&FaultRegion| page.wrapping_sub(region.host_address) < region.bytes;
-        let Some(region) = self.regions.iter().find(inside) else {
-            return Err(EndReason::OutsideRegions(address));
-        };
-        self.count(|counters| &counters.faults, 1);
-        let offset = page - region.host_address + region.file_offset;
-        let (is_data, run) = self.around(region, offset);
-        let whole = self.give(region, run.clone(), is_data, buffer)?;
-        if whole.contains(&offset) {
-            return Ok(());
-        }
-        // Something in the run was there already, in front of the page that is wanted: that page alone.
-        let given = self.give(region, offset..offset + PAGE_BYTES, is_data, buffer)?;
-        if given.is_empty() {
-            // There already, or the worker's mappings are just changing: it looks again, and asks again if need be.
-            self.wake(page)?;
-        }
-        Ok(())
-    }
-
-    /// The pages to give for a fault at a file offset: whether they are data, and which.
-    fn around(&self, region: &FaultRegion, offset: u64) -> (bool, Range<u64>) {
-        let window = offset - offset % AROUND_BYTES;
-        let start = window.max(region.file_offset);
-        let end = (window + AROUND_BYTES).min(region.file_offset + region.bytes);
-        let extents = &self.source.extents;
-        let (is_data, run_end) = match extents.run_at(offset) {
-            Run::Data { end } => (true, end),
-            Run::Hole { end } => (false, end),
-        };
-        // Back from the fault as far as it is the same run.
-        let mut first = offset;
-        while first > start && matches!(extents.run_at(first - PAGE_BYTES), Run::Data { .. }) == is_data {
-            first -= PAGE_BYTES;
-        }
-        (is_data, first..end.min(run_end))
-    }
-
-    /// Gives a run of pages, by file offsets; returns what was given, which ends early at a page that is there already.
-    fn give(
-        &self,
-        region: &FaultRegion,
-        run: Range<u64>,
-        is_data: bool,
-        buffer: &mut [u8],
-    ) -> Result<Range<u64>, EndReason> {
-        let bytes = (run.end - run.start) as usize;
-        let address = (run.start - region.file_offset + region.host_address) as *mut libc::c_void;
-        let given = if is_data {
-            let piece =
-                buffer.get_mut(..bytes).ok_or_else(|| EndReason::Userfaultfd("run too long".into()))?;
-            let read = self.source.file.read_exact_at(piece, run.start);
-            read.map_err(|error| EndReason::Source { offset: run.start, error: error.to_string() })?;
-            // SAFETY: reads `bytes` bytes of our buffer; what it writes is the worker's memory, not ours.
-            done(unsafe { self.uffd.copy(piece.as_ptr().cast(), address, bytes, true) })?
-        } else {
-            // SAFETY: changes the worker's memory only.
-            done(unsafe { self.uffd.zeropage(address, bytes, true) })?
-        };
-        let pages = given as u64 / PAGE_BYTES;
-        self.count(|counters| if is_data { &counters.data_pages } else { &counters.zero_pages }, pages);
-        Ok(run.start..run.start + given as u64)
-    }
-
-    fn wake(&self, page: u64) -> Result<(), EndReason> {
-        let woken = self.uffd.wake(page as *mut libc::c_void, PAGE_BYTES as usize);
-        woken.map_err(|error| EndReason::Userfaultfd(format!("{error:?}")))
-    }
-
-    fn count(&self, which: impl Fn(&Counters) -> &AtomicU64, add: u64) {
-        which(&self.counters).fetch_add(add, Ordering::Relaxed);
-        which(&self.totals).fetch_add(add, Ordering::Relaxed);
-    }
-}
-
-/// Bytes given by a copy or a zeroing; 0 if the first page was there already or the mappings are changing.
-fn done(result: userfaultfd::Result<usize>) -> Result<usize, EndReason> {
-    use userfaultfd::Error;
-    let errno = match result {
-        Ok(bytes) => return Ok(bytes),
-        // The kernel's answer is signed: a negative count is an error number (EAGAIN before the first page).
-        Err(Error::PartiallyCopied(bytes)) => return Ok(isize::try_from(bytes).map_or(0, |_| bytes)),
-        Err(Error::CopyFailed(errno) | Error::ZeropageFailed(errno)) => errno as i32,
-        Err(other) => return Err(EndReason::Userfaultfd(format!("{other:?}"))),
-    };
-    match errno {
-        libc::EEXIST | libc::EAGAIN => Ok(0),
-        libc::ESRCH => Err(EndReason::ProcessGone),
-        // ENOENT: unmapped or not registered (any more). Whoever waits there gets its answer from the kernel.
-        _ => Err(EndReason::Userfaultfd(io::Error::from_raw_os_error(errno).to_string())),
-    }
-}
-
-const EVENT_PAGEFAULT: u8 = 0x12;
-const EVENT_FORK: u8 = 0x13;
-
-/// `struct uffd_msg`: a page fault's argument is flags, address and thread id; a fork's begins with the descriptor.
-#[repr(C)]
-#[derive(Debug, Default, Clone, Copy)]
-struct Message {
-    event: u8,
-    reserved: [u8; 7],
-    argument: [u64; 3],
-}
-
-const _: () = assert!(size_of::<Message>() == 32);
-
-/// Reads without blocking, whatever the descriptor's flags say at this moment; 0 if there is nothing.
-fn read_messages(uffd: &Uffd, messages: &mut [Message]) -> io::Result<usize> {
-    let target = libc::iovec { iov_base: messages.as_mut_ptr().cast(), iov_len: size_of_val(messages) };
-    // RWF_NOWAIT works on userfaultfds from Linux 6.10 on. Before, O_NONBLOCK is all there is.
-    // SAFETY: the vector describes `messages`, for which any bytes are valid.
-    let mut got = unsafe { libc::preadv2(uffd.as_raw_fd(), &target, 1, -1, libc::RWF_NOWAIT) };
-    if got < 0 && matches!(io::Error::last_os_error().raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) {
-        // SAFETY: as above.
-        got = unsafe { libc::readv(uffd.as_raw_fd(), &target, 1) };
-    }
-    if let Ok(got) = usize::try_from(got) {
-        return Ok(got / size_of::<Message>());
-    }
-    let error = io::Error::last_os_error();
-    match error.kind() {
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(0),
-        _ => Err(error),
     }
 }
 

@@ -1,6 +1,9 @@
 //! The pager against this very process: a thread touches memory that a userfaultfd watches, and the pager answers.
 
-use std::{os::fd::AsFd, sync::mpsc};
+use std::{
+    os::{fd::AsFd, unix::fs::FileExt},
+    sync::mpsc,
+};
 
 use super::*;
 use crate::snapshot::memory::{
