@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | [`cli`] | one file per subcommand; speaks gRPC, or starts the daemon | `api`, `fleet`, `worker`, `agent` |
 //! | [`api`] | tonic services: proto to domain and back | `fleet`, `agent` |
-//! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `snapshot`, `agent` |
+//! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `worker::channel`, `snapshot`, `agent` |
 //! | [`worker`] | the process around one VM, its control protocol | `vmm`, `snapshot` |
 //! | [`snapshot`] | what a frozen VM is: manifest, state, codec, store, memory, disk layers | nothing of ours |
 //! | [`vmm`] | the machine itself: no policy, no async, no network API | `snapshot::{state, codec, layers}` |

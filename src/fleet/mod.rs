@@ -1,1 +1,151 @@
 //! The daemon's domain: images, VMs, snapshots. One owner task per VM.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`vm`], [`owner`] | a VM as others see it, and the task that alone changes it |
+//! | [`boot`] | cold boots up to the ready point |
+//! | [`clones`] | starting clones of a snapshot |
+//! | [`snapshots`] | freezing, publishing, listing, verifying |
+//! | [`images`] | importing and opening images |
+//! | [`registry`] | which VMs there are |
+//! | [`shells`], [`process`], [`link`] | worker processes and the control channel |
+//! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
+//! | [`disks`] | files behind a VM's disks |
+//! | [`error`], [`limits`], [`id`] | small things |
+//!
+//! Facts about guests come only through the control protocol, the console and the agent port, and all three are
+//! hostile: whatever they carry is bounded where it comes in.
+
+pub mod agent;
+pub mod boot;
+pub mod clones;
+pub mod console;
+pub mod disks;
+pub mod error;
+pub mod id;
+pub mod images;
+pub mod limits;
+pub mod link;
+pub mod owner;
+pub mod process;
+pub mod registry;
+pub mod shells;
+pub mod snapshots;
+pub mod vm;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use error::FleetError;
+use images::Images;
+use process::{Spawner, WorkerProgram};
+use registry::Registry;
+use shells::Shells;
+use snapshots::Snapshots;
+
+use crate::snapshot::memory::pager::Pager;
+pub use crate::worker::protocol::{BootProtocol, MemoryMode, ModuleKind, Step};
+
+/// Threads that answer page faults of userfault clones.
+const PAGER_THREADS: usize = 2;
+
+/// How a fleet is to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `snapshots/`, `images/` and `vms/` are below it.
+    pub data_dir: PathBuf,
+    /// Shells kept in reserve.
+    pub shells: usize,
+    /// Most living VMs.
+    pub vms_max: usize,
+    pub worker: WorkerProgram,
+}
+
+impl Config {
+    /// With the usual limits.
+    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+        Self { data_dir: data_dir.into(), shells: 4, vms_max: 1024, worker: WorkerProgram::default() }
+    }
+}
+
+/// All of the daemon's domain.
+#[derive(Debug)]
+pub struct Fleet {
+    pub(crate) shells: Arc<Shells>,
+    pub(crate) registry: Registry,
+    pub(crate) snapshots: Snapshots,
+    pub(crate) images: Images,
+    pub(crate) pager: Arc<Pager>,
+    vms_dir: PathBuf,
+    /// Held as long as this fleet lives: nobody else works in `vms/`.
+    _lock: File,
+}
+
+impl Fleet {
+    /// Opens the stores below the data folder, removes what a killed daemon left behind, and begins to keep shells. Must be called in a
+    /// tokio runtime; blocks on the disk.
+    pub fn open(config: Config) -> Result<Arc<Self>, FleetError> {
+        let vms_dir = config.data_dir.join("vms");
+        fs::create_dir_all(&vms_dir)
+            .map_err(FleetError::io(format!("cannot make the folder {}", vms_dir.display())))?;
+        let lock = lock(&vms_dir)?;
+        remove_leftovers(&vms_dir);
+        let snapshots = Snapshots::open(&config.data_dir.join("snapshots"))?;
+        let images = Images::open(&config.data_dir.join("images"))?;
+        let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
+        let shells = Shells::start(Spawner::start(config.worker)?, config.shells);
+        Ok(Arc::new(Self {
+            shells,
+            registry: Registry::new(config.vms_max),
+            snapshots,
+            images,
+            pager: Arc::new(pager),
+            vms_dir,
+            _lock: lock,
+        }))
+    }
+
+    /// Ends every VM and waits for their ends.
+    pub async fn close(&self) {
+        self.shells.close();
+        let vms = self.registry.list();
+        for vm in &vms {
+            vm.kill("the service ended");
+        }
+        for vm in vms {
+            vm.ended().await;
+            self.registry.remove(&vm.id);
+        }
+    }
+}
+
+fn lock(vms_dir: &Path) -> Result<File, FleetError> {
+    let path = vms_dir.join(".lock");
+    let file = File::create(&path).map_err(FleetError::io(format!("cannot make {}", path.display())))?;
+    // SAFETY: flock on a descriptor that we own; the lock goes with it.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
+        0 => Ok(file),
+        _ => Err(match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::WouldBlock => FleetError::WrongState(format!(
+                "another coldspark works in {}; stop it, or choose another --data-dir",
+                vms_dir.display()
+            )),
+            source => FleetError::Io { what: format!("cannot lock {}", path.display()), source },
+        }),
+    }
+}
+
+/// Overlays of VMs that ended with an earlier daemon.
+fn remove_leftovers(vms_dir: &Path) {
+    for entry in fs::read_dir(vms_dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with(id::VM_PREFIX)
+            && let Err(error) = fs::remove_dir_all(entry.path())
+        {
+            tracing::warn!(%error, path = %entry.path().display(), "leftovers of an ended VM could not be removed");
+        }
+    }
+}

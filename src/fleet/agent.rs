@@ -1,0 +1,268 @@
+//! Talking with the agent in one VM.
+//!
+//! One task owns the agent port's socket: it writes requests, reads frames, and gives each answer to the one who waits for
+//! it. The guest is hostile: frames are bounded by the decoder, requests by [`AGENT_REQUESTS_MAX`], and words out of
+//! place end the conversation with a reason that every later request is told.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use super::error::FleetError;
+use super::limits::*;
+use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, wire};
+
+/// What is known about the other side.
+#[derive(Debug, Clone, Default)]
+pub enum Presence {
+    /// Nobody has said hello.
+    #[default]
+    Silent,
+    Here(Arc<Hello>),
+    /// The conversation ended, and why.
+    Lost(String),
+}
+
+/// The daemon's side of one VM's agent port.
+#[derive(Debug)]
+pub struct AgentClient {
+    orders: mpsc::Sender<Order>,
+    presence: watch::Receiver<Presence>,
+    /// A permit for each request under way.
+    under_way: Arc<Semaphore>,
+    /// Held while a request is queued; and by [`Quiet`], so that none is.
+    gate: Arc<Mutex<()>>,
+}
+
+#[derive(Debug)]
+struct Order {
+    request: AgentRequest,
+    answer: oneshot::Sender<Result<AgentReply, FleetError>>,
+    permit: OwnedSemaphorePermit,
+}
+
+/// While this lives no request is under way and none begins.
+#[derive(Debug)]
+pub struct Quiet {
+    _gate: OwnedMutexGuard<()>,
+}
+
+impl AgentClient {
+    /// Starts the conversation. `known` is what the agent said before it was frozen, for a clone.
+    pub fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
+        let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX);
+        let (presence_in, presence) = watch::channel(known.map_or(Presence::Silent, Presence::Here));
+        tokio::spawn(Talk::new(inbox, presence_in).run(socket));
+        Self {
+            orders,
+            presence,
+            under_way: Arc::new(Semaphore::new(AGENT_REQUESTS_MAX)),
+            gate: Arc::new(Mutex::new(())),
+        }
+    }
+
+    /// What the agent said when it was ready.
+    pub fn hello(&self) -> Option<Arc<Hello>> {
+        match &*self.presence.borrow() {
+            Presence::Here(hello) => Some(Arc::clone(hello)),
+            _ => None,
+        }
+    }
+
+    /// Waits for the hello. Never comes back while the guest is silent.
+    ///
+    /// # Errors
+    /// The reason why there will be none.
+    pub async fn wait_hello(&self) -> Result<Arc<Hello>, String> {
+        let mut presence = self.presence.clone();
+        match presence.wait_for(|presence| !matches!(presence, Presence::Silent)).await.as_deref() {
+            Ok(Presence::Here(hello)) => Ok(Arc::clone(hello)),
+            Ok(Presence::Lost(reason)) => Err(reason.clone()),
+            Ok(Presence::Silent) | Err(_) => Err("the agent port was closed".to_owned()),
+        }
+    }
+
+    /// Asks and waits.
+    ///
+    /// # Errors
+    /// [`FleetError::NoAgent`], [`FleetError::Agent`] (a refusal, or words out of place), [`FleetError::AgentTimeout`],
+    /// [`FleetError::Limit`].
+    pub async fn ask(&self, request: AgentRequest, within: Duration) -> Result<AgentReply, FleetError> {
+        match &*self.presence.borrow() {
+            Presence::Here(_) => {}
+            Presence::Silent => return Err(FleetError::NoAgent),
+            Presence::Lost(reason) => return Err(FleetError::WrongState(reason.clone())),
+        }
+        let exchange = async {
+            let answer = {
+                let _gate = self.gate.lock().await;
+                let permit =
+                    Arc::clone(&self.under_way).try_acquire_owned().map_err(|_| FleetError::Limit {
+                        what: "requests to one agent",
+                        limit: AGENT_REQUESTS_MAX,
+                        hint: "wait for some answers first",
+                    })?;
+                let (sender, answer) = oneshot::channel();
+                // The queue has room for as many as there are permits.
+                let order = Order { request, answer: sender, permit };
+                self.orders.try_send(order).map_err(|_| self.gone())?;
+                answer
+            };
+            answer.await.map_err(|_| self.gone())?
+        };
+        tokio::time::timeout(within, exchange)
+            .await
+            .map_err(|_| FleetError::AgentTimeout(within.as_millis()))?
+    }
+
+    /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
+    /// it would take its clones' first bytes for the rest of the old one (wire.rs).
+    pub async fn quiet(&self) -> Result<Quiet, FleetError> {
+        let all = u32::try_from(AGENT_REQUESTS_MAX).unwrap_or(u32::MAX);
+        let quiet = async {
+            let gate = Arc::clone(&self.gate).lock_owned().await;
+            // A permit comes back with the answer, or with the end of the conversation.
+            let _all = self.under_way.acquire_many(all).await;
+            Quiet { _gate: gate }
+        };
+        tokio::time::timeout(QUIET_TIMEOUT, quiet).await.map_err(|_| FleetError::AgentBusy)
+    }
+
+    fn gone(&self) -> FleetError {
+        match &*self.presence.borrow() {
+            Presence::Lost(reason) => FleetError::WrongState(reason.clone()),
+            _ => FleetError::WrongState("the agent port was closed".to_owned()),
+        }
+    }
+}
+
+/// The task behind an [`AgentClient`].
+struct Talk {
+    inbox: mpsc::Receiver<Order>,
+    presence: watch::Sender<Presence>,
+    decoder: FrameDecoder,
+    next_id: u32,
+    /// By frame id. Those who gave up stay in here until the guest answers: it is still at it.
+    waiting: HashMap<u32, Order>,
+    /// Encoded requests, the first partly written.
+    unsent: VecDeque<Vec<u8>>,
+    written: usize,
+}
+
+impl Talk {
+    fn new(inbox: mpsc::Receiver<Order>, presence: watch::Sender<Presence>) -> Self {
+        // Ids of another conversation may still be answered by a clone (wire.rs): begin at a different place each time.
+        let next_id = u32::from_le_bytes(super::id::random().unwrap_or_default()) | 1;
+        Self {
+            inbox,
+            presence,
+            decoder: FrameDecoder::new(),
+            next_id,
+            waiting: HashMap::new(),
+            unsent: VecDeque::new(),
+            written: 0,
+        }
+    }
+
+    async fn run(mut self, socket: UnixStream) {
+        let reason = self.talk(socket).await;
+        self.presence.send_replace(Presence::Lost(reason.clone()));
+        self.inbox.close();
+        while let Ok(order) = self.inbox.try_recv() {
+            let _ = order.answer.send(Err(FleetError::WrongState(reason.clone())));
+        }
+        for (_, order) in self.waiting.drain() {
+            let _ = order.answer.send(Err(FleetError::WrongState(reason.clone())));
+        }
+    }
+
+    /// Until the end of the conversation; says why it ended.
+    async fn talk(&mut self, socket: UnixStream) -> String {
+        let mut buffer = vec![0u8; 64 << 10];
+        let (mut reader, mut writer) = socket.into_split();
+        loop {
+            let sending = self.unsent.front().and_then(|frame| frame.get(self.written..)).unwrap_or_default();
+            tokio::select! {
+                order = self.inbox.recv() => match order {
+                    Some(order) => self.take(order),
+                    None => return "the VM is gone".to_owned(),
+                },
+                sent = writer.write(sending), if !sending.is_empty() => match sent {
+                    Ok(count) => self.sent(count),
+                    Err(error) => return format!("the agent port is closed: {error}"),
+                },
+                got = reader.read(&mut buffer) => match got {
+                    Ok(0) => return "the agent port was closed: the VM has ended".to_owned(),
+                    Ok(count) => {
+                        let bytes = buffer.get(..count).unwrap_or_default();
+                        if let Err(reason) = self.hear(bytes) {
+                            return reason;
+                        }
+                    }
+                    Err(error) => return format!("the agent port is closed: {error}"),
+                },
+            }
+        }
+    }
+
+    fn take(&mut self, order: Order) {
+        self.next_id = self.next_id.wrapping_add(1);
+        let id = self.next_id;
+        match order.request.encode(id) {
+            Ok(frame) => {
+                self.unsent.push_back(frame);
+                if matches!(order.request, AgentRequest::Reset) {
+                    // No answer will come.
+                    let _ = order.answer.send(Ok(AgentReply::Done));
+                } else {
+                    self.waiting.insert(id, order);
+                }
+            }
+            Err(error) => {
+                let _ = order.answer.send(Err(FleetError::Invalid(format!("{error}; ask for less at once"))));
+            }
+        }
+    }
+
+    fn sent(&mut self, count: usize) {
+        self.written += count;
+        if self.unsent.front().is_some_and(|frame| frame.len() <= self.written) {
+            self.unsent.pop_front();
+            self.written = 0;
+        }
+    }
+
+    fn hear(&mut self, mut bytes: &[u8]) -> Result<(), String> {
+        loop {
+            match self.decoder.next(&mut bytes) {
+                Ok(Some(frame)) => self.answer(frame)?,
+                Ok(None) => return Ok(()),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+
+    fn answer(&mut self, frame: Frame) -> Result<(), String> {
+        if frame.kind == wire::KIND_HELLO {
+            let hello = Hello::decode(&frame).map_err(|error| error.to_string())?;
+            self.presence.send_replace(Presence::Here(Arc::new(hello)));
+            return Ok(());
+        }
+        let Some(order) = self.waiting.remove(&frame.id) else {
+            tracing::debug!(id = frame.id, "an agent answered a request that was never asked here");
+            return Ok(());
+        };
+        let reply = AgentReply::decode(&order.request, frame);
+        let lost = match &reply {
+            Err(error) if error.refusal().is_none() => Some(error.to_string()),
+            _ => None,
+        };
+        drop(order.permit);
+        let _ = order.answer.send(reply.map_err(FleetError::Agent));
+        lost.map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,407 @@
+//! Cold boots: from an image, through the worker, to the ready point.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use prost::bytes::Bytes;
+use tokio::sync::{mpsc, watch};
+
+use super::agent::AgentClient;
+use super::console::{Console, Output};
+use super::disks::{VmDisk, VmFolder};
+use super::error::FleetError;
+use super::images::Bootable;
+use super::limits::*;
+use super::link::Link;
+use super::owner::{Ears, Faults, Owner, Phase};
+use super::registry::Guard;
+use super::shells::Shell;
+use super::vm::{Origin, State, Status, Vm};
+use super::{Fleet, id};
+use crate::agent::Hello;
+use crate::worker::channel::ChannelError;
+use crate::worker::protocol::{BootProtocol, BootSpec, MemoryMode, Reply, Request, Step};
+use std::os::fd::OwnedFd;
+
+/// When a VM counts as ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReadyPoint {
+    Console(String),
+    Port(u16),
+    Agent,
+}
+
+impl ReadyPoint {
+    /// For people: in the manifest, and in errors.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Console(pattern) => format!("console: {}", pattern.replace(char::is_control, "?")),
+            Self::Port(port) => format!("port {port:#x}"),
+            Self::Agent => "agent".to_owned(),
+        }
+    }
+}
+
+/// A cold boot that was asked for. What is `None` is as the image says.
+#[derive(Debug, Clone)]
+pub struct CreateVm {
+    /// An image's name; `None`: the embedded test guest.
+    pub image: Option<String>,
+    pub name: Option<String>,
+    pub vcpus: Option<u8>,
+    pub memory_bytes: Option<u64>,
+    pub protocol: Option<BootProtocol>,
+    pub command_line: String,
+    pub ready: Option<ReadyPoint>,
+    pub ready_timeout: Duration,
+}
+
+/// What happens on the way to the ready point.
+#[derive(Debug, Clone)]
+pub enum Progress {
+    Accepted(Arc<Vm>),
+    Phase(Phase),
+    Choice(String),
+    Console(Bytes),
+}
+
+/// Facts about a VM that is to be started in a shell.
+pub(super) struct Start {
+    pub id: String,
+    pub name: Option<String>,
+    pub origin: Origin,
+    pub kernel: String,
+    pub ready: String,
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub generation: Option<[u8; 16]>,
+    pub memory_mode: Option<MemoryMode>,
+    pub protocol: Option<BootProtocol>,
+    pub hello: Option<Arc<Hello>>,
+    pub pattern: Vec<u8>,
+    pub phases: Option<mpsc::Sender<Phase>>,
+    pub disks: Vec<VmDisk>,
+    pub folder: VmFolder,
+    pub faults: Option<Faults>,
+}
+
+/// A VM in the registry with its owner running; its worker has been told nothing yet.
+pub(super) struct Started {
+    pub vm: Arc<Vm>,
+    /// Ends the VM unless handed over.
+    pub guard: Guard,
+    pub link: Arc<Link>,
+    pub console: OwnedFd,
+    pub agent: OwnedFd,
+}
+
+impl Fleet {
+    /// Makes a VM of a shell.
+    pub(super) fn start(self: &Arc<Self>, shell: Shell, start: Start) -> Result<Started, FleetError> {
+        let Shell { process, link, events, console, agent } = shell;
+        let state = if start.generation.is_some() { State::Running } else { State::Booting };
+        let status =
+            Status { state, exit_reason: None, protocol: start.protocol, start_us: 0, steps: Vec::new() };
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let vm = Arc::new(Vm {
+            id: start.id,
+            name: start.name,
+            origin: start.origin,
+            kernel: start.kernel,
+            ready: start.ready,
+            vcpus: start.vcpus,
+            memory_bytes: start.memory_bytes,
+            generation: start.generation,
+            memory_mode: start.memory_mode,
+            created_unix_ms: id::unix_ms(),
+            number: self.registry.next_number(),
+            console: Console::start(console.ours, &start.pattern),
+            agent: AgentClient::start(agent.ours, start.hello),
+            process,
+            trouble: Arc::new(Mutex::new(None)),
+            status: watch::Sender::new(status),
+            commands,
+            ready_port: watch::Sender::new(None),
+        });
+        let owner = Owner {
+            vm: Arc::clone(&vm),
+            link: Arc::clone(&link),
+            commands: inbox,
+            ears: Ears {
+                vm: Arc::clone(&vm),
+                events,
+                phases: start.phases,
+                exit: None,
+                deaf: false,
+                faults: start.faults,
+                attachment: None,
+            },
+            disks: start.disks,
+            folder: start.folder,
+        };
+        tokio::spawn(owner.run());
+        // From here the guard ends the VM: also when the registry refuses it.
+        let guard = Guard::new(self, Arc::clone(&vm));
+        self.registry.insert(&vm)?;
+        Ok(Started { vm, guard, link, console: console.theirs, agent: agent.theirs })
+    }
+
+    /// Cold-boots a VM and comes back at its ready point. On failure, or when `progress` is closed, the VM is ended.
+    pub async fn create_vm(
+        self: &Arc<Self>,
+        request: CreateVm,
+        progress: mpsc::Sender<Progress>,
+    ) -> Result<Arc<Vm>, FleetError> {
+        let arrived = Instant::now();
+        let names: Vec<String> = request.name.iter().cloned().collect();
+        names.iter().try_for_each(|name| id::check_name("a VM", name))?;
+        self.registry.check_room(1, &names)?;
+        let bootable = self.images.bootable(request.image.as_deref()).await?;
+        let plan = Plan::new(&request, &bootable)?;
+        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
+        let disks = bootable.disks(&mut folder)?;
+        let shell = self.shells.take().await?;
+        let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
+        let pattern = match &plan.ready {
+            ReadyPoint::Console(pattern) => pattern.clone().into_bytes(),
+            _ => Vec::new(),
+        };
+        let started = self.start(
+            shell,
+            Start {
+                id: folder.id(),
+                name: request.name.clone(),
+                origin: request.image.clone().map_or(Origin::Embedded, Origin::Image),
+                kernel: bootable.title.clone(),
+                ready: plan.ready.text(),
+                vcpus: plan.spec.vcpus,
+                memory_bytes: plan.spec.memory_bytes,
+                generation: None,
+                memory_mode: None,
+                protocol: None,
+                hello: None,
+                pattern,
+                phases: Some(phases_in),
+                disks: disks.clone(),
+                folder,
+                faults: None,
+            },
+        )?;
+        let vm = Arc::clone(&started.vm);
+        let mut listener = vm.console.listen(true);
+        // The channel has room; a caller that is gone already is noticed below.
+        let _ = progress.try_send(Progress::Accepted(Arc::clone(&vm)));
+
+        let ready_text = plan.ready.text();
+        let mut steps = {
+            let boot = self.boot(
+                &started,
+                plan.spec,
+                bootable.kernel,
+                bootable.module,
+                &disks,
+                plan.ready,
+                &progress,
+            );
+            let mut boot = pin!(boot);
+            let mut deadline = pin!(tokio::time::sleep(request.ready_timeout));
+            let mut console_ended = false;
+            loop {
+                tokio::select! {
+                    biased;
+                    phase = phases.recv() => if let Some(phase) = phase {
+                        let _ = progress.try_send(Progress::Phase(phase));
+                    },
+                    output = listener.next(), if !console_ended => match output {
+                        // A caller that is slow misses some.
+                        Some(Output::Bytes(bytes)) => drop(progress.try_send(Progress::Console(bytes))),
+                        Some(Output::Lost(_)) => {}
+                        None => console_ended = true,
+                    },
+                    result = &mut boot => break result?,
+                    reason = vm.ended() => {
+                        return Err(FleetError::EndedEarly { reason, last_lines: vm.console.last_lines() });
+                    }
+                    () = progress.closed() => {
+                        return Err(FleetError::WrongState("the caller went away before the VM was ready".into()));
+                    }
+                    () = &mut deadline => {
+                        return Err(FleetError::NotReady {
+                            seconds: request.ready_timeout.as_secs(),
+                            waited_for: ready_text,
+                            last_lines: vm.console.last_lines(),
+                        });
+                    }
+                }
+            }
+        };
+        let start_us = micros(arrived);
+        let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
+        steps.push(step("guest", start_us.saturating_sub(known)));
+        vm.status.send_modify(|status| {
+            status.start_us = start_us;
+            status.steps = steps;
+            if status.state == State::Booting {
+                status.state = State::Ready;
+            }
+        });
+        started.guard.hand_over();
+        Ok(vm)
+    }
+
+    /// Tells the worker and waits for the ready point.
+    #[allow(clippy::too_many_arguments)]
+    async fn boot(
+        &self,
+        started: &Started,
+        spec: BootSpec,
+        kernel: Arc<File>,
+        module: Option<Arc<File>>,
+        disks: &[VmDisk],
+        ready: ReadyPoint,
+        progress: &mpsc::Sender<Progress>,
+    ) -> Result<Vec<Step>, FleetError> {
+        let vm = &started.vm;
+        let mut fds = vec![started.console.as_fd(), started.agent.as_fd(), kernel.as_fd()];
+        fds.extend(module.iter().map(|module| module.as_fd()));
+        fds.extend(disks.iter().flat_map(VmDisk::fds));
+        let booted = match started.link.request(Request::Boot(spec), &fds).await {
+            Ok((Reply::Booted(booted), _)) => booted,
+            Ok(_) => return Err(FleetError::WorkerConfused),
+            Err(FleetError::Channel(ChannelError::Closed)) => return Err(ended_early(vm).await),
+            Err(error) => return Err(error),
+        };
+        vm.status.send_modify(|status| status.protocol = Some(booted.protocol));
+        for choice in booted.choices {
+            let _ = progress.try_send(Progress::Choice(choice));
+        }
+        match ready {
+            ReadyPoint::Agent => {
+                if let Err(reason) = vm.agent.wait_hello().await {
+                    tracing::debug!(reason, "the agent port closed");
+                    return Err(ended_early(vm).await);
+                }
+            }
+            ReadyPoint::Console(_) => {
+                if !vm.console.pattern_seen().await {
+                    return Err(ended_early(vm).await);
+                }
+            }
+            ReadyPoint::Port(_) => {
+                let mut port = vm.ready_port.subscribe();
+                if port.wait_for(Option::is_some).await.is_err() {
+                    return Err(ended_early(vm).await);
+                }
+            }
+        }
+        Ok(booted.steps)
+    }
+}
+
+/// The worker closed its sockets: waits for the reason.
+async fn ended_early(vm: &Vm) -> FleetError {
+    // A worker that says nothing sensible any more need not be waited for.
+    let reason = match tokio::time::timeout(WORKER_TIMEOUT, vm.ended()).await {
+        Ok(reason) => reason,
+        Err(_) => match vm.agent.wait_hello().await {
+            Err(reason) => reason,
+            Ok(_) => "its worker closed its sockets".to_owned(),
+        },
+    };
+    FleetError::EndedEarly { reason, last_lines: vm.console.last_lines() }
+}
+
+/// A checked request.
+struct Plan {
+    spec: BootSpec,
+    ready: ReadyPoint,
+}
+
+impl Plan {
+    fn new(request: &CreateVm, bootable: &Bootable) -> Result<Self, FleetError> {
+        let settings = &bootable.settings;
+        let vcpus = request.vcpus.unwrap_or(settings.vcpus);
+        let memory_bytes = request.memory_bytes.unwrap_or(settings.memory_bytes);
+        check_machine(vcpus, memory_bytes)?;
+        let command_line = match (settings.command_line.as_str(), request.command_line.as_str()) {
+            ("", line) | (line, "") => line.to_owned(),
+            (first, then) => format!("{first} {then}"),
+        };
+        check_command_line(&command_line)?;
+        let ready = request.ready.clone().unwrap_or_else(|| settings.ready.clone());
+        check_ready(&ready)?;
+        if request.ready_timeout > READY_TIMEOUT_MAX {
+            return Err(FleetError::Invalid(format!(
+                "a ready timeout of {} s; the most is {}",
+                request.ready_timeout.as_secs(),
+                READY_TIMEOUT_MAX.as_secs()
+            )));
+        }
+        let spec = BootSpec {
+            vcpus,
+            memory_bytes,
+            protocol: request.protocol.unwrap_or(settings.protocol),
+            module: bootable.module_kind,
+            command_line,
+            disks: bootable.specs(),
+            ready_port: match ready {
+                ReadyPoint::Port(port) => Some(port),
+                _ => None,
+            },
+        };
+        Ok(Self { spec, ready })
+    }
+}
+
+/// Checks vCPUs and memory.
+pub fn check_machine(vcpus: u8, memory_bytes: u64) -> Result<(), FleetError> {
+    if !(1..=VCPUS_MAX).contains(&vcpus) {
+        return Err(FleetError::Invalid(format!("{vcpus} vCPUs; ask for 1 to {VCPUS_MAX}")));
+    }
+    if !(MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(&memory_bytes)
+        || !memory_bytes.is_multiple_of(MEMORY_STEP_BYTES)
+    {
+        return Err(FleetError::Invalid(format!(
+            "{memory_bytes} bytes of memory; ask for a multiple of 2 MiB from {} MiB to {} GiB",
+            MEMORY_BYTES_MIN >> 20,
+            MEMORY_BYTES_MAX >> 30
+        )));
+    }
+    Ok(())
+}
+
+/// Checks a command line.
+pub fn check_command_line(line: &str) -> Result<(), FleetError> {
+    match line.len() <= COMMAND_LINE_BYTES_MAX && !line.chars().any(char::is_control) {
+        true => Ok(()),
+        false => Err(FleetError::Invalid(format!(
+            "a command line of {} bytes or with control characters; the most is {COMMAND_LINE_BYTES_MAX} plain bytes",
+            line.len()
+        ))),
+    }
+}
+
+/// Checks a ready point.
+pub fn check_ready(ready: &ReadyPoint) -> Result<(), FleetError> {
+    match ready {
+        ReadyPoint::Console(pattern) if !(1..=PATTERN_BYTES_MAX).contains(&pattern.len()) => {
+            Err(FleetError::Invalid(format!(
+                "a console pattern of {} bytes; give 1 to {PATTERN_BYTES_MAX}",
+                pattern.len()
+            )))
+        }
+        ReadyPoint::Port(0) => Err(FleetError::Invalid("ready port 0; give 1 to 65535".into())),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn step(name: &str, us: u64) -> Step {
+    Step { name: name.to_owned(), us: u32::try_from(us).unwrap_or(u32::MAX) }
+}
+
+pub(super) fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,219 @@
+//! Starting clones: the road that has to be short.
+//!
+//! On it: a shell from the reserve, an overlay per writable disk, one message with descriptors to the worker, and for a
+//! MANAGED clone one exchange with its agent. The snapshot's files were opened before.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use tokio::task::JoinSet;
+
+use super::boot::{Start, Started, micros, step};
+use super::disks::VmFolder;
+use super::error::FleetError;
+use super::limits::*;
+use super::owner::Faults;
+use super::registry::Guard;
+use super::snapshots::Source;
+use super::vm::{Origin, Vm};
+use super::{Fleet, id};
+use crate::agent::{AgentReply, AgentRequest};
+use crate::worker::channel::ChannelError;
+use crate::worker::protocol::{MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
+
+/// Clones that were asked for.
+#[derive(Debug, Clone)]
+pub struct CloneVm {
+    /// Id or name.
+    pub snapshot: String,
+    pub count: u32,
+    pub memory_mode: MemoryMode,
+    /// Give each its own identity through the agent.
+    pub managed: bool,
+    pub name: Option<String>,
+}
+
+impl Fleet {
+    /// Starts clones, all at once, all or none.
+    pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Vec<Arc<Vm>>, FleetError> {
+        let arrived = Instant::now();
+        if !(1..=CLONES_MAX).contains(&request.count) {
+            return Err(FleetError::Invalid(format!(
+                "{} clones at once; ask for 1 to {CLONES_MAX}",
+                request.count
+            )));
+        }
+        let names = names(&request)?;
+        self.registry.check_room(request.count as usize, &names)?;
+        let source = self.snapshots.source(&request.snapshot).await?;
+        if request.managed && source.hello.is_none() {
+            return Err(FleetError::NoAgentInSnapshot);
+        }
+        let mut names = names.into_iter();
+        if request.count == 1 {
+            let guard = self.clone_one(source, request, names.next(), arrived).await?;
+            return Ok(guard.hand_over().into_iter().collect());
+        }
+        // Dropping the set, or a guard in it, ends what was started.
+        let mut clones = JoinSet::new();
+        for _ in 0..request.count {
+            let (fleet, source, request, name) =
+                (Arc::clone(self), Arc::clone(&source), request.clone(), names.next());
+            clones.spawn(async move { fleet.clone_one(source, request, name, arrived).await });
+        }
+        let mut guards = Vec::with_capacity(request.count as usize);
+        while let Some(clone) = clones.join_next().await {
+            guards.push(
+                clone.map_err(|error| FleetError::Internal(format!("a clone's task failed: {error}")))??,
+            );
+        }
+        let mut vms: Vec<Arc<Vm>> = guards.into_iter().filter_map(Guard::hand_over).collect();
+        vms.sort_by_key(|vm| vm.number);
+        Ok(vms)
+    }
+
+    async fn clone_one(
+        self: &Arc<Self>,
+        source: Arc<Source>,
+        request: CloneVm,
+        name: Option<String>,
+        arrived: Instant,
+    ) -> Result<Guard, FleetError> {
+        let mut clock = Clock::new(arrived);
+        let shell = self.shells.take().await?;
+        clock.lap("shell");
+        let generation = id::random::<16>()?;
+        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
+        let disks = source.disks(&mut folder)?;
+        let facts = &source.open.manifest.facts;
+        let faults = match request.memory_mode {
+            MemoryMode::Mapped => None,
+            MemoryMode::Userfault => {
+                Some(Faults { pager: Arc::clone(&self.pager), source: Arc::clone(&source.pages) })
+            }
+        };
+        let spec = RestoreSpec {
+            memory_mode: request.memory_mode,
+            generation,
+            disks: disks.iter().map(|disk| disk.spec()).collect(),
+            paused: false,
+            ready_port: None,
+        };
+        let started = self.start(
+            shell,
+            Start {
+                id: folder.id(),
+                name,
+                origin: Origin::Snapshot(source.open.manifest.id.to_string()),
+                kernel: facts.guest.kernel.clone(),
+                ready: facts.guest.ready.clone(),
+                vcpus: facts.vcpus,
+                memory_bytes: facts.memory.bytes,
+                generation: Some(generation),
+                memory_mode: Some(request.memory_mode),
+                protocol: Some(source.protocol),
+                hello: source.hello.clone(),
+                pattern: Vec::new(),
+                phases: None,
+                disks: disks.clone(),
+                folder,
+                faults,
+            },
+        )?;
+        clock.lap("prepare");
+        let restored = {
+            let mut fds = vec![
+                started.console.as_fd(),
+                started.agent.as_fd(),
+                source.open.state.as_fd(),
+                source.open.memory.as_fd(),
+            ];
+            fds.extend(disks.iter().flat_map(|disk| disk.fds()));
+            restore(&started, Request::Restore(spec), &fds).await?
+        };
+        clock.lap("restore");
+        clock.inside("restore", &restored.steps);
+        if request.managed {
+            identify(&started.vm, generation).await?;
+            clock.lap("identity");
+        }
+        started.vm.status.send_modify(|status| {
+            status.start_us = micros(arrived);
+            status.steps = clock.steps;
+        });
+        Ok(started.guard)
+    }
+}
+
+/// The names of the clones; empty when none was given.
+fn names(request: &CloneVm) -> Result<Vec<String>, FleetError> {
+    let Some(name) = &request.name else { return Ok(Vec::new()) };
+    let names: Vec<String> = match request.count {
+        1 => vec![name.clone()],
+        count => (0..count).map(|n| format!("{name}-{n}")).collect(),
+    };
+    names.iter().try_for_each(|name| id::check_name("a VM", name))?;
+    Ok(names)
+}
+
+async fn restore(
+    started: &Started,
+    request: Request,
+    fds: &[BorrowedFd<'_>],
+) -> Result<Restored, FleetError> {
+    match started.link.request(request, fds).await {
+        Ok((Reply::Restored(restored), _)) => Ok(restored),
+        Ok(_) => Err(FleetError::WorkerConfused),
+        Err(FleetError::Channel(ChannelError::Closed)) => Err(FleetError::Ended(started.vm.ended().await)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes the guest another one, and has it confirm that.
+async fn identify(vm: &Vm, generation: [u8; 16]) -> Result<(), FleetError> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let request = AgentRequest::Identity {
+        generation,
+        entropy: id::random()?,
+        wall_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+    };
+    let asked = tokio::select! {
+        answer = vm.agent.ask(request, IDENTITY_TIMEOUT) => answer,
+        reason = vm.ended() => Err(FleetError::Ended(reason)),
+    };
+    match asked {
+        Ok(AgentReply::Generation { generation: confirmed, .. }) if confirmed == generation => Ok(()),
+        Ok(_) => Err(FleetError::WrongGeneration),
+        // The port closes a moment before the end is known.
+        Err(FleetError::WrongState(_)) => Err(FleetError::Ended(vm.ended().await)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Times the steps of one clone.
+struct Clock {
+    last: Instant,
+    steps: Vec<Step>,
+}
+
+impl Clock {
+    fn new(start: Instant) -> Self {
+        Self { last: start, steps: Vec::with_capacity(16) }
+    }
+
+    /// The time since the last lap was spent on `name`.
+    fn lap(&mut self, name: &str) {
+        self.steps.push(step(name, micros(self.last)));
+        self.last = Instant::now();
+    }
+
+    /// What the worker did inside of `name`: not to be added to the sum.
+    fn inside(&mut self, name: &str, steps: &[Step]) {
+        // A worker is not trusted with our memory either.
+        for inner in steps.iter().take(64) {
+            let inner_name: String = inner.name.chars().filter(|c| !c.is_control()).take(40).collect();
+            self.steps.push(Step { name: format!("{name}/{inner_name}"), us: inner.us });
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What can go wrong in the fleet, told so that a person can act on it, and sorted for the API.
+
+use std::io;
+
+use super::limits::*;
+use crate::agent::AgentError;
+use crate::snapshot::cause::Cause;
+use crate::worker::channel::ChannelError;
+use crate::worker::protocol::{Fault, FaultKind};
+
+/// The kinds of failure that a client tells apart; each is one gRPC code of the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    InvalidArgument,
+    NotFound,
+    AlreadyExists,
+    FailedPrecondition,
+    ResourceExhausted,
+    DataLoss,
+    DeadlineExceeded,
+    Aborted,
+    Unimplemented,
+    Internal,
+}
+
+/// Why the fleet could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    #[error("there is no VM {0:?}; `coldspark vm ls` lists them")]
+    NoVm(String),
+    #[error("{what} {name:?} exists already; choose another name or delete it first")]
+    Exists { what: &'static str, name: String },
+    #[error("{name:?} is no name for {what}: use 1 to {NAME_BYTES_MAX} of a-z 0-9 -, not beginning with -{}", if *what == "a VM" { " or vm-" } else { "" })]
+    BadName { what: &'static str, name: String },
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    WrongState(String),
+    #[error("{what} are at their limit of {limit}; {hint}")]
+    Limit { what: &'static str, limit: usize, hint: &'static str },
+    #[error("the VM was not ready after {seconds} s: {waited_for} did not come; {last_lines}")]
+    NotReady { seconds: u64, waited_for: String, last_lines: String },
+    #[error("the VM ended before it was ready: {reason}; {last_lines}")]
+    EndedEarly { reason: String, last_lines: String },
+    #[error("the VM ended: {0}")]
+    Ended(String),
+    #[error(
+        "the snapshot's guest has no agent that could give each clone its own identity; ask for identity UNMANAGED, or take the snapshot when an agent has said hello"
+    )]
+    NoAgentInSnapshot,
+    #[error("the guest has no agent: none has said hello on the agent port")]
+    NoAgent,
+    #[error(
+        "the guest's agent did not answer within {0} ms; is the guest busy or stuck? `coldspark vm console` shows"
+    )]
+    AgentTimeout(u128),
+    #[error("the clone's agent confirmed another generation than it was given; the clone was ended")]
+    WrongGeneration,
+    #[error("the guest's agent is in the middle of a request; ask again when it has answered")]
+    AgentBusy,
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    #[error("the worker did not answer within {0} s; delete the VM")]
+    WorkerTimeout(u64),
+    #[error("the worker answered with something else than was asked; delete the VM and report this")]
+    WorkerConfused,
+    #[error("{0}")]
+    Channel(#[from] ChannelError),
+    /// A failure of the snapshot or image store.
+    #[error("{message}")]
+    Store { cause: Cause, message: String },
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl FleetError {
+    /// Sorts the failure for the API.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::NoVm(_) => Kind::NotFound,
+            Self::Exists { .. } => Kind::AlreadyExists,
+            Self::BadName { .. } | Self::Invalid(_) => Kind::InvalidArgument,
+            Self::WrongState(_) | Self::NoAgentInSnapshot | Self::NoAgent | Self::AgentBusy => {
+                Kind::FailedPrecondition
+            }
+            Self::Limit { .. } => Kind::ResourceExhausted,
+            Self::NotReady { .. } | Self::AgentTimeout(_) | Self::WorkerTimeout(_) => Kind::DeadlineExceeded,
+            Self::EndedEarly { .. } | Self::Ended(_) => Kind::Aborted,
+            Self::Agent(error) => match error.refusal() {
+                Some(crate::agent::wire::STATUS_UNKNOWN_KIND) => Kind::Unimplemented,
+                Some(
+                    crate::agent::wire::STATUS_BAD_PAYLOAD
+                    | crate::agent::wire::STATUS_OUT_OF_RANGE
+                    | crate::agent::wire::STATUS_NO_DEVICE,
+                ) => Kind::InvalidArgument,
+                _ => Kind::Internal,
+            },
+            Self::Fault(fault) => match fault.kind {
+                FaultKind::InvalidInput => Kind::InvalidArgument,
+                FaultKind::Damaged => Kind::DataLoss,
+                FaultKind::Unsupported | FaultKind::WrongState => Kind::FailedPrecondition,
+                FaultKind::Exhausted => Kind::ResourceExhausted,
+                FaultKind::Internal => Kind::Internal,
+            },
+            Self::Store { cause, .. } => match cause {
+                Cause::InvalidInput => Kind::InvalidArgument,
+                Cause::NotFound => Kind::NotFound,
+                Cause::AlreadyExists => Kind::AlreadyExists,
+                Cause::Damaged => Kind::DataLoss,
+                Cause::Unsupported | Cause::WrongState => Kind::FailedPrecondition,
+                Cause::Exhausted => Kind::ResourceExhausted,
+                Cause::Internal => Kind::Internal,
+            },
+            Self::Io { source, .. } => match Cause::of_io(source) {
+                Cause::Exhausted => Kind::ResourceExhausted,
+                _ => Kind::Internal,
+            },
+            Self::Channel(_) | Self::WorkerConfused | Self::WrongGeneration | Self::Internal(_) => {
+                Kind::Internal
+            }
+        }
+    }
+
+    /// For `map_err` after a system call: `what` begins like "cannot open …".
+    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}

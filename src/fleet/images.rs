@@ -1,0 +1,399 @@
+//! Images: importing them piece by piece, and opening their files for a cold boot.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use prost::bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::Fleet;
+use super::boot::{ReadyPoint, check_command_line, check_machine, check_ready};
+use super::disks::{FrozenFile, VmDisk, VmFolder};
+use super::error::FleetError;
+use super::id;
+use super::limits::*;
+use super::snapshots::{blocking, unix_ms};
+use crate::agent::testguest::TEST_GUEST;
+use crate::snapshot::images::{self as store, Image, ImageDraft, ImageStore, Listed, OpenImage, Part, Ready};
+use crate::snapshot::manifest::Protocol;
+use crate::worker::protocol::{BootProtocol, DiskSpec, ModuleKind};
+
+/// What the embedded test guest is called where an image's name would be.
+pub const EMBEDDED_TITLE: &str = "embedded test guest";
+
+/// How an image boots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub protocol: BootProtocol,
+    pub command_line: String,
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub ready: ReadyPoint,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            protocol: BootProtocol::Auto,
+            command_line: String::new(),
+            vcpus: 1,
+            memory_bytes: MEMORY_BYTES_DEFAULT,
+            ready: ReadyPoint::Agent,
+        }
+    }
+}
+
+/// An import to be begun.
+#[derive(Debug, Clone)]
+pub struct ImportImage {
+    pub name: String,
+    pub settings: Settings,
+    pub module: Option<ModuleKind>,
+    pub disks: Vec<ImportDisk>,
+    /// The kernel is the embedded test guest.
+    pub embedded: bool,
+    /// Lengths that will follow; 0: not said.
+    pub kernel_bytes: u64,
+    pub module_bytes: u64,
+}
+
+/// A disk of an import.
+#[derive(Debug, Clone, Copy)]
+pub struct ImportDisk {
+    pub read_only: bool,
+    /// Length that will follow; 0: not said.
+    pub bytes: u64,
+}
+
+/// A file of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFile {
+    Kernel,
+    Module,
+    Disk(u32),
+}
+
+/// An image, for listing.
+#[derive(Debug, Clone)]
+pub struct Described {
+    pub name: String,
+    pub settings: Settings,
+    pub module: Option<ModuleKind>,
+    /// Read-only, and bytes.
+    pub disks: Vec<(bool, u64)>,
+    pub kernel_bytes: u64,
+    pub module_bytes: u64,
+    pub embedded: bool,
+    pub created_unix_ms: u64,
+}
+
+/// Files and settings of something that can be cold-booted.
+#[derive(Debug)]
+pub struct Bootable {
+    pub title: String,
+    pub settings: Settings,
+    /// With a file position of its own.
+    pub kernel: Arc<File>,
+    pub module_kind: Option<ModuleKind>,
+    pub module: Option<Arc<File>>,
+    /// Without overlays.
+    disks: Vec<VmDisk>,
+}
+
+impl Bootable {
+    /// The disks of one VM, with overlays in `folder`.
+    pub fn disks(&self, folder: &mut VmFolder) -> Result<Vec<VmDisk>, FleetError> {
+        let mut disks = self.disks.clone();
+        for (n, disk) in disks.iter_mut().enumerate().filter(|(_, disk)| !disk.read_only) {
+            disk.overlay = Some(folder.overlay(n)?);
+        }
+        Ok(disks)
+    }
+
+    pub fn specs(&self) -> Vec<DiskSpec> {
+        self.disks.iter().map(VmDisk::spec).collect()
+    }
+}
+
+/// The image store.
+#[derive(Debug)]
+pub struct Images {
+    store: Arc<ImageStore>,
+    /// The embedded kernel as a file.
+    embedded: File,
+    imports: Arc<Semaphore>,
+}
+
+impl Images {
+    pub fn open(path: &Path) -> Result<Self, FleetError> {
+        let embedded = memory_file(TEST_GUEST).map_err(FleetError::io("cannot make a memory file"))?;
+        Ok(Self {
+            store: Arc::new(ImageStore::open(path)?),
+            embedded,
+            imports: Arc::new(Semaphore::new(IMPORTS_MAX)),
+        })
+    }
+
+    /// Opens an image, or the embedded test guest, for one cold boot.
+    pub async fn bootable(&self, image: Option<&str>) -> Result<Bootable, FleetError> {
+        let Some(name) = image else {
+            return Ok(Bootable {
+                title: EMBEDDED_TITLE.to_owned(),
+                settings: Settings::default(),
+                kernel: own_position(&self.embedded)?,
+                module_kind: None,
+                module: None,
+                disks: Vec::new(),
+            });
+        };
+        let image = self.store.get(name)?;
+        blocking(move || {
+            let open = image.open()?;
+            bootable(&open)
+        })
+        .await?
+    }
+}
+
+fn bootable(open: &OpenImage) -> Result<Bootable, FleetError> {
+    let manifest = &open.manifest;
+    let mut disks = Vec::with_capacity(open.disks.len());
+    for (n, (file, facts)) in open.disks.iter().zip(&manifest.settings.disks).enumerate() {
+        let known = manifest.file(Part::Disk(n)).cloned();
+        disks.push(VmDisk {
+            read_only: facts.read_only,
+            bytes: known.as_ref().map_or(0, |entry| entry.bytes),
+            serial: facts.serial.clone(),
+            base: FrozenFile { file: Arc::clone(file), known },
+            layers: Vec::new(),
+            overlay: None,
+        });
+    }
+    Ok(Bootable {
+        title: manifest.settings.name.clone(),
+        settings: settings_out(&manifest.settings),
+        kernel: own_position(&open.kernel)?,
+        module_kind: manifest.settings.module.map(module_out),
+        module: open.module.as_deref().map(own_position).transpose()?,
+        disks,
+    })
+}
+
+/// Another descriptor of the same file that shares no position with it: two workers may read it at once.
+fn own_position(file: &File) -> Result<Arc<File>, FleetError> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(Arc::new(File::open(path).map_err(FleetError::io("cannot open a kernel again"))?))
+}
+
+fn memory_file(content: &[u8]) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant.
+    let fd = unsafe { libc::memfd_create(c"coldspark-test-guest".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create gave us this descriptor.
+    let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.write_all(content)?;
+    Ok(file)
+}
+
+/// An import under way. Dropped unfinished, nothing of it stays.
+#[derive(Debug)]
+pub struct Import {
+    /// Away while a piece is written.
+    draft: Option<Box<ImageDraft>>,
+    embedded: bool,
+    /// Part, bytes that will come (0: not said), bytes that came.
+    lengths: Vec<(Part, u64, u64)>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Import {
+    /// Appends to a file. After an error the import is of no more use.
+    pub async fn write(&mut self, file: ImageFile, data: Bytes) -> Result<(), FleetError> {
+        let part = match file {
+            ImageFile::Kernel if self.embedded => {
+                return Err(FleetError::Invalid(
+                    "an image of the embedded test guest brings its own kernel; send none".into(),
+                ));
+            }
+            ImageFile::Kernel => Part::Kernel,
+            ImageFile::Module => Part::Module,
+            ImageFile::Disk(n) => Part::Disk(n as usize),
+        };
+        if let Some((_, _, came)) = self.lengths.iter_mut().find(|(other, _, _)| *other == part) {
+            *came = came.saturating_add(data.len() as u64);
+        }
+        let mut draft = self.draft.take().ok_or_else(given_up)?;
+        let (draft, written) = blocking(move || {
+            let written = draft.write(part, &data);
+            (draft, written)
+        })
+        .await?;
+        written?;
+        self.draft = Some(draft);
+        Ok(())
+    }
+
+    /// Publishes the image.
+    pub async fn finish(mut self) -> Result<Described, FleetError> {
+        for (part, announced, came) in &self.lengths {
+            if *announced != 0 && announced != came {
+                return Err(FleetError::Invalid(format!(
+                    "{came} bytes came of {} where {announced} were announced; send the image again",
+                    match part {
+                        Part::Kernel => "the kernel".to_owned(),
+                        Part::Module => "the module".to_owned(),
+                        Part::Disk(n) => format!("disk {n}"),
+                    }
+                )));
+            }
+        }
+        let draft = self.draft.take().ok_or_else(given_up)?;
+        let image = blocking(move || draft.publish()).await??;
+        Ok(describe(&image))
+    }
+}
+
+fn given_up() -> FleetError {
+    FleetError::Internal("an import went on after it had failed".into())
+}
+
+impl Fleet {
+    /// Begins an import.
+    pub async fn import_image(&self, request: ImportImage) -> Result<Import, FleetError> {
+        id::check_name("an image", &request.name)?;
+        check_machine(request.settings.vcpus, request.settings.memory_bytes)?;
+        check_command_line(&request.settings.command_line)?;
+        check_ready(&request.settings.ready)?;
+        if request.disks.len() > DISKS_MAX {
+            return Err(FleetError::Invalid(format!(
+                "{} disks; the most is {DISKS_MAX}",
+                request.disks.len()
+            )));
+        }
+        let permit = Arc::clone(&self.images.imports).try_acquire_owned().map_err(|_| FleetError::Limit {
+            what: "image imports under way",
+            limit: IMPORTS_MAX,
+            hint: "wait for one to end",
+        })?;
+        let mut lengths = vec![(Part::Kernel, if request.embedded { 0 } else { request.kernel_bytes }, 0)];
+        lengths.extend(request.module.map(|_| (Part::Module, request.module_bytes, 0)));
+        lengths.extend(request.disks.iter().enumerate().map(|(n, disk)| (Part::Disk(n), disk.bytes, 0)));
+        let embedded = request.embedded;
+        let store = Arc::clone(&self.images.store);
+        let draft = blocking(move || {
+            let mut draft = store.begin(settings_in(request))?;
+            if embedded {
+                draft.write(Part::Kernel, TEST_GUEST)?;
+            }
+            Ok::<_, store::StoreError>(Box::new(draft))
+        })
+        .await??;
+        Ok(Import { draft: Some(draft), embedded, lengths, _permit: permit })
+    }
+
+    /// All sound images, by name.
+    pub fn list_images(&self) -> Vec<Described> {
+        let mut images: Vec<Described> = Vec::new();
+        for listed in self.images.store.list() {
+            match listed {
+                Listed::Whole(image) => images.push(describe(&image)),
+                Listed::Damaged { id, problem } => tracing::warn!(id, problem, "an image is damaged"),
+            }
+        }
+        images.sort_by(|a, b| a.name.cmp(&b.name));
+        images
+    }
+
+    /// One image.
+    pub fn image(&self, name: &str) -> Result<Described, FleetError> {
+        Ok(describe(&*self.images.store.get(name)?))
+    }
+
+    /// Removes an image; VMs and snapshots keep what they have.
+    pub async fn delete_image(&self, name: &str) -> Result<(), FleetError> {
+        let (store, name) = (Arc::clone(&self.images.store), name.to_owned());
+        blocking(move || store.delete(&name)).await??;
+        Ok(())
+    }
+}
+
+fn describe(image: &Image) -> Described {
+    let manifest = image.manifest();
+    let bytes = |part| manifest.file(part).map_or(0, |entry| entry.bytes);
+    let disks = manifest.settings.disks.iter().enumerate();
+    Described {
+        name: manifest.settings.name.clone(),
+        settings: settings_out(&manifest.settings),
+        module: manifest.settings.module.map(module_out),
+        disks: disks.map(|(n, disk)| (disk.read_only, bytes(Part::Disk(n)))).collect(),
+        kernel_bytes: bytes(Part::Kernel),
+        module_bytes: if manifest.settings.module.is_some() { bytes(Part::Module) } else { 0 },
+        embedded: manifest.settings.embedded,
+        created_unix_ms: unix_ms(&manifest.created).unwrap_or_default(),
+    }
+}
+
+// === the store's words ===
+
+fn settings_in(request: ImportImage) -> store::Settings {
+    let disks = request.disks.iter().enumerate();
+    store::Settings {
+        name: request.name,
+        protocol: match request.settings.protocol {
+            BootProtocol::Auto => None,
+            BootProtocol::FreeBsd => Some(Protocol::FreeBsd),
+            BootProtocol::Pvh => Some(Protocol::Pvh),
+            BootProtocol::Linux => Some(Protocol::Linux),
+        },
+        module: request.module.map(|module| match module {
+            ModuleKind::MemoryDisk => store::ModuleKind::MemoryDisk,
+            ModuleKind::Initrd => store::ModuleKind::Initrd,
+        }),
+        command_line: request.settings.command_line,
+        vcpus: request.settings.vcpus,
+        memory_bytes: request.settings.memory_bytes,
+        ready: match request.settings.ready {
+            ReadyPoint::Console(pattern) => Ready::Console(pattern),
+            ReadyPoint::Port(port) => Ready::Port(port),
+            ReadyPoint::Agent => Ready::Agent,
+        },
+        disks: disks
+            .map(|(n, disk)| store::DiskSettings {
+                read_only: disk.read_only,
+                serial: format!("coldspark-{n}"),
+            })
+            .collect(),
+        embedded: request.embedded,
+    }
+}
+
+fn settings_out(settings: &store::Settings) -> Settings {
+    Settings {
+        protocol: match settings.protocol {
+            None => BootProtocol::Auto,
+            Some(Protocol::FreeBsd) => BootProtocol::FreeBsd,
+            Some(Protocol::Pvh) => BootProtocol::Pvh,
+            Some(Protocol::Linux) => BootProtocol::Linux,
+        },
+        command_line: settings.command_line.clone(),
+        vcpus: settings.vcpus,
+        memory_bytes: settings.memory_bytes,
+        ready: match &settings.ready {
+            Ready::Console(pattern) => ReadyPoint::Console(pattern.clone()),
+            Ready::Port(port) => ReadyPoint::Port(*port),
+            Ready::Agent => ReadyPoint::Agent,
+        },
+    }
+}
+
+fn module_out(module: store::ModuleKind) -> ModuleKind {
+    match module {
+        store::ModuleKind::MemoryDisk => ModuleKind::MemoryDisk,
+        store::ModuleKind::Initrd => ModuleKind::Initrd,
+    }
+}

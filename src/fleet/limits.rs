@@ -1,0 +1,64 @@
+//! The most of everything that clients and guests can make the daemon hold.
+
+use std::time::Duration;
+
+pub use crate::worker::protocol::{DISKS_MAX, LAYERS_MAX, VCPUS_MAX};
+
+/// Longest name of a VM, an image or a snapshot.
+pub const NAME_BYTES_MAX: usize = 63;
+/// Longest command line, image's and request's together.
+pub const COMMAND_LINE_BYTES_MAX: usize = 2048;
+/// Longest console pattern.
+pub const PATTERN_BYTES_MAX: usize = 256;
+/// Most clones in one request.
+pub const CLONES_MAX: u32 = 64;
+/// Ended VMs that are still listed.
+pub const EXITED_KEPT_MAX: usize = 64;
+/// Most vCPUs, memory: what a request may ask for at all; the host may refuse earlier.
+pub const MEMORY_BYTES_MIN: u64 = 32 << 20;
+pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// Memory comes in steps of this.
+pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
+/// What an image without settings gets.
+pub const MEMORY_BYTES_DEFAULT: u64 = 512 << 20;
+
+/// Console output kept for those who come later.
+pub const BACKLOG_BYTES_MAX: usize = 256 << 10;
+/// Pieces of console output that a slow subscriber may lag behind; each has at most [`CONSOLE_READ_BYTES`].
+pub const CONSOLE_PIECES_MAX: usize = 64;
+pub const CONSOLE_READ_BYTES: usize = 16 << 10;
+/// Most input bytes in one message, and messages waiting for the guest to read them.
+pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
+pub const CONSOLE_INPUTS_MAX: usize = 16;
+/// Console streams over all VMs.
+pub const CONSOLE_STREAMS_MAX: usize = 1024;
+/// Lines of console or stderr shown in an error.
+pub const LAST_LINES_MAX: usize = 12;
+pub const LAST_LINES_BYTES_MAX: usize = 2048;
+
+/// Agent requests of one VM that wait for their answer.
+pub const AGENT_REQUESTS_MAX: usize = 64;
+pub const AGENT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
+pub const AGENT_TIMEOUT_MAX: Duration = Duration::from_secs(600);
+/// How long a clone's agent may take to confirm its identity.
+pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a snapshot waits for the agent's answers under way.
+pub const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
+
+pub const READY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
+pub const READY_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
+/// How long a worker may take to answer a request that does not write memory.
+pub const WORKER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to write a snapshot.
+pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(900);
+
+/// Events of one worker that the daemon has not looked at.
+pub const WORKER_EVENTS_MAX: usize = 64;
+/// Commands waiting for one VM's owner.
+pub const COMMANDS_MAX: usize = 16;
+/// Longest line of a worker's stderr that is kept whole.
+pub const STDERR_LINE_BYTES_MAX: usize = 4 << 10;
+/// Snapshots whose files are kept open.
+pub const OPEN_SNAPSHOTS_MAX: usize = 64;
+/// Image imports under way.
+pub const IMPORTS_MAX: usize = 4;

@@ -1,0 +1,324 @@
+//! The task that owns one VM: it alone tells the worker what to do, hears its events, and publishes the state.
+//!
+//! Happy path: commands one after the other, each a request to the worker. The worker's end (its socket closes) ends the
+//! task: the process is reaped, the reason is published, the VM's private files are removed. A VM is always
+//! ended by ending its process, so nothing here can be stuck for ever: every request has a time limit.
+
+use std::future::Future;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
+use super::error::FleetError;
+use super::limits::FREEZE_TIMEOUT;
+use super::link::{Events, Link};
+use super::vm::{Command, FrozenVm, State, Vm};
+use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
+use crate::snapshot::store::Draft;
+use crate::worker::protocol::{Event, ExitReason, FaultRegion, Reply, Request, SnapshotSpec};
+
+/// How long a worker that closed its socket may take to end by itself.
+const LAST_BREATH: Duration = Duration::from_secs(2);
+
+/// What the one who waits for a cold boot hears.
+#[derive(Debug, Clone)]
+pub struct Phase {
+    pub name: String,
+    pub us: u64,
+}
+
+/// Everything the owner needs.
+pub struct Owner {
+    pub vm: Arc<Vm>,
+    pub link: Arc<Link>,
+    pub commands: mpsc::Receiver<Command>,
+    pub ears: Ears,
+    pub disks: Vec<VmDisk>,
+    pub folder: VmFolder,
+}
+
+/// The worker's events.
+pub struct Ears {
+    pub vm: Arc<Vm>,
+    pub events: Events,
+    /// Boot phases go here while somebody listens.
+    pub phases: Option<mpsc::Sender<Phase>>,
+    pub exit: Option<String>,
+    pub deaf: bool,
+    /// Who answers page faults, of a clone that wants that.
+    pub faults: Option<Faults>,
+    /// Kept until the VM ends.
+    pub attachment: Option<Attachment>,
+}
+
+/// The pager, and the memory that it answers from.
+#[derive(Debug, Clone)]
+pub struct Faults {
+    pub pager: Arc<Pager>,
+    pub source: Arc<PagerSource>,
+}
+
+impl Ears {
+    /// Runs `work` to its end, hearing events meanwhile: a worker whose events nobody takes cannot answer either.
+    async fn during<F: Future>(&mut self, work: F) -> F::Output {
+        let mut work = pin!(work);
+        loop {
+            tokio::select! {
+                biased;
+                output = &mut work => return output,
+                event = self.events.recv(), if !self.deaf => self.hear(event),
+            }
+        }
+    }
+
+    fn attach(&mut self, regions: &[FaultRegion], fds: Vec<OwnedFd>) -> Result<(), String> {
+        let faults = self.faults.as_ref().ok_or("it was not asked to let its faults be answered")?;
+        if self.attachment.is_some() {
+            return Err("it asked twice".to_owned());
+        }
+        let uffd = fds.into_iter().next().ok_or("its worker sent no userfaultfd")?;
+        let regions: Vec<pager::FaultRegion> = regions
+            .iter()
+            .map(|region| pager::FaultRegion {
+                host_address: region.host_address,
+                bytes: region.bytes,
+                file_offset: region.file_offset,
+            })
+            .collect();
+        let attached = faults.pager.attach(uffd, &regions, Arc::clone(&faults.source), on_end(&self.vm));
+        self.attachment = Some(attached.map_err(|error| error.to_string())?);
+        Ok(())
+    }
+
+    fn hear(&mut self, event: Option<(Event, Vec<OwnedFd>)>) {
+        let (event, fds) = match event {
+            None => (None, Vec::new()),
+            Some((event, fds)) => (Some(event), fds),
+        };
+        match event {
+            None => self.deaf = true,
+            Some(Event::Userfault { regions }) => {
+                if let Err(problem) = self.attach(&regions, fds) {
+                    // Its restore would wait for ever.
+                    self.vm.kill(&format!("its page faults cannot be answered: {problem}"));
+                }
+            }
+            Some(Event::Phase { name, us }) => {
+                if let Some(phases) = &self.phases {
+                    // A listener that is slow or gone misses a phase; nothing waits for it.
+                    let _ = phases.try_send(Phase { name, us });
+                }
+            }
+            Some(Event::ReadyPort { value }) => {
+                self.vm.ready_port.send_replace(Some(value));
+            }
+            Some(Event::GuestReset { how }) => {
+                tracing::info!(vm = %self.vm.id, how, "the guest asked for a reset");
+            }
+            Some(Event::Exited(reason)) => self.exit = Some(exit_text(&reason)),
+        }
+    }
+}
+
+/// What the pager says when it can serve a clone no more.
+fn on_end(vm: &Arc<Vm>) -> impl FnOnce(EndReason) + Send + 'static {
+    let vm = Arc::clone(vm);
+    move |reason| {
+        if reason != EndReason::ProcessGone {
+            tracing::warn!(vm = %vm.id, %reason, "a clone's page faults cannot be answered any more");
+            vm.kill(&format!("its page faults could not be answered any more: {reason}"));
+        }
+    }
+}
+
+fn exit_text(reason: &ExitReason) -> String {
+    match reason {
+        ExitReason::Killed => "ended on request".to_owned(),
+        ExitReason::GuestReset { how } => format!("the guest reset itself ({how})"),
+        ExitReason::GuestPowerOff => "the guest switched itself off".to_owned(),
+        ExitReason::Failed(what) => format!("KVM could not go on: {what}"),
+    }
+}
+
+impl Owner {
+    /// Until the VM's end.
+    pub async fn run(mut self) {
+        loop {
+            tokio::select! {
+                event = self.ears.events.recv(), if !self.ears.deaf => {
+                    self.ears.hear(event);
+                    if self.ears.deaf {
+                        break;
+                    }
+                }
+                command = self.commands.recv() => match command {
+                    Some(command) => self.obey(command).await,
+                    None => self.vm.process.kill(), // Unreachable while this task holds the VM.
+                },
+            }
+            if self.ears.deaf {
+                break;
+            }
+        }
+        self.end().await;
+    }
+
+    async fn end(mut self) {
+        self.commands.close();
+        let process = self.vm.process.clone();
+        let status = match tokio::time::timeout(LAST_BREATH, process.ended()).await {
+            Ok(status) => status,
+            Err(_) => {
+                process.kill();
+                process.ended().await
+            }
+        };
+        let trouble = self.vm.trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let reason = match self.ears.exit.take().or(trouble) {
+            Some(reason) => reason,
+            None => process.obituary(status),
+        };
+        tracing::info!(vm = %self.vm.id, reason, "VM ended");
+        self.vm.status.send_modify(|status| {
+            status.state = State::Exited;
+            status.exit_reason = Some(reason);
+        });
+        // Removing files may wait for the disk.
+        let _ =
+            tokio::task::spawn_blocking(move || drop((self.folder, self.ears.attachment, self.disks))).await;
+    }
+
+    async fn obey(&mut self, command: Command) {
+        // Whoever asked may be gone: then the answer goes nowhere.
+        match command {
+            Command::Pause(answer) => {
+                let _ = answer.send(self.pause().await);
+            }
+            Command::Resume(answer) => {
+                let _ = answer.send(self.resume().await);
+            }
+            Command::Freeze { draft, stop_after, answer } => {
+                let was_paused = self.vm.state() == State::Paused;
+                let result = self.freeze(draft, stop_after).await;
+                if let Err(Ok(_)) = answer.send(result)
+                    && !was_paused
+                {
+                    // Frozen for nobody: go on.
+                    self.resume_quietly().await;
+                }
+            }
+            Command::Stop(reason) => {
+                self.vm.kill(&reason);
+            }
+            Command::Stats(answer) => {
+                let result = self.ask(Request::Stats, &[]).await;
+                let _ = answer.send(result.and_then(|reply| match reply {
+                    Reply::Stats(stats) => Ok(stats),
+                    _ => Err(FleetError::WorkerConfused),
+                }));
+            }
+        }
+    }
+
+    async fn ask(&mut self, request: Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, FleetError> {
+        Ok(self.ears.during(self.link.request(request, fds)).await?.0)
+    }
+
+    fn set_state(&self, state: State) {
+        self.vm.status.send_modify(|status| status.state = state);
+    }
+
+    /// The state of this VM when it runs.
+    fn running_state(&self) -> State {
+        match self.vm.generation {
+            Some(_) => State::Running,
+            None => State::Ready,
+        }
+    }
+
+    fn check_started(&self) -> Result<State, FleetError> {
+        match self.vm.state() {
+            State::Booting => Err(FleetError::WrongState(format!(
+                "VM {} is still booting; wait for its ready point",
+                self.vm.id
+            ))),
+            State::Exited => Err(FleetError::WrongState(format!("VM {} has ended", self.vm.id))),
+            state => Ok(state),
+        }
+    }
+
+    async fn pause(&mut self) -> Result<(), FleetError> {
+        self.check_started()?;
+        match self.ask(Request::Pause, &[]).await? {
+            Reply::Done => self.set_state(State::Paused),
+            _ => return Err(FleetError::WorkerConfused),
+        }
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> Result<(), FleetError> {
+        self.check_started()?;
+        match self.ask(Request::Resume, &[]).await? {
+            Reply::Done => self.set_state(self.running_state()),
+            _ => return Err(FleetError::WorkerConfused),
+        }
+        Ok(())
+    }
+
+    /// After something went wrong. A VM that cannot be resumed is ended.
+    async fn resume_quietly(&mut self) {
+        if let Err(error) = self.resume().await {
+            tracing::warn!(vm = %self.vm.id, %error, "a VM could not be resumed after a failed snapshot and is ended");
+            self.vm.kill(&format!("it could not go on after a failed snapshot: {error}"));
+        }
+    }
+
+    async fn freeze(&mut self, draft: Box<Draft>, stop_after: bool) -> Result<FrozenVm, FleetError> {
+        let before = self.check_started()?;
+        check_room_for_a_layer(&self.disks)?;
+        let _quiet = match self.vm.agent.hello() {
+            Some(_) => Some(self.ears.during(self.vm.agent.quiet()).await?),
+            None => None,
+        };
+        let mut overlays = Vec::with_capacity(self.disks.len());
+        for (n, disk) in self.disks.iter().enumerate() {
+            overlays.push(if disk.read_only { None } else { Some(self.folder.overlay(n)?) });
+        }
+        let resume = !stop_after && before != State::Paused;
+        self.set_state(State::Snapshotting);
+        let result = {
+            let mut fds = vec![draft.state().as_fd(), draft.memory().as_fd()];
+            fds.extend(overlays.iter().flatten().map(|overlay| overlay.as_fd()));
+            let spec = SnapshotSpec { resume };
+            self.ears.during(self.link.request_within(Request::Snapshot(spec), &fds, FREEZE_TIMEOUT)).await
+        };
+        let frozen = match result {
+            Ok((Reply::Frozen(frozen), _)) => Ok(frozen),
+            Ok(_) => Err(FleetError::WorkerConfused),
+            Err(error) => Err(error),
+        };
+        match frozen {
+            Ok(frozen) => {
+                for (n, (disk, overlay)) in self.disks.iter_mut().zip(overlays).enumerate() {
+                    if let Some(overlay) = overlay {
+                        disk.frozen(frozen.disks_frozen.get(n).copied().unwrap_or(true), overlay);
+                    }
+                }
+                self.set_state(if resume { before } else { State::Paused });
+                Ok(FrozenVm { draft, frozen, disks: self.disks.clone() })
+            }
+            Err(error) => {
+                if before == State::Paused {
+                    self.set_state(State::Paused);
+                } else {
+                    self.resume_quietly().await;
+                }
+                Err(error)
+            }
+        }
+    }
+}

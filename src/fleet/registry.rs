@@ -1,0 +1,177 @@
+//! Which VMs there are: by id, by name, in order of creation. Ended ones are listed for a while.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::Fleet;
+use super::error::FleetError;
+use super::limits::EXITED_KEPT_MAX;
+use super::vm::{State, Vm};
+
+/// The table of VMs.
+#[derive(Debug)]
+pub struct Registry {
+    vms_max: usize,
+    next_number: AtomicU64,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    /// By number.
+    vms: BTreeMap<u64, Arc<Vm>>,
+    numbers_by_id: HashMap<String, u64>,
+    numbers_by_name: HashMap<String, u64>,
+}
+
+impl Registry {
+    pub fn new(vms_max: usize) -> Self {
+        Self { vms_max, next_number: AtomicU64::new(0), table: Mutex::new(Table::default()) }
+    }
+
+    /// A number for a VM to be made.
+    pub fn next_number(&self) -> u64 {
+        self.next_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Whether so many more VMs may be made, and these names given.
+    pub fn check_room(&self, count: usize, names: &[String]) -> Result<(), FleetError> {
+        let table = self.lock();
+        self.check_count(&table, count)?;
+        names.iter().try_for_each(|name| table.check_name(name))
+    }
+
+    /// Adds a VM.
+    pub fn insert(&self, vm: &Arc<Vm>) -> Result<(), FleetError> {
+        let mut table = self.lock();
+        self.check_count(&table, 1)?;
+        if let Some(name) = &vm.name {
+            table.check_name(name)?;
+            table.numbers_by_name.insert(name.clone(), vm.number);
+        }
+        table.numbers_by_id.insert(vm.id.clone(), vm.number);
+        table.vms.insert(vm.number, Arc::clone(vm));
+        table.forget_old();
+        Ok(())
+    }
+
+    /// Finds a VM by id or name.
+    pub fn get(&self, id_or_name: &str) -> Result<Arc<Vm>, FleetError> {
+        let table = self.lock();
+        let found = table.number(id_or_name).and_then(|number| table.vms.get(&number));
+        found.cloned().ok_or_else(|| FleetError::NoVm(id_or_name.chars().take(80).collect()))
+    }
+
+    /// All VMs, oldest first.
+    pub fn list(&self) -> Vec<Arc<Vm>> {
+        self.lock().vms.values().cloned().collect()
+    }
+
+    /// Takes a VM out of the table; it is not ended by that.
+    pub fn remove(&self, id_or_name: &str) -> Option<Arc<Vm>> {
+        let mut table = self.lock();
+        let number = table.number(id_or_name)?;
+        table.remove(number)
+    }
+
+    fn check_count(&self, table: &Table, more: usize) -> Result<(), FleetError> {
+        let living = table.vms.values().filter(|vm| vm.state() != State::Exited).count();
+        match living.saturating_add(more) <= self.vms_max {
+            true => Ok(()),
+            false => Err(FleetError::Limit {
+                what: "VMs",
+                limit: self.vms_max,
+                hint: "delete some, or serve with a higher --vms-max",
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn number(&self, id_or_name: &str) -> Option<u64> {
+        self.numbers_by_id.get(id_or_name).or_else(|| self.numbers_by_name.get(id_or_name)).copied()
+    }
+
+    fn check_name(&self, name: &str) -> Result<(), FleetError> {
+        let holder = self.numbers_by_name.get(name).and_then(|number| self.vms.get(number));
+        match holder {
+            Some(vm) if vm.state() != State::Exited => {
+                Err(FleetError::Exists { what: "a VM", name: name.to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> Option<Arc<Vm>> {
+        let vm = self.vms.remove(&number)?;
+        self.numbers_by_id.remove(&vm.id);
+        if let Some(name) = &vm.name
+            && self.numbers_by_name.get(name) == Some(&number)
+        {
+            self.numbers_by_name.remove(name);
+        }
+        Some(vm)
+    }
+
+    fn forget_old(&mut self) {
+        let ended = self.vms.values().filter(|vm| vm.state() == State::Exited);
+        let ended: Vec<u64> = ended.map(|vm| vm.number).collect();
+        let over = ended.len().saturating_sub(EXITED_KEPT_MAX);
+        for number in ended.into_iter().take(over) {
+            self.remove(number);
+        }
+    }
+}
+
+/// Ends and forgets a VM when dropped, unless it was handed over.
+#[derive(Debug)]
+pub struct Guard {
+    fleet: Arc<Fleet>,
+    vm: Option<Arc<Vm>>,
+}
+
+impl Guard {
+    pub fn new(fleet: &Arc<Fleet>, vm: Arc<Vm>) -> Self {
+        Self { fleet: Arc::clone(fleet), vm: Some(vm) }
+    }
+
+    /// The VM is somebody else's from now on.
+    pub fn hand_over(mut self) -> Option<Arc<Vm>> {
+        self.vm.take()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(vm) = self.vm.take() {
+            vm.kill("it did not start well");
+            self.fleet.registry.remove(&vm.id);
+        }
+    }
+}
+
+impl Fleet {
+    /// One VM, by id or name.
+    pub fn vm(&self, id_or_name: &str) -> Result<Arc<Vm>, FleetError> {
+        self.registry.get(id_or_name)
+    }
+
+    /// All VMs, oldest first.
+    pub fn vms(&self) -> Vec<Arc<Vm>> {
+        self.registry.list()
+    }
+
+    /// Ends a VM if it runs, and forgets it. Comes back when its process is gone.
+    pub async fn delete_vm(&self, id_or_name: &str) -> Result<(), FleetError> {
+        let vm = self.registry.get(id_or_name)?;
+        vm.kill("deleted");
+        vm.ended().await;
+        self.registry.remove(&vm.id);
+        Ok(())
+    }
+}

@@ -1,0 +1,439 @@
+//! Snapshots: freezing a VM into the store, finding what is there, and holding files open for clones.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::Fleet;
+use super::boot::{micros, step};
+use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
+use super::error::FleetError;
+use super::limits::OPEN_SNAPSHOTS_MAX;
+use super::vm::{Command, FrozenVm, Origin, State, Vm};
+use crate::agent::{FrameDecoder, Hello};
+use crate::snapshot::manifest::{Cpu, Facts, Guest, Identity, Memory, Protocol, Region, SnapshotId};
+use crate::snapshot::memory::pager::PagerSource;
+use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
+use crate::worker::protocol::{BootProtocol, Frozen, Step};
+
+/// Label under which the agent's hello is kept, in hexadecimal.
+const HELLO_LABEL: &str = "coldspark.agent.hello";
+
+impl From<StoreError> for FleetError {
+    fn from(error: StoreError) -> Self {
+        Self::Store { cause: error.cause(), message: error.to_string() }
+    }
+}
+
+/// A snapshot to be taken.
+#[derive(Debug, Clone)]
+pub struct CreateSnapshot {
+    /// Id or name.
+    pub vm: String,
+    pub name: Option<String>,
+    pub stop_after: bool,
+}
+
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Taken {
+    pub snapshot: Described,
+    pub pause_us: u64,
+    pub total_us: u64,
+    pub steps: Vec<Step>,
+}
+
+/// A published snapshot, for listing.
+#[derive(Debug, Clone)]
+pub struct Described {
+    pub id: String,
+    pub name: Option<String>,
+    pub created_unix_ms: u64,
+    pub parent: Option<String>,
+    pub kernel: String,
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub stored_bytes: u64,
+    pub protocol: BootProtocol,
+    pub agent: bool,
+    pub disks: u32,
+    pub cpu_vendor: String,
+    pub tsc_khz: u32,
+}
+
+/// What is in the store.
+#[derive(Debug)]
+pub struct Listing {
+    pub whole: Vec<Described>,
+    /// Id and problem.
+    pub damaged: Vec<(String, String)>,
+}
+
+/// The store, and the open files of the snapshots that clones are made of.
+#[derive(Debug)]
+pub struct Snapshots {
+    store: Arc<SnapshotStore>,
+    sources: Mutex<HashMap<String, Arc<Source>>>,
+}
+
+/// Everything that a clone needs, opened once.
+#[derive(Debug)]
+pub struct Source {
+    pub open: Arc<OpenSnapshot>,
+    pub protocol: BootProtocol,
+    pub hello: Option<Arc<Hello>>,
+    /// For the pager.
+    pub pages: Arc<PagerSource>,
+    /// Without overlays.
+    disks: Vec<VmDisk>,
+}
+
+impl Source {
+    fn open(snapshot: &Snapshot) -> Result<Self, FleetError> {
+        let open = snapshot.open_for_restore()?;
+        let manifest = &open.manifest;
+        let mut disks = Vec::with_capacity(open.disks.len());
+        for (facts, files) in manifest.facts.disks.iter().zip(&open.disks) {
+            let frozen = |name: &String, file: &std::fs::File| -> Result<FrozenFile, FleetError> {
+                let file =
+                    file.try_clone().map_err(FleetError::io("cannot duplicate a disk's descriptor"))?;
+                Ok(FrozenFile { file: Arc::new(file), known: manifest.disk_file(name).cloned() })
+            };
+            let layers = facts.layers.iter().zip(&files.layers);
+            disks.push(VmDisk {
+                read_only: facts.read_only,
+                bytes: facts.bytes,
+                serial: facts.serial.clone(),
+                base: frozen(&facts.base, &files.base)?,
+                layers: layers.map(|(name, file)| frozen(name, file)).collect::<Result<_, _>>()?,
+                overlay: None,
+            });
+        }
+        let protocol = protocol(manifest.facts.guest.protocol);
+        let hello = match manifest.facts.identity.agent {
+            true => Some(Arc::new(stored_hello(&manifest.facts.labels)?)),
+            false => None,
+        };
+        let pages = PagerSource::new(Arc::clone(&open.memory));
+        let pages = Arc::new(
+            pages.map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?,
+        );
+        Ok(Self { open, protocol, hello, pages, disks })
+    }
+
+    /// The disks of one clone, with overlays in `folder`.
+    pub fn disks(&self, folder: &mut VmFolder) -> Result<Vec<VmDisk>, FleetError> {
+        let mut disks = self.disks.clone();
+        for (n, disk) in disks.iter_mut().enumerate().filter(|(_, disk)| !disk.read_only) {
+            disk.overlay = Some(folder.overlay(n)?);
+        }
+        Ok(disks)
+    }
+}
+
+fn protocol(protocol: Protocol) -> BootProtocol {
+    match protocol {
+        Protocol::FreeBsd => BootProtocol::FreeBsd,
+        Protocol::Pvh => BootProtocol::Pvh,
+        Protocol::Linux => BootProtocol::Linux,
+    }
+}
+
+/// Reads sizes from the disk.
+fn describe(snapshot: &Snapshot) -> Result<Described, FleetError> {
+    let manifest = snapshot.manifest();
+    let facts = &manifest.facts;
+    Ok(Described {
+        id: snapshot.id().to_string(),
+        name: facts.name.clone(),
+        created_unix_ms: unix_ms(&manifest.created).unwrap_or_default(),
+        parent: facts.parent.as_ref().map(|id| id.to_string()),
+        kernel: facts.guest.kernel.clone(),
+        vcpus: facts.vcpus,
+        memory_bytes: facts.memory.bytes,
+        stored_bytes: snapshot.disk_usage_bytes()?,
+        protocol: protocol(facts.guest.protocol),
+        agent: facts.identity.agent,
+        disks: u32::try_from(facts.disks.len()).unwrap_or(u32::MAX),
+        cpu_vendor: facts.cpu.vendor.clone(),
+        tsc_khz: facts.cpu.tsc_khz,
+    })
+}
+
+/// A manifest's `2026-11-22T12:00:00Z` in Unix milliseconds.
+pub(super) fn unix_ms(text: &str) -> Option<u64> {
+    let number = |range: std::ops::Range<usize>| text.get(range)?.parse::<u64>().ok();
+    let (year, month, day) = (number(0..4)?, number(5..7)?, number(8..10)?);
+    let (hour, minute, second) = (number(11..13)?, number(14..16)?, number(17..19)?);
+    // Days since 1970-03-01 of the proleptic Gregorian calendar, years beginning in March.
+    let (years, months) = if month > 2 { (year, month - 3) } else { (year.checked_sub(1)?, month + 9) };
+    let days = 365 * years + years / 4 - years / 100 + years / 400 + (153 * months + 2) / 5 + day;
+    let days = days.checked_sub(719_469)?; // of 1970-01-01, counted the same way
+    Some((((days * 24 + hour) * 60 + minute) * 60 + second) * 1000)
+}
+
+/// The hello that was said before the snapshot was taken.
+fn stored_hello(labels: &BTreeMap<String, String>) -> Result<Hello, FleetError> {
+    let damaged = || FleetError::Store {
+        cause: crate::snapshot::cause::Cause::Damaged,
+        message: format!(
+            "the snapshot's label {HELLO_LABEL} does not hold an agent's hello; take the snapshot again"
+        ),
+    };
+    let text = labels.get(HELLO_LABEL).ok_or_else(damaged)?;
+    let digits: Option<Vec<u8>> =
+        text.chars().map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok())).collect();
+    let digits = digits.ok_or_else(damaged)?;
+    let bytes: Vec<u8> =
+        digits.chunks(2).map(|pair| pair.iter().fold(0u8, |byte, digit| byte << 4 | digit)).collect();
+    let frames = FrameDecoder::new().push(&bytes).map_err(|_| damaged())?;
+    let frame = frames.first().ok_or_else(damaged)?;
+    Hello::decode(frame).map_err(|_| damaged())
+}
+
+fn hello_label(hello: &Hello) -> Result<String, FleetError> {
+    let bytes = hello.encode().map_err(|error| FleetError::Internal(error.to_string()))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+impl Snapshots {
+    pub fn open(path: &Path) -> Result<Self, FleetError> {
+        Ok(Self { store: Arc::new(SnapshotStore::open(path)?), sources: Mutex::new(HashMap::new()) })
+    }
+
+    /// The open files of a snapshot, by id or name.
+    pub async fn source(&self, id_or_name: &str) -> Result<Arc<Source>, FleetError> {
+        let snapshot = self.store.get(id_or_name)?;
+        let id = snapshot.id().to_string();
+        if let Some(source) = self.lock().get(&id) {
+            return Ok(Arc::clone(source));
+        }
+        let source = Arc::new(blocking(move || Source::open(&snapshot)).await??);
+        self.keep(id, &source);
+        Ok(source)
+    }
+
+    fn keep(&self, id: String, source: &Arc<Source>) {
+        let mut sources = self.lock();
+        if sources.len() >= OPEN_SNAPSHOTS_MAX
+            && let Some(any) = sources.keys().next().cloned()
+        {
+            sources.remove(&any);
+        }
+        sources.insert(id, Arc::clone(source));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Source>>> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs what waits for the disk where it holds nobody up.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, FleetError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))
+}
+
+impl Fleet {
+    /// Takes a snapshot. The work goes on to its end even if the caller goes away.
+    pub async fn create_snapshot(self: &Arc<Self>, request: CreateSnapshot) -> Result<Taken, FleetError> {
+        let fleet = Arc::clone(self);
+        let work = tokio::spawn(async move { fleet.take_snapshot(request).await });
+        work.await.map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
+    }
+
+    async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
+        let arrived = Instant::now();
+        let vm = self.registry.get(&request.vm)?;
+        let store = Arc::clone(&self.snapshots.store);
+        if let Some(name) = &request.name {
+            super::id::check_name("a snapshot", name)?;
+            store.check_name(name)?;
+        }
+        let before = vm.state();
+        let draft = blocking(move || store.begin(SnapshotId::random())).await??;
+        let (draft, stop_after) = (Box::new(draft), request.stop_after);
+        let frozen = vm.command(|answer| Command::Freeze { draft, stop_after, answer }).await?;
+        let mut steps = vec![step("freeze", micros(arrived))];
+        steps.extend(frozen.frozen.steps.iter().take(64).map(|inner| Step {
+            name: format!("freeze/{}", inner.name.chars().take(40).collect::<String>()),
+            us: inner.us,
+        }));
+        let pause_us = frozen.frozen.pause_us;
+        let publishing = Instant::now();
+        match self.publish(&vm, frozen, request.name).await {
+            Ok((snapshot, source)) => {
+                steps.push(step("publish", micros(publishing)));
+                self.snapshots.keep(snapshot.id.clone(), &source);
+                if stop_after {
+                    let reason = format!("stopped after its snapshot {}", snapshot.id);
+                    let _ = vm.commands.send(Command::Stop(reason)).await;
+                    vm.ended().await;
+                }
+                Ok(Taken { snapshot, pause_us, total_us: micros(arrived), steps })
+            }
+            Err(error) => {
+                if stop_after && before != State::Paused {
+                    // It was to end, but now it is all there is.
+                    vm.resume().await?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn publish(
+        &self,
+        vm: &Arc<Vm>,
+        frozen: FrozenVm,
+        name: Option<String>,
+    ) -> Result<(Described, Arc<Source>), FleetError> {
+        let FrozenVm { mut draft, frozen, disks } = frozen;
+        let vm = Arc::clone(vm);
+        blocking(move || {
+            let lines = link_into(&mut draft, &disks)?;
+            let facts = facts(&vm, &frozen, name, lines)?;
+            let draft: Draft = *draft;
+            let snapshot = draft.publish(facts)?;
+            let source = Arc::new(Source::open(&snapshot)?);
+            Ok((describe(&snapshot)?, source))
+        })
+        .await?
+    }
+
+    /// Everything in the store, oldest first.
+    pub async fn list_snapshots(&self) -> Result<Listing, FleetError> {
+        let store = Arc::clone(&self.snapshots.store);
+        blocking(move || {
+            let mut listing = Listing { whole: Vec::new(), damaged: Vec::new() };
+            for listed in store.list() {
+                match listed {
+                    // One that is deleted just now has no sizes any more.
+                    Listed::Whole(snapshot) => listing.whole.extend(describe(&snapshot).ok()),
+                    Listed::Damaged { id, problem } => listing.damaged.push((id.to_string(), problem)),
+                }
+            }
+            listing.whole.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
+            listing
+        })
+        .await
+    }
+
+    /// One snapshot, by id or name.
+    pub async fn snapshot(&self, id_or_name: &str) -> Result<Described, FleetError> {
+        let snapshot = self.snapshots.store.get(id_or_name)?;
+        blocking(move || describe(&snapshot)).await?
+    }
+
+    /// Removes a snapshot; clones keep what they have.
+    pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
+        let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
+        let id = blocking(move || store.delete(&key)).await??;
+        self.snapshots.lock().remove(id.as_str());
+        Ok(())
+    }
+
+    /// Reads and compares all of a snapshot; gives the bytes read.
+    pub async fn verify_snapshot(&self, id_or_name: &str) -> Result<u64, FleetError> {
+        let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
+        Ok(blocking(move || store.verify(&key)).await??.bytes)
+    }
+}
+
+/// What the manifest says.
+fn facts(
+    vm: &Vm,
+    frozen: &Frozen,
+    name: Option<String>,
+    disks: Vec<crate::snapshot::manifest::Disk>,
+) -> Result<Facts, FleetError> {
+    let hello = vm.agent.hello();
+    let mut labels = BTreeMap::new();
+    if let Some(hello) = &hello {
+        labels.insert(HELLO_LABEL.to_owned(), hello_label(hello)?);
+    }
+    let parent = match &vm.origin {
+        Origin::Snapshot(id) => id.parse().ok(),
+        _ => None,
+    };
+    let entered_by = match frozen.protocol {
+        // A clone's worker does not know.
+        BootProtocol::Auto => vm.status().protocol.unwrap_or(BootProtocol::Auto),
+        known => known,
+    };
+    let protocol = match entered_by {
+        BootProtocol::FreeBsd => Protocol::FreeBsd,
+        BootProtocol::Pvh => Protocol::Pvh,
+        BootProtocol::Linux => Protocol::Linux,
+        BootProtocol::Auto => return Err(FleetError::WorkerConfused),
+    };
+    let regions: Vec<Region> = frozen
+        .regions
+        .iter()
+        .map(|region| Region {
+            guest_address: region.guest_address,
+            bytes: region.bytes,
+            file_offset: region.file_offset,
+        })
+        .collect();
+    let bytes = regions.iter().try_fold(0u64, |sum, region| sum.checked_add(region.bytes));
+    Ok(Facts {
+        name,
+        labels,
+        guest: Guest { kernel: vm.kernel.clone(), protocol, ready: vm.ready.clone() },
+        vcpus: frozen.vcpus,
+        memory: Memory { bytes: bytes.ok_or(FleetError::WorkerConfused)?, regions },
+        cpu: Cpu {
+            vendor: frozen.cpu_vendor.clone(),
+            features: frozen.cpu_features.clone(),
+            tsc_khz: frozen.tsc_khz,
+        },
+        kvm_capabilities: Vec::new(),
+        parent,
+        identity: Identity { agent: hello.is_some() },
+        devices: frozen.devices.clone(),
+        disks,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_manifests_are_read() {
+        assert_eq!(unix_ms("1970-01-01T00:00:00Z"), Some(0));
+        assert_eq!(unix_ms("2026-11-22T12:00:01Z"), Some(1_795_348_801_000));
+        assert_eq!(unix_ms("2024-02-29T23:59:59Z"), Some(1_709_251_199_000));
+        assert_eq!(unix_ms(""), None);
+    }
+
+    #[test]
+    fn a_hello_survives_the_label() {
+        let hello = Hello {
+            version: crate::agent::wire::PROTOCOL_VERSION,
+            agent: 1,
+            boot: 2,
+            cpus_found: 4,
+            cpus_alive: 4,
+            tsc_khz: 3_000_000,
+            checks_run: 7,
+            checks_failed: 0,
+            kinds: u64::MAX,
+            memory_bytes: 1 << 29,
+            arena_bytes: 1 << 28,
+            filled_bytes: 0,
+            disks: 1,
+            name: "test guest".into(),
+        };
+        let mut labels = BTreeMap::from([(HELLO_LABEL.to_owned(), hello_label(&hello).unwrap())]);
+        assert_eq!(stored_hello(&labels).unwrap(), hello);
+        labels.insert(HELLO_LABEL.to_owned(), "zz".into());
+        assert!(stored_hello(&labels).is_err());
+        assert!(stored_hello(&BTreeMap::new()).is_err());
+    }
+}

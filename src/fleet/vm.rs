@@ -1,0 +1,174 @@
+//! One VM as the rest of the daemon sees it. Only its owner task ([`super::owner`]) changes it.
+//!
+//! ```text
+//!            cold boot                    clone
+//!                |                          |
+//!             BOOTING --ready point--> READY    RUNNING          any of these
+//!                                        |  \    /  |                 |
+//!                                        | PAUSED   |      worker gone, guest off, deleted
+//!                                        |          |                 |
+//!                                      SNAPSHOTTING (then back)     EXITED
+//! ```
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::agent::AgentClient;
+use super::console::Console;
+use super::disks::VmDisk;
+use super::error::FleetError;
+use super::process::Process;
+use crate::snapshot::store::Draft;
+use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step};
+
+/// What a VM was started from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    Image(String),
+    Embedded,
+    /// A snapshot's id.
+    Snapshot(String),
+}
+
+/// Where in its life a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    Booting,
+    Ready,
+    Running,
+    Paused,
+    Snapshotting,
+    Exited,
+}
+
+/// What changes in a VM's life.
+#[derive(Debug, Clone)]
+pub struct Status {
+    pub state: State,
+    /// Why it ended.
+    pub exit_reason: Option<String>,
+    /// Known when it has booted.
+    pub protocol: Option<BootProtocol>,
+    /// From the request to the ready point or hand-over; 0 until then.
+    pub start_us: u64,
+    pub steps: Vec<Step>,
+}
+
+/// A VM.
+#[derive(Debug)]
+pub struct Vm {
+    pub id: String,
+    pub name: Option<String>,
+    pub origin: Origin,
+    /// What the first VM of its line was booted from, for people.
+    pub kernel: String,
+    /// How it was known to be ready, for people.
+    pub ready: String,
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub generation: Option<[u8; 16]>,
+    pub memory_mode: Option<MemoryMode>,
+    pub created_unix_ms: u64,
+    /// Order of creation.
+    pub number: u64,
+    pub console: Arc<Console>,
+    pub agent: AgentClient,
+    pub process: Process,
+    /// Why the daemon ended it, if it did.
+    pub(super) trouble: Arc<Mutex<Option<String>>>,
+    pub(super) status: watch::Sender<Status>,
+    pub(super) commands: mpsc::Sender<Command>,
+    /// What the guest last wrote to the ready port.
+    pub(super) ready_port: watch::Sender<Option<u32>>,
+}
+
+type Answer<T> = oneshot::Sender<Result<T, FleetError>>;
+
+/// What the owner task can be told.
+#[derive(Debug)]
+pub enum Command {
+    Pause(Answer<()>),
+    Resume(Answer<()>),
+    /// Freeze into the draft's files. With `stop_after` the VM stays paused if that goes well.
+    Freeze {
+        draft: Box<Draft>,
+        stop_after: bool,
+        answer: Answer<FrozenVm>,
+    },
+    /// End it, giving this reason.
+    Stop(String),
+    Stats(Answer<Stats>),
+}
+
+/// A frozen VM that is not published yet.
+#[derive(Debug)]
+pub struct FrozenVm {
+    pub draft: Box<Draft>,
+    pub frozen: Frozen,
+    pub disks: Vec<VmDisk>,
+}
+
+impl Vm {
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    pub fn state(&self) -> State {
+        self.status.borrow().state
+    }
+
+    /// Ends it, giving the reason. [`Vm::ended`] tells when it is done.
+    pub(super) fn kill(&self, reason: &str) {
+        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        trouble.get_or_insert_with(|| reason.to_owned());
+        self.process.kill();
+    }
+
+    /// Waits for its end; gives the reason.
+    pub async fn ended(&self) -> String {
+        let mut status = self.status.subscribe();
+        let ended = status.wait_for(|status| status.state == State::Exited).await;
+        ended.ok().and_then(|status| status.exit_reason.clone()).unwrap_or_else(|| "it is gone".to_owned())
+    }
+
+    /// Tells the owner something and waits for the answer.
+    pub(super) async fn command<T>(
+        &self,
+        command: impl FnOnce(Answer<T>) -> Command,
+    ) -> Result<T, FleetError> {
+        let (answer, answered) = oneshot::channel();
+        if self.commands.send(command(answer)).await.is_ok()
+            && let Ok(result) = answered.await
+        {
+            return result;
+        }
+        Err(FleetError::Ended(self.ended().await))
+    }
+
+    pub async fn pause(&self) -> Result<(), FleetError> {
+        self.command(Command::Pause).await
+    }
+
+    pub async fn resume(&self) -> Result<(), FleetError> {
+        self.command(Command::Resume).await
+    }
+
+    pub async fn stats(&self) -> Result<Stats, FleetError> {
+        self.command(Command::Stats).await
+    }
+
+    /// Refuses what needs a guest that runs.
+    pub fn check_runs(&self) -> Result<(), FleetError> {
+        match self.state() {
+            State::Exited => {
+                let reason = self.status.borrow().exit_reason.clone().unwrap_or_default();
+                Err(FleetError::WrongState(format!("VM {} has ended: {reason}", self.id)))
+            }
+            State::Paused => {
+                Err(FleetError::WrongState(format!("VM {} is paused; resume it first", self.id)))
+            }
+            _ => Ok(()),
+        }
+    }
+}
