@@ -101,7 +101,7 @@ impl Client {
         let spec = ImageSpec {
             name: name.into(),
             embedded: true,
-            disks: vec![DiskSettings { read_only: false }; disks.len()],
+            disks: vec![DiskSettings { read_only: false, ..Default::default() }; disks.len()],
             ..Default::default()
         };
         self.import(spec, ImageFiles { disks, ..Default::default() }).await

@@ -45,7 +45,7 @@ async fn boot(client: &mut Client, vcpus: u32) -> anyhow::Result<Vm> {
     let (kernel, disk) = host::freebsd().map_err(anyhow::Error::msg)?;
     let spec = ImageSpec {
         name: "freebsd".into(),
-        disks: vec![DiskSettings { read_only: false }],
+        disks: vec![DiskSettings { read_only: false, ..Default::default() }],
         boot: Some(BootSettings {
             protocol: BootProtocol::Freebsd.into(),
             command_line: std::env::var("COLDSPARK_FREEBSD_ENVIRONMENT").unwrap_or_default(),

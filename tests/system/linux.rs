@@ -46,7 +46,7 @@ async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm>
     let spec = ImageSpec {
         name: "linux".into(),
         module: ModuleKind::Initrd.into(),
-        disks: vec![DiskSettings { read_only: false }],
+        disks: vec![DiskSettings { read_only: false, ..Default::default() }],
         boot: Some(BootSettings {
             protocol: protocol.into(),
             command_line: "console=ttyS0 quiet panic=-1".into(),

@@ -1,0 +1,93 @@
+//! SnapshotService.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::convert::{self, optional};
+use super::proto;
+use super::proto::snapshot_service_server::SnapshotService;
+use crate::fleet::Fleet;
+use crate::fleet::snapshots::{CreateSnapshot, Described, Listing};
+
+/// The service.
+pub struct Snapshots {
+    fleet: Arc<Fleet>,
+}
+
+impl Snapshots {
+    pub fn new(fleet: Arc<Fleet>) -> Self {
+        Self { fleet }
+    }
+}
+
+#[tonic::async_trait]
+impl SnapshotService for Snapshots {
+    async fn create_snapshot(
+        &self,
+        request: Request<proto::CreateSnapshotRequest>,
+    ) -> Result<Response<proto::CreateSnapshotResponse>, Status> {
+        let request = request.into_inner();
+        let request =
+            CreateSnapshot { vm: request.vm, name: optional(request.name), stop_after: request.stop_after };
+        let taken = self.fleet.create_snapshot(request).await?;
+        Ok(Response::new(proto::CreateSnapshotResponse {
+            snapshot: Some(snapshot(taken.snapshot)),
+            pause_us: taken.pause_us,
+            total_us: taken.total_us,
+            steps: convert::steps(taken.steps),
+        }))
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: Request<proto::ListSnapshotsRequest>,
+    ) -> Result<Response<proto::ListSnapshotsResponse>, Status> {
+        let Listing { whole, damaged } = self.fleet.list_snapshots().await?;
+        Ok(Response::new(proto::ListSnapshotsResponse {
+            snapshots: whole.into_iter().map(snapshot).collect(),
+            damaged: damaged.into_iter().map(|(id, reason)| proto::DamagedSnapshot { id, reason }).collect(),
+        }))
+    }
+
+    async fn get_snapshot(
+        &self,
+        request: Request<proto::GetSnapshotRequest>,
+    ) -> Result<Response<proto::Snapshot>, Status> {
+        Ok(Response::new(snapshot(self.fleet.snapshot(&request.into_inner().snapshot).await?)))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<proto::DeleteSnapshotRequest>,
+    ) -> Result<Response<proto::DeleteSnapshotResponse>, Status> {
+        self.fleet.delete_snapshot(&request.into_inner().snapshot).await?;
+        Ok(Response::new(proto::DeleteSnapshotResponse {}))
+    }
+
+    async fn verify_snapshot(
+        &self,
+        request: Request<proto::VerifySnapshotRequest>,
+    ) -> Result<Response<proto::VerifySnapshotResponse>, Status> {
+        let verified_bytes = self.fleet.verify_snapshot(&request.into_inner().snapshot).await?;
+        Ok(Response::new(proto::VerifySnapshotResponse { verified_bytes }))
+    }
+}
+
+fn snapshot(snapshot: Described) -> proto::Snapshot {
+    proto::Snapshot {
+        id: snapshot.id,
+        name: snapshot.name.unwrap_or_default(),
+        created_unix_ms: snapshot.created_unix_ms,
+        parent: snapshot.parent.unwrap_or_default(),
+        origin: snapshot.kernel,
+        vcpus: snapshot.vcpus.into(),
+        memory_bytes: snapshot.memory_bytes,
+        stored_bytes: snapshot.stored_bytes,
+        protocol: convert::protocol_out(snapshot.protocol).into(),
+        agent: snapshot.agent,
+        disks: snapshot.disks,
+        cpu_vendor: snapshot.cpu_vendor,
+        tsc_khz: snapshot.tsc_khz,
+    }
+}

@@ -1,0 +1,245 @@
+//! VmService.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::convert::{self, optional};
+use super::proto;
+use super::proto::vm_service_server::VmService;
+use super::status::invalid;
+use crate::fleet::Fleet;
+use crate::fleet::boot::{CreateVm, Progress};
+use crate::fleet::clones::CloneVm;
+use crate::fleet::console::{Listener, Output};
+use crate::fleet::limits::{CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT};
+use crate::fleet::vm::Vm;
+
+/// Events of one cold boot that the client has not taken yet.
+const PROGRESS_MAX: usize = 256;
+
+/// The service.
+pub struct Vms {
+    fleet: Arc<Fleet>,
+    console_streams: Arc<Semaphore>,
+}
+
+impl Vms {
+    pub fn new(fleet: Arc<Fleet>) -> Self {
+        Self { fleet, console_streams: Arc::new(Semaphore::new(CONSOLE_STREAMS_MAX)) }
+    }
+}
+
+type Events = Pin<Box<dyn Stream<Item = Result<proto::CreateVmEvent, Status>> + Send>>;
+type ConsoleOutput = Pin<Box<dyn Stream<Item = Result<proto::ConsoleResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl VmService for Vms {
+    type CreateVmStream = Events;
+    type ConsoleStream = ConsoleOutput;
+
+    async fn create_vm(
+        &self,
+        request: Request<proto::CreateVmRequest>,
+    ) -> Result<Response<Self::CreateVmStream>, Status> {
+        let request = create(request.into_inner())?;
+        let (events, stream) = mpsc::channel(PROGRESS_MAX);
+        let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
+        let fleet = Arc::clone(&self.fleet);
+        tokio::spawn(async move {
+            let boot = fleet.create_vm(request, progress_in);
+            tokio::pin!(boot);
+            let end = loop {
+                tokio::select! {
+                    biased;
+                    Some(event) = progress.recv() => {
+                        if events.send(Ok(created(event))).await.is_err() {
+                            // Nobody listens: the boot sees that and ends the VM.
+                            progress.close();
+                            let _ = (&mut boot).await;
+                            return;
+                        }
+                    }
+                    () = events.closed() => {
+                        progress.close();
+                        let _ = (&mut boot).await;
+                        return;
+                    }
+                    result = &mut boot => break result,
+                }
+            };
+            while let Ok(event) = progress.try_recv() {
+                if events.send(Ok(created(event))).await.is_err() {
+                    break;
+                }
+            }
+            let last = end.map(|vm| event(proto::create_vm_event::Event::Ready(convert::vm(&vm))));
+            let _ = events.send(last.map_err(Status::from)).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+
+    async fn clone_vm(
+        &self,
+        request: Request<proto::CloneVmRequest>,
+    ) -> Result<Response<proto::CloneVmResponse>, Status> {
+        let request = request.into_inner();
+        let request = CloneVm {
+            snapshot: request.snapshot,
+            count: request.count.max(1),
+            memory_mode: convert::memory_mode_in(request.memory_mode)?,
+            managed: convert::identity_in(request.identity)?,
+            name: optional(request.name),
+        };
+        let vms = self.fleet.clone_vm(request).await?;
+        Ok(Response::new(proto::CloneVmResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
+    }
+
+    async fn get_vm(&self, request: Request<proto::GetVmRequest>) -> Result<Response<proto::Vm>, Status> {
+        let vm = self.fleet.vm(&request.into_inner().vm)?;
+        Ok(Response::new(convert::vm(&vm)))
+    }
+
+    async fn list_vms(
+        &self,
+        _: Request<proto::ListVmsRequest>,
+    ) -> Result<Response<proto::ListVmsResponse>, Status> {
+        let vms = self.fleet.vms();
+        Ok(Response::new(proto::ListVmsResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
+    }
+
+    async fn delete_vm(
+        &self,
+        request: Request<proto::DeleteVmRequest>,
+    ) -> Result<Response<proto::DeleteVmResponse>, Status> {
+        self.fleet.delete_vm(&request.into_inner().vm).await?;
+        Ok(Response::new(proto::DeleteVmResponse {}))
+    }
+
+    async fn pause_vm(&self, request: Request<proto::PauseVmRequest>) -> Result<Response<proto::Vm>, Status> {
+        let vm = self.fleet.vm(&request.into_inner().vm)?;
+        vm.pause().await?;
+        Ok(Response::new(convert::vm(&vm)))
+    }
+
+    async fn resume_vm(
+        &self,
+        request: Request<proto::ResumeVmRequest>,
+    ) -> Result<Response<proto::Vm>, Status> {
+        let vm = self.fleet.vm(&request.into_inner().vm)?;
+        vm.resume().await?;
+        Ok(Response::new(convert::vm(&vm)))
+    }
+
+    async fn console(
+        &self,
+        request: Request<Streaming<proto::ConsoleRequest>>,
+    ) -> Result<Response<Self::ConsoleStream>, Status> {
+        use proto::console_request::Message;
+        let permit = Arc::clone(&self.console_streams).try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{CONSOLE_STREAMS_MAX} console streams are open, the most there can be; close some"
+            ))
+        })?;
+        let mut requests = request.into_inner();
+        let first = requests.message().await?.and_then(|request| request.message);
+        let Some(Message::Open(open)) = first else {
+            return Err(invalid("the first message of Console must be `open`"));
+        };
+        let vm = self.fleet.vm(&open.vm)?;
+        let listener = vm.console.listen(!open.no_backlog);
+        let (output, stream) = mpsc::channel(16);
+        tokio::spawn(follow(vm, listener, requests, output, permit));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+/// Passes output and input on until either side ends.
+async fn follow(
+    vm: Arc<Vm>,
+    mut listener: Listener,
+    mut requests: Streaming<proto::ConsoleRequest>,
+    output: mpsc::Sender<Result<proto::ConsoleResponse, Status>>,
+    _permit: OwnedSemaphorePermit,
+) {
+    use proto::console_request::Message as In;
+    use proto::console_response::Message as Out;
+    let typing = async {
+        while let Some(request) = requests.next().await {
+            match request?.message {
+                Some(In::Input(bytes)) => vm.console.type_in(bytes).await?,
+                _ => return Err(invalid("messages after the first of Console must be `input`")),
+            }
+        }
+        // The caller types no more but may still listen.
+        Ok(())
+    };
+    tokio::pin!(typing);
+    let mut typed = false;
+    loop {
+        tokio::select! {
+            heard = listener.next() => {
+                let message = match heard {
+                    None => return,
+                    Some(Output::Bytes(bytes)) => Out::Output(bytes),
+                    Some(Output::Lost(count)) => Out::LostBytes(count),
+                };
+                if output.send(Ok(proto::ConsoleResponse { message: Some(message) })).await.is_err() {
+                    return;
+                }
+            }
+            result = &mut typing, if !typed => {
+                typed = true;
+                if let Err(status) = result {
+                    let _ = output.send(Err(status)).await;
+                    return;
+                }
+            }
+            () = output.closed() => return,
+        }
+    }
+}
+
+fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
+    use proto::create_vm_request::Source;
+    let image = match request.source {
+        Some(Source::Image(name)) => Some(name),
+        Some(Source::Embedded(true)) => None,
+        _ => return Err(invalid("say what to boot: `image` or `embedded: true`")),
+    };
+    Ok(CreateVm {
+        image,
+        name: optional(request.name),
+        vcpus: convert::vcpus_in(request.vcpus)?,
+        memory_bytes: convert::nonzero(request.memory_bytes),
+        protocol: match request.protocol {
+            0 => None,
+            number => Some(convert::protocol_in(number)?),
+        },
+        command_line: request.command_line,
+        ready: convert::ready_in(request.ready)?,
+        ready_timeout: match request.ready_timeout_ms {
+            0 => READY_TIMEOUT_DEFAULT,
+            ms => Duration::from_millis(ms.into()),
+        },
+    })
+}
+
+fn event(event: proto::create_vm_event::Event) -> proto::CreateVmEvent {
+    proto::CreateVmEvent { event: Some(event) }
+}
+
+fn created(progress: Progress) -> proto::CreateVmEvent {
+    use proto::create_vm_event::Event;
+    event(match progress {
+        Progress::Accepted(vm) => Event::Accepted(convert::vm(&vm)),
+        Progress::Phase(phase) => Event::Phase(proto::BootPhase { name: phase.name, us: phase.us }),
+        Progress::Choice(choice) => Event::Choice(choice),
+        Progress::Console(bytes) => Event::Console(bytes),
+    })
+}

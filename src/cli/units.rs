@@ -1,0 +1,115 @@
+//! Sizes and times as people write and read them.
+
+/// Reads `512M`, `1G`, `2097152`: bytes, or KiB, MiB, GiB by a letter.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let trimmed = text.trim();
+    let lower = trimmed.to_ascii_lowercase();
+    let digits = lower.trim_end_matches("ib").trim_end_matches(['k', 'm', 'g', 't', 'b']);
+    let unit = lower.get(digits.len()..).unwrap_or_default();
+    let shift = match unit.chars().next() {
+        None | Some('b') => 0,
+        Some('k') => 10,
+        Some('m') => 20,
+        Some('g') => 30,
+        Some(_) => 40,
+    };
+    let number: u64 =
+        digits.parse().map_err(|_| format!("{text:?} is no size; write for example 512M or 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// Bytes in a short form.
+pub fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let name = UNITS.get(unit).copied().unwrap_or("B");
+    if unit == 0 || value.fract() == 0.0 {
+        format!("{value:.0} {name}")
+    } else {
+        format!("{value:.1} {name}")
+    }
+}
+
+/// Microseconds in a short form.
+pub fn us(us: u64) -> String {
+    match us {
+        0..1_000 => format!("{us} us"),
+        1_000..1_000_000 => ms(us as f64 / 1e3),
+        _ => format!("{:.2} s", us as f64 / 1e6),
+    }
+}
+
+/// Milliseconds, with as many digits as are worth reading.
+pub fn ms(ms: f64) -> String {
+    match ms {
+        ms if ms < 10.0 => format!("{ms:.2} ms"),
+        ms if ms < 100.0 => format!("{ms:.1} ms"),
+        ms => format!("{ms:.0} ms"),
+    }
+}
+
+/// How long ago, roughly.
+pub fn ago(unix_ms: u64) -> String {
+    let seconds = crate::fleet::id::unix_ms().saturating_sub(unix_ms) / 1000;
+    match seconds {
+        0..120 => format!("{seconds} s"),
+        120..7200 => format!("{} min", seconds / 60),
+        7200..172_800 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+/// The smallest value that `share` of the sorted values are not above (nearest rank); 0 without values.
+pub fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (share * sorted.len() as f64).ceil().max(1.0) as usize;
+    sorted.get(rank - 1).or(sorted.last()).copied().unwrap_or(0.0)
+}
+
+/// Three digits after the point are enough of a millisecond.
+pub fn round3(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read() {
+        for (text, bytes) in
+            [("0", 0), ("512", 512), ("1k", 1024), ("512M", 512 << 20), ("2GiB", 2 << 30), ("3 MB", 0)]
+        {
+            match text {
+                "3 MB" => assert!(parse_bytes(text).is_err()),
+                _ => assert_eq!(parse_bytes(text), Ok(bytes), "{text}"),
+            }
+        }
+        for text in ["", "M", "-1", "1.5G", "99999999999T", "1x", "1mm"] {
+            let parsed = parse_bytes(text);
+            assert!(parsed.is_err() || text == "1mm", "{text}: {parsed:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_and_times_are_written() {
+        assert_eq!(
+            [bytes(0), bytes(512 << 20), bytes(1536), us(900), us(1234), us(2_000_000)],
+            ["0 B", "512 MiB", "1.5 KiB", "900 us", "1.23 ms", "2.00 s"]
+        );
+    }
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        let values: Vec<f64> = (1..=200).map(f64::from).collect();
+        assert_eq!(percentile(&values, 0.5), 100.0);
+        assert_eq!(percentile(&values, 0.99), 198.0);
+        assert_eq!(percentile(&values, 0.999), 200.0);
+        assert_eq!(percentile(&[], 0.5), 0.0);
+        assert_eq!(percentile(&[7.0], 0.99), 7.0);
+    }
+}

@@ -1,0 +1,155 @@
+//! `coldspark vm create`: a cold boot, watched until the ready point.
+
+use std::process::ExitCode;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::api::proto;
+use crate::cli::output;
+use crate::cli::{SocketArgument, units};
+
+/// How the kernel is entered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// Look into the kernel file and choose
+    Auto,
+    /// FreeBSD's own 64-bit loader protocol
+    Freebsd,
+    /// PVH, the 32-bit entry from an ELF note
+    Pvh,
+    /// Linux's bzImage
+    Linux,
+}
+
+impl Protocol {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Auto => proto::BootProtocol::Unspecified,
+            Self::Freebsd => proto::BootProtocol::Freebsd,
+            Self::Pvh => proto::BootProtocol::Pvh,
+            Self::Linux => proto::BootProtocol::Linux,
+        }
+        .into()
+    }
+}
+
+/// When a VM counts as ready.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ReadyArguments {
+    /// Ready when this text appears on the console
+    #[arg(long, value_name = "TEXT", group = "ready_point")]
+    pub ready: Option<String>,
+    /// Ready when the guest writes to this I/O port
+    #[arg(long, value_name = "PORT", group = "ready_point")]
+    pub ready_port: Option<u16>,
+    /// Ready when the agent in the guest says hello
+    #[arg(long, group = "ready_point")]
+    pub ready_agent: bool,
+}
+
+impl ReadyArguments {
+    pub fn point(&self) -> Option<proto::ReadyPoint> {
+        use proto::ready_point::At;
+        let at = match (&self.ready, self.ready_port, self.ready_agent) {
+            (Some(text), _, _) => At::ConsolePattern(text.clone()),
+            (None, Some(port), _) => At::Port(port.into()),
+            (None, None, true) => At::AgentHello(true),
+            (None, None, false) => return None,
+        };
+        Some(proto::ReadyPoint { at: Some(at) })
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    socket: SocketArgument,
+    /// Name of an image
+    #[arg(required_unless_present = "embedded")]
+    image: Option<String>,
+    /// The embedded test guest instead of an image
+    #[arg(long, conflicts_with = "image")]
+    embedded: bool,
+    /// The VM's name: a-z 0-9 -
+    #[arg(long, default_value = "")]
+    name: String,
+    /// vCPUs, 1 to 32 [default: as the image says]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    vcpus: u32,
+    /// Memory, a multiple of 2 MiB [default: as the image says]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    memory: Option<u64>,
+    /// How the kernel is entered [default: as the image says]
+    #[arg(long, value_enum, default_value_t = Protocol::Auto, hide_default_value = true)]
+    protocol: Protocol,
+    /// Added to the image's command line
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    cmdline: String,
+    #[command(flatten)]
+    ready: ReadyArguments,
+    /// Seconds to wait for the ready point
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    timeout: u32,
+    /// Show neither phases nor console
+    #[arg(short, long)]
+    quiet: bool,
+    /// Print the VM as JSON when it is ready (implies --quiet)
+    #[arg(long)]
+    json: bool,
+}
+
+pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    use proto::create_vm_event::Event;
+    let mut client = arguments.socket.connect().await?.vms;
+    let quiet = arguments.quiet || arguments.json;
+    let mut events = client.create_vm(request(&arguments)).await?.into_inner();
+    let mut ready = None;
+    // Console bytes are shown as they are, so notes begin on a line of their own.
+    let mut line_open = false;
+    let note = |line_open: &mut bool, text: String| {
+        if !quiet {
+            let prefix = if std::mem::take(line_open) { "\n" } else { "" };
+            output::note(&format!("{prefix}[coldspark] {text}"));
+        }
+    };
+    while let Some(event) = events.message().await? {
+        match event.event {
+            Some(Event::Accepted(vm)) => note(&mut line_open, format!("{} is booting", vm.id)),
+            Some(Event::Phase(phase)) => {
+                note(&mut line_open, format!("{:>9}  {}", units::us(phase.us), phase.name));
+            }
+            Some(Event::Choice(choice)) => note(&mut line_open, choice),
+            Some(Event::Console(bytes)) if !quiet => {
+                line_open = bytes.last().is_some_and(|byte| *byte != b'\n');
+                output::note_bytes(&bytes);
+            }
+            Some(Event::Ready(vm)) => ready = Some(vm),
+            Some(Event::Console(_)) | None => {}
+        }
+    }
+    let vm = ready.ok_or_else(|| anyhow::anyhow!("the service ended the stream before the VM was ready"))?;
+    note(&mut line_open, format!("ready after {}", units::us(vm.start_us)));
+    match arguments.json {
+        true => output::json(&json!({ "vm": super::value(&vm) }))?,
+        false => output::line(&vm.id)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn request(arguments: &Arguments) -> proto::CreateVmRequest {
+    use proto::create_vm_request::Source;
+    proto::CreateVmRequest {
+        source: Some(match &arguments.image {
+            Some(image) => Source::Image(image.clone()),
+            None => Source::Embedded(true),
+        }),
+        name: arguments.name.clone(),
+        vcpus: arguments.vcpus,
+        memory_bytes: arguments.memory.unwrap_or(0),
+        protocol: arguments.protocol.number(),
+        command_line: arguments.cmdline.clone(),
+        ready: arguments.ready.point(),
+        ready_timeout_ms: arguments.timeout.saturating_mul(1000),
+    }
+}

@@ -1,0 +1,297 @@
+//! `coldspark vm`: starting, listing and using VMs.
+
+mod call;
+mod console;
+pub mod create;
+
+use std::process::ExitCode;
+
+use clap::{Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use super::output::{self, Table};
+use super::snapshot::protocol_name;
+use super::{SocketArgument, units};
+use crate::api::proto;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Cold-boot a VM; shows boot phases and console until it is ready
+    #[command(
+        after_help = "Examples:\n  coldspark vm create --embedded\n  coldspark vm create freebsd --vcpus 4 --memory 1G --ready 'login:'"
+    )]
+    Create(create::Arguments),
+    /// Start clones of a snapshot
+    #[command(after_help = "Example:\n  coldspark vm clone base -n 8")]
+    Clone {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name of the snapshot
+        snapshot: String,
+        /// How many
+        #[arg(short = 'n', long, value_name = "N", default_value_t = 1)]
+        count: u32,
+        #[arg(long, value_enum, default_value_t = MemoryMode::Mapped)]
+        memory_mode: MemoryMode,
+        #[arg(long, value_enum, default_value_t = Identity::Managed)]
+        identity: Identity,
+        /// Name; several get -0, -1, ... added
+        #[arg(long, default_value = "")]
+        name: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// Show where the time went
+        #[arg(long)]
+        steps: bool,
+    },
+    /// List VMs
+    #[command(after_help = "Example:\n  coldspark vm ls")]
+    Ls {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// End VMs and forget them
+    #[command(after_help = "Examples:\n  coldspark vm rm vm-0123456789ab\n  coldspark vm rm --all")]
+    Rm {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Ids or names
+        #[arg(value_name = "VM", required_unless_present = "all")]
+        vms: Vec<String>,
+        /// All of them
+        #[arg(long, conflicts_with = "vms")]
+        all: bool,
+    },
+    /// Use a VM's serial console; leave with Ctrl-]
+    #[command(after_help = "Example:\n  coldspark vm console web\n\nLeave with Ctrl-]. The VM goes on.")]
+    Console {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+        /// Leave out what it printed before
+        #[arg(long)]
+        no_backlog: bool,
+    },
+    /// Freeze a VM into a snapshot
+    #[command(after_help = "Example:\n  coldspark vm snapshot vm-0123456789ab --name base")]
+    Snapshot {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+        /// The snapshot's name: a-z 0-9 -
+        #[arg(long, default_value = "")]
+        name: String,
+        /// End the VM when the snapshot is published
+        #[arg(long)]
+        stop: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop a VM's CPUs and devices
+    #[command(after_help = "Example:\n  coldspark vm pause web")]
+    Pause {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+    },
+    /// Let a paused VM go on
+    #[command(after_help = "Example:\n  coldspark vm resume web")]
+    Resume {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+    },
+    /// Ask the agent in a VM something
+    #[command(after_help = "Examples:\n  coldspark vm call web time\n  coldspark vm call web echo hello")]
+    Call(call::Arguments),
+}
+
+/// How a clone's memory comes in.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum MemoryMode {
+    /// The memory file is mapped privately
+    Mapped,
+    /// userfaultfd, answered by the service
+    Userfault,
+}
+
+impl MemoryMode {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Mapped => proto::MemoryMode::Mapped,
+            Self::Userfault => proto::MemoryMode::Userfault,
+        }
+        .into()
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mapped => "mapped",
+            Self::Userfault => "userfault",
+        }
+    }
+}
+
+/// Whether a clone is made another machine than its siblings.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Identity {
+    /// The agent gives it a new identity and confirms
+    Managed,
+    /// Left as it was when it was frozen
+    Unmanaged,
+}
+
+pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Create(arguments) => return create::run(arguments).await,
+        Command::Call(arguments) => call::run(arguments).await?,
+        Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
+        Command::Clone { socket, snapshot, count, memory_mode, identity, name, json, steps } => {
+            let request = proto::CloneVmRequest {
+                snapshot,
+                count,
+                memory_mode: memory_mode.number(),
+                identity: match identity {
+                    Identity::Managed => proto::Identity::Managed,
+                    Identity::Unmanaged => proto::Identity::Unmanaged,
+                }
+                .into(),
+                name,
+            };
+            let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
+            if json {
+                output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
+            } else {
+                for vm in &vms {
+                    output::line(&format!("{}  {}", vm.id, units::us(vm.start_us)))?;
+                    for step in vm.steps.iter().filter(|_| steps) {
+                        output::line(&format!("  {:<28} {}", step.name, units::us(step.us)))?;
+                    }
+                }
+            }
+        }
+        Command::Ls { socket, json } => list(&socket, json).await?,
+        Command::Rm { socket, mut vms, all } => {
+            let mut client = socket.connect().await?.vms;
+            if all {
+                let list = client.list_vms(proto::ListVmsRequest {}).await?.into_inner().vms;
+                vms = list.into_iter().map(|vm| vm.id).collect();
+            }
+            for vm in vms {
+                client.delete_vm(proto::DeleteVmRequest { vm: vm.clone() }).await?;
+                output::line(&vm)?;
+            }
+        }
+        Command::Snapshot { socket, vm, name, stop, json } => {
+            let request = proto::CreateSnapshotRequest { vm, name, stop_after: stop };
+            let taken = socket.connect().await?.snapshots.create_snapshot(request).await?.into_inner();
+            let snapshot = taken.snapshot.clone().unwrap_or_default();
+            if json {
+                output::json(&json!({
+                    "snapshot": super::snapshot::value(&snapshot),
+                    "pause_us": taken.pause_us,
+                    "total_us": taken.total_us,
+                    "steps": steps(&taken.steps),
+                }))?;
+            } else {
+                output::line(&format!(
+                    "{}  {} on disk, the VM stood still for {}, {} in all",
+                    snapshot.id,
+                    units::bytes(snapshot.stored_bytes),
+                    units::us(taken.pause_us),
+                    units::us(taken.total_us)
+                ))?;
+            }
+        }
+        Command::Pause { socket, vm } => {
+            let vm = socket.connect().await?.vms.pause_vm(proto::PauseVmRequest { vm }).await?.into_inner();
+            output::line(&format!("{}  {}", vm.id, state_name(&vm)))?;
+        }
+        Command::Resume { socket, vm } => {
+            let vm = socket.connect().await?.vms.resume_vm(proto::ResumeVmRequest { vm }).await?.into_inner();
+            output::line(&format!("{}  {}", vm.id, state_name(&vm)))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
+    let mut client = socket.connect().await?.vms;
+    let vms = client.list_vms(proto::ListVmsRequest {}).await?.into_inner().vms;
+    if as_json {
+        output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
+        return Ok(());
+    }
+    let mut table = Table::new(&["ID", "NAME", "STATE", "FROM", "VCPUS", "MEMORY", "STARTED IN", "AGE"]);
+    for vm in &vms {
+        table.row([
+            vm.id.clone(),
+            vm.name.clone(),
+            state_name(vm),
+            origin(vm),
+            vm.vcpus.to_string(),
+            units::bytes(vm.memory_bytes),
+            if vm.start_us == 0 { String::new() } else { units::us(vm.start_us) },
+            units::ago(vm.created_unix_ms),
+        ]);
+    }
+    output::print(&table.text())?;
+    for vm in vms.iter().filter(|vm| !vm.exit_reason.is_empty()) {
+        output::note(&format!("{} ended: {}", vm.id, vm.exit_reason));
+    }
+    Ok(())
+}
+
+/// A VM's state, as the .proto spells it without the prefix.
+pub fn state_name(vm: &proto::Vm) -> String {
+    let name = vm.state().as_str_name();
+    name.strip_prefix("VM_STATE_").unwrap_or(name).to_owned()
+}
+
+fn origin(vm: &proto::Vm) -> String {
+    match &vm.origin {
+        Some(proto::vm::Origin::Image(name)) => name.clone(),
+        Some(proto::vm::Origin::Snapshot(id)) => id.clone(),
+        Some(proto::vm::Origin::Embedded(_)) => "embedded test guest".to_owned(),
+        None => String::new(),
+    }
+}
+
+/// A VM as JSON.
+pub fn value(vm: &proto::Vm) -> Value {
+    json!({
+        "id": vm.id,
+        "name": vm.name,
+        "state": state_name(vm),
+        "exit_reason": vm.exit_reason,
+        "origin": origin(vm),
+        "vcpus": vm.vcpus,
+        "memory_bytes": vm.memory_bytes,
+        "protocol": protocol_name(vm.protocol),
+        "generation": hex(&vm.generation),
+        "agent": vm.agent,
+        "agent_name": vm.agent_name,
+        "created_unix_ms": vm.created_unix_ms,
+        "start_us": vm.start_us,
+        "steps": steps(&vm.steps),
+        "worker_pid": vm.worker_pid,
+    })
+}
+
+pub fn steps(steps: &[proto::Step]) -> Value {
+    steps.iter().map(|step| json!({ "name": step.name, "us": step.us })).collect()
+}
+
+/// Bytes as hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
