@@ -83,6 +83,7 @@ impl Fleet {
         let mut clock = Clock::new(arrived);
         let shell = self.shells.take().await?;
         clock.lap("shell");
+        source.check_fits(&shell.host)?;
         let generation = id::random::<16>()?;
         let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
         let disks = source.disks(&mut folder)?;

@@ -60,5 +60,7 @@ pub const COMMANDS_MAX: usize = 16;
 pub const STDERR_LINE_BYTES_MAX: usize = 4 << 10;
 /// Snapshots whose files are kept open.
 pub const OPEN_SNAPSHOTS_MAX: usize = 64;
+/// Most memory of one snapshot that is folded into large folios of the page cache.
+pub const FOLD_BYTES_MAX: u64 = 2 << 30;
 /// Image imports under way.
 pub const IMPORTS_MAX: usize = 4;

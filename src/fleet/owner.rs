@@ -119,6 +119,8 @@ impl Ears {
             Some(Event::GuestReset { how }) => {
                 tracing::info!(vm = %self.vm.id, how, "the guest asked for a reset");
             }
+            // A shell says it once, and then it was taken in already.
+            Some(Event::Hello(_)) => {}
             Some(Event::Exited(reason)) => self.exit = Some(exit_text(&reason)),
         }
     }

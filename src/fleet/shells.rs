@@ -11,9 +11,11 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use super::error::FleetError;
+use super::limits::WORKER_TIMEOUT;
 use super::link::{Events, Link};
 use super::process::{Process, Spawner};
 use crate::worker::channel::AsyncChannel;
+use crate::worker::protocol::{Event, HostReport};
 
 /// Most shells that can be asked for.
 pub const SHELLS_MAX: usize = 64;
@@ -29,6 +31,8 @@ pub struct Shell {
     pub process: Process,
     pub link: Arc<Link>,
     pub events: Events,
+    /// What its host can show a guest.
+    pub host: HostReport,
     pub console: Socket,
     pub agent: Socket,
 }
@@ -106,8 +110,19 @@ impl Shells {
     async fn make(&self) -> Result<Shell, FleetError> {
         let (process, channel) = self.spawner.spawn().await?;
         let channel = AsyncChannel::new(channel).map_err(FleetError::io("cannot watch a control socket"))?;
-        let (link, events) = Link::start(channel);
-        Ok(Shell { process, link, events, console: Socket::new()?, agent: Socket::new()? })
+        let (link, mut events) = Link::start(channel);
+        let first = tokio::time::timeout(WORKER_TIMEOUT, events.recv()).await;
+        let host = match first {
+            Ok(Some((Event::Hello(host), _))) => host.map_err(FleetError::Fault),
+            Ok(None) => {
+                let status = process.ended().await;
+                Err(FleetError::Internal(format!("a worker did not start: {}", process.obituary(status))))
+            }
+            Ok(Some(_)) => Err(FleetError::WorkerConfused),
+            Err(_) => Err(FleetError::WorkerTimeout(WORKER_TIMEOUT.as_secs())),
+        };
+        let host = host.inspect_err(|_| process.kill())?;
+        Ok(Shell { process, link, events, host, console: Socket::new()?, agent: Socket::new()? })
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Shell>> {
@@ -116,6 +131,7 @@ impl Shells {
 }
 
 async fn fill(shells: Arc<Shells>) {
+    let mut told = String::new();
     loop {
         let count = shells.count();
         if count >= shells.size {
@@ -126,7 +142,11 @@ async fn fill(shells: Arc<Shells>) {
             match shells.make().await {
                 Ok(shell) => shells.lock().push_back(shell),
                 Err(error) => {
-                    tracing::warn!(%error, "no shell could be started; trying again in a second");
+                    let error = error.to_string();
+                    if error != told {
+                        tracing::warn!(error, "no shell could be started; trying again every second");
+                        told = error;
+                    }
                     tokio::time::sleep(RETRY).await;
                 }
             }

@@ -2,20 +2,22 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 use super::Fleet;
 use super::boot::{micros, step};
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
 use super::error::FleetError;
-use super::limits::OPEN_SNAPSHOTS_MAX;
+use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
 use crate::agent::{FrameDecoder, Hello};
-use crate::snapshot::manifest::{Cpu, Facts, Guest, Identity, Memory, Protocol, Region, SnapshotId};
+use crate::snapshot::manifest::{
+    Cpu, Facts, Guest, HostFacts, Identity, Memory, Protocol, Refusal, Region, SnapshotId,
+};
 use crate::snapshot::memory::pager::PagerSource;
 use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
-use crate::worker::protocol::{BootProtocol, Frozen, Step};
+use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
 
 /// Label under which the agent's hello is kept, in hexadecimal.
 const HELLO_LABEL: &str = "coldspark.agent.hello";
@@ -87,6 +89,8 @@ pub struct Source {
     pub pages: Arc<PagerSource>,
     /// Without overlays.
     disks: Vec<VmDisk>,
+    /// Why this host cannot run it, if so; looked at once.
+    fits: OnceLock<Option<Refusal>>,
 }
 
 impl Source {
@@ -115,11 +119,35 @@ impl Source {
             true => Some(Arc::new(stored_hello(&manifest.facts.labels)?)),
             false => None,
         };
-        let pages = PagerSource::new(Arc::clone(&open.memory));
-        let pages = Arc::new(
-            pages.map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?,
-        );
-        Ok(Self { open, protocol, hello, pages, disks })
+        let pages = open
+            .pager_source()
+            .map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?;
+        Ok(Self { open, protocol, hello, pages, disks, fits: OnceLock::new() })
+    }
+
+    /// Refuses a host that lacks what the guest was shown.
+    pub fn check_fits(&self, host: &HostReport) -> Result<(), FleetError> {
+        let refusal = self.fits.get_or_init(|| {
+            let host = HostFacts {
+                cpu_vendor: host.cpu_vendor.clone(),
+                cpu_features: host.cpu_features.iter().cloned().collect(),
+                ..HostFacts::default()
+            };
+            self.open.manifest.facts.fits(&host).err()
+        });
+        match refusal {
+            None => Ok(()),
+            Some(refusal) => Err(FleetError::WrongState(format!(
+                "the snapshot cannot run on this host: it {refusal}; clone it on a host like the one it was made on"
+            ))),
+        }
+    }
+
+    /// Puts the memory into the page cache in large folios; a failure only makes clones slower.
+    fn fold(&self) {
+        if let Err(error) = self.open.fold(FOLD_BYTES_MAX) {
+            tracing::debug!(%error, "a snapshot's memory was not folded");
+        }
     }
 
     /// The disks of one clone, with overlays in `folder`.
@@ -211,6 +239,8 @@ impl Snapshots {
         }
         let source = Arc::new(blocking(move || Source::open(&snapshot)).await??);
         self.keep(id, &source);
+        let folding = Arc::clone(&source);
+        tokio::task::spawn_blocking(move || folding.fold());
         Ok(source)
     }
 
@@ -300,6 +330,7 @@ impl Fleet {
             let draft: Draft = *draft;
             let snapshot = draft.publish(facts)?;
             let source = Arc::new(Source::open(&snapshot)?);
+            source.fold();
             Ok((describe(&snapshot)?, source))
         })
         .await?
