@@ -52,6 +52,7 @@ struct Candidate {
     device: String,
     place: String,
     ufs: Ufs,
+    read_only: bool,
 }
 
 /// Looks for a root file system on `disks`.
@@ -85,7 +86,8 @@ pub fn find_root(disks: &[DiskView]) -> Found {
         None => format!("ufs:/dev/{}", candidate.device),
     };
     let device = if label.is_some() { format!(", {}", candidate.device) } else { String::new() };
-    choices.push(format!("root: {mount_from} ({}, UFS{version}{device})", candidate.place));
+    let read_only = if candidate.read_only { ", read-only disk" } else { "" };
+    choices.push(format!("root: {mount_from} ({}, UFS{version}{device}{read_only})", candidate.place));
     let others: Vec<_> =
         candidates.iter().enumerate().filter(|(i, _)| *i != chosen).map(|(_, c)| c.device.as_str()).collect();
     if !others.is_empty() {
@@ -100,6 +102,10 @@ struct Disk<'a> {
 }
 
 impl Disk<'_> {
+    fn candidate(&self, device: String, place: String, ufs: Ufs) -> Candidate {
+        Candidate { device, place, ufs, read_only: self.view.read_only }
+    }
+
     fn scan(&self, found: &mut Vec<Candidate>, zfs: &mut Option<String>) -> std::io::Result<()> {
         let Some(first) = self.read::<512>(0)? else { return Ok(()) };
         let header = self.read::<92>(SECTOR_BYTES)?;
@@ -107,7 +113,7 @@ impl Disk<'_> {
             return self.scan_gpt(&header, found, zfs);
         }
         if let Some(ufs) = self.ufs(0, self.view.bytes)? {
-            found.push(Candidate { device: self.name.clone(), place: "whole disk".into(), ufs });
+            found.push(self.candidate(self.name.clone(), "whole disk".into(), ufs));
             return Ok(());
         }
         if first.ends_with(&[0x55, 0xaa]) {
@@ -144,7 +150,7 @@ impl Disk<'_> {
             let Some((start, bytes)) = start.checked_mul(SECTOR_BYTES).zip(bytes) else { continue };
             // The type alone says so already; a superblock adds version and label.
             if let Some(ufs) = self.ufs(start, bytes)? {
-                found.push(Candidate { device, place: format!("GPT partition {}, freebsd-ufs", i + 1), ufs });
+                found.push(self.candidate(device, format!("GPT partition {}, freebsd-ufs", i + 1), ufs));
             }
         }
         Ok(())
@@ -164,7 +170,7 @@ impl Disk<'_> {
                 continue;
             }
             if let Some(ufs) = self.ufs(start, bytes)? {
-                found.push(Candidate { device: slice, place: format!("MBR slice {}", i + 1), ufs });
+                found.push(self.candidate(slice, format!("MBR slice {}", i + 1), ufs));
             }
         }
         Ok(())
@@ -195,7 +201,7 @@ impl Disk<'_> {
             let Some(at) = start.checked_add(offset * SECTOR_BYTES) else { continue };
             if let Some(ufs) = self.ufs(at, u64::from(sectors) * SECTOR_BYTES)? {
                 let place = format!("MBR slice {number}, BSD partition {letter}");
-                found.push(Candidate { device: format!("{slice}{letter}"), place, ufs });
+                found.push(self.candidate(format!("{slice}{letter}"), place, ufs));
             }
         }
         Ok(())

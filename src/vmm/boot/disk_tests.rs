@@ -220,6 +220,13 @@ fn a_broken_disk_does_not_hide_a_good_one() {
 }
 
 #[test]
+fn a_read_only_root_is_told() {
+    let image = Image::new(64).ufs(0, 64 * MIB, 2, "");
+    let view = DiskView { content: &image, bytes: image.bytes, read_only: true };
+    assert_eq!(find_root(&[view]).choices, ["root: ufs:/dev/vtbd0 (whole disk, UFS2, read-only disk)"]);
+}
+
+#[test]
 fn a_disk_smaller_than_a_sector_is_no_error() {
     let image = Image::default();
     let view = DiskView { content: &image, bytes: 0, read_only: true };
