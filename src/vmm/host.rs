@@ -8,6 +8,8 @@ use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 use vmm_sys_util::errno;
 
+use super::x86::cpuid;
+
 /// The version of the API that has not changed since Linux 2.6.22.
 const API_VERSION: i32 = 12;
 
@@ -57,5 +59,14 @@ impl Host {
         let supported_cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let msr_indices = kvm.get_msr_index_list()?.as_slice().into();
         Ok(Host { kvm, supported_cpuid, msr_indices })
+    }
+
+    /// What a guest on this host is really shown: set on a vCPU made for the question and read back. A KVM that cannot
+    /// trap the instruction (kvm-pvm) shows the processor's own features besides those that were set.
+    pub fn shown_cpuid(&self) -> Result<CpuId, HostError> {
+        let vm = self.kvm.create_vm()?;
+        let vcpu = vm.create_vcpu(0)?;
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&self.supported_cpuid, 0, 1, vcpu.get_tsc_khz()?))?;
+        Ok(vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES)?)
     }
 }

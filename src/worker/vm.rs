@@ -153,8 +153,7 @@ impl Shell {
     /// What the daemon is told first.
     pub fn report(&self) -> Result<HostReport, Fault> {
         let host = self.host()?;
-        // As a guest would be shown it: some features are added whether or not KVM lists them.
-        let shown = cpuid::for_vcpu(&host.supported_cpuid, 0, 1, 1);
+        let shown = host.shown_cpuid()?;
         Ok(HostReport { cpu_vendor: cpuid::vendor(&shown), cpu_features: features::feature_names(&shown) })
     }
 
