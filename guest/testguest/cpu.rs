@@ -24,7 +24,7 @@ pub(crate) fn check(checks: &mut Checks) -> Timing {
         "leaf 1 bit 31, signature {}",
         [b, c, d].map(u32::to_le_bytes).as_flattened().escape_ascii()
     );
-    let has_timing = hypervisor && highest >= TIMING_LEAF && highest < 0x4001_0000;
+    let has_timing = hypervisor && (TIMING_LEAF..0x4001_0000).contains(&highest);
     check!(checks, "cpuid.timing_leaf", has_timing, "highest hypervisor leaf {highest:#x}");
     let [tsc_khz, lapic_khz, _, _] = if has_timing { gate::cpuid(TIMING_LEAF, 0) } else { [0; 4] };
     // 100 MHz to 20 GHz.

@@ -41,7 +41,8 @@ struct Records {
 }
 
 pub(crate) fn read(checks: &mut Checks, modulep: u64, kernend: u64) -> Given {
-    let placed = modulep > KERNEL_START && modulep % 4096 == 0 && modulep < kernend && kernend < LOADER_BYTES;
+    let placed =
+        modulep > KERNEL_START && modulep.is_multiple_of(4096) && modulep < kernend && kernend < LOADER_BYTES;
     check!(checks, "native.modulep", placed, "modulep {modulep:#x}");
     let records = walk(modulep, kernend);
     let Records { name, kind, address, size, environment, howto, modulep: told, smap, .. } = records;
@@ -88,7 +89,7 @@ pub(crate) fn read(checks: &mut Checks, modulep: u64, kernend: u64) -> Given {
     check!(
         checks,
         "native.kernend",
-        records.kernend == Some(kernend) && kernend % 4096 == 0,
+        records.kernend == Some(kernend) && kernend.is_multiple_of(4096),
         "{kernend:#x}, in the record {:x?}",
         records.kernend
     );

@@ -18,7 +18,7 @@ pub(crate) fn read(checks: &mut Checks, start_info: u64) -> Given {
     check!(
         checks,
         "pvh.start_info",
-        magic == MAGIC && version >= 1 && start_info % 4 == 0,
+        magic == MAGIC && version >= 1 && start_info.is_multiple_of(4),
         "at {start_info:#x}, magic {magic:#x}, version {version}, {} modules",
         word(12)
     );

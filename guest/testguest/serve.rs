@@ -1,5 +1,7 @@
 //! Serving the agent protocol: one request after the other, for ever. Layouts are in `wire.rs`, a line for each kind.
 
+use core::mem::MaybeUninit;
+
 use crate::arena::Arena;
 use crate::checks::Checks;
 use crate::clock::{Clock, cmos_unix_s};
@@ -29,6 +31,32 @@ struct Buffer([u8; FRAME_BYTES]);
 
 static mut REQUEST: Buffer = Buffer([0; FRAME_BYTES]);
 static mut REPLY_FRAME: Buffer = Buffer([0; FRAME_BYTES]);
+static mut BOOTED: MaybeUninit<Booted> = MaybeUninit::uninit();
+
+/// Frames of this size or less use the page that every request touches; few pages written make a quick clone.
+const SHORT_FRAME_BYTES: usize = 512;
+
+unsafe extern "C" {
+    static mut short_request: [u8; SHORT_FRAME_BYTES];
+    static mut short_reply: [u8; SHORT_FRAME_BYTES];
+    fn enter_service() -> !;
+}
+
+/// What the boot leaves.
+pub(crate) struct Booted {
+    pub(crate) devices: Devices,
+    /// Moves to the new stack.
+    pub(crate) state: Option<State>,
+}
+
+/// What changes with requests.
+pub(crate) struct State {
+    pub(crate) facts: Facts,
+    pub(crate) arena: Arena,
+    pub(crate) cpus: Cpus,
+    pub(crate) random: Generator,
+    pub(crate) clock: Clock,
+}
 
 /// What was found out at boot, for HELLO.
 pub(crate) struct Facts {
@@ -39,7 +67,7 @@ pub(crate) struct Facts {
 }
 
 struct Server {
-    devices: Devices,
+    devices: &'static mut Devices,
     arena: Arena,
     cpus: Cpus,
     random: Generator,
@@ -83,44 +111,56 @@ impl Reply<'_> {
     }
 }
 
-pub(crate) fn run(
-    facts: Facts,
-    mut devices: Devices,
-    arena: Arena,
-    cpus: Cpus,
-    random: Generator,
-    clock: Clock,
-) -> ! {
-    let Some(mut console) = devices.console.take() else {
+/// Leaves the boot's stack behind and serves for ever.
+pub(crate) fn enter(booted: Booted) -> ! {
+    // SAFETY: called once; guest_serve is the next to look at it. Nothing on the stack is needed any more.
+    unsafe {
+        (*(&raw mut BOOTED)).write(booted);
+        enter_service()
+    }
+}
+
+/// Entered by the stub on a new stack.
+#[unsafe(no_mangle)]
+extern "C" fn guest_serve() -> ! {
+    // SAFETY: written by `enter`; these are the only references to each. What changes with a request moves to this stack.
+    let (booted, long, short) = unsafe {
+        let booted = (*(&raw mut BOOTED)).assume_init_mut();
+        let long = (&mut (*(&raw mut REQUEST)).0, &mut (*(&raw mut REPLY_FRAME)).0);
+        (booted, long, (&mut *(&raw mut short_request), &mut *(&raw mut short_reply)))
+    };
+    let (Some(mut console), Some(state)) = (booted.devices.console.take(), booted.state.take()) else {
         say!("no virtio-console: nobody to serve, halting");
         loop {
             gate::halt();
         }
     };
-    // SAFETY: called once; these are the only references.
-    let (request, reply) = unsafe { (&mut (*(&raw mut REQUEST)).0, &mut (*(&raw mut REPLY_FRAME)).0) };
     let mut server = Server {
-        devices,
-        arena,
-        cpus,
-        random,
-        clock,
-        tsc_khz: facts.tsc_khz,
+        devices: &mut booted.devices,
+        arena: state.arena,
+        cpus: state.cpus,
+        random: state.random,
+        clock: state.clock,
+        tsc_khz: state.facts.tsc_khz,
         generation: [0; GENERATION_BYTES],
         generations: 0,
     };
-    let length = server.hello(&facts, &mut Reply { bytes: &mut reply[HEADER_BYTES..], length: 0 });
-    send(&mut console, reply, KIND_HELLO, STATUS_OK, 0, length);
+    let length = server.hello(&state.facts, &mut Reply { bytes: &mut long.1[HEADER_BYTES..], length: 0 });
+    send(&mut console, long.1, KIND_HELLO, STATUS_OK, 0, length);
     loop {
-        let header = receive(&mut console, request);
-        let payload = &mut request[HEADER_BYTES..HEADER_BYTES + header.length as usize];
+        let header = receive(&mut console, short.0);
+        let length = header.length as usize;
+        let request: &mut [u8] = if length <= SHORT_FRAME_BYTES - HEADER_BYTES { short.0 } else { long.0 };
+        port(console.read(&mut request[HEADER_BYTES..HEADER_BYTES + length]));
         let kind = header.kind | REPLY;
         match header.kind {
             KIND_RESET => reset(),
             // Answered from where it lies.
-            KIND_ECHO => send(&mut console, request, kind, STATUS_OK, header.id, header.length as usize),
+            KIND_ECHO => send(&mut console, request, kind, STATUS_OK, header.id, length),
             _ => {
+                let reply: &mut [u8] = if has_long_reply(header.kind) { long.1 } else { short.1 };
                 let mut out = Reply { bytes: &mut reply[HEADER_BYTES..], length: 0 };
+                let payload = &request[HEADER_BYTES..HEADER_BYTES + length];
                 let status = match server.serve(header.kind, payload, &mut out) {
                     Ok(()) => STATUS_OK,
                     Err((status, why)) => {
@@ -136,42 +176,37 @@ pub(crate) fn run(
     }
 }
 
-/// The next request, its payload behind its header. Bytes that begin no frame are skipped.
-fn receive(console: &mut Console, frame: &mut [u8; FRAME_BYTES]) -> Header {
-    let port = |outcome: Result<(), Failure>| {
-        if let Err(why) = outcome {
-            fail(format_args!("virtio-console, receiving: {why:?}"));
-        }
-    };
+/// Kinds whose reply may not fit a short frame.
+fn has_long_reply(kind: u16) -> bool {
+    matches!(kind, KIND_DISK_READ | KIND_RANDOM | KIND_CPUS | KIND_RUN_ON_ALL)
+}
+
+/// A port that does not receive leaves nobody to tell.
+fn port(outcome: Result<(), Failure>) {
+    if let Err(why) = outcome {
+        fail(format_args!("virtio-console, receiving: {why:?}"));
+    }
+}
+
+/// The header of the next request. Bytes that begin no frame are skipped.
+fn receive(console: &mut Console, frame: &mut [u8; SHORT_FRAME_BYTES]) -> Header {
     let mut have = 0;
     loop {
         port(console.read(&mut frame[have..HEADER_BYTES]));
         let Some(bytes) = frame.first_chunk::<HEADER_BYTES>() else { continue };
-        match Header::decode(bytes) {
-            Ok(header) => {
-                port(console.read(&mut frame[HEADER_BYTES..HEADER_BYTES + header.length as usize]));
-                return header;
-            }
-            Err(_) => {
-                let start = (1..HEADER_BYTES)
-                    .find(|at| MAGIC.to_le_bytes().starts_with(&frame[*at..HEADER_BYTES.min(at + 4)]))
-                    .unwrap_or(HEADER_BYTES);
-                frame.copy_within(start..HEADER_BYTES, 0);
-                have = HEADER_BYTES - start;
-            }
+        if let Ok(header) = Header::decode(bytes) {
+            return header;
         }
+        let start = (1..HEADER_BYTES)
+            .find(|at| MAGIC.to_le_bytes().starts_with(&frame[*at..HEADER_BYTES.min(at + 4)]))
+            .unwrap_or(HEADER_BYTES);
+        frame.copy_within(start..HEADER_BYTES, 0);
+        have = HEADER_BYTES - start;
     }
 }
 
 /// Sends `length` bytes of payload that lie behind the header's place.
-fn send(
-    console: &mut Console,
-    frame: &mut [u8; FRAME_BYTES],
-    kind: u16,
-    status: u16,
-    id: u32,
-    length: usize,
-) {
+fn send(console: &mut Console, frame: &mut [u8], kind: u16, status: u16, id: u32, length: usize) {
     let header = Header { kind, status, id, length: length as u32 };
     frame[..HEADER_BYTES].copy_from_slice(&header.encode());
     if let Err(why) = console.write(&frame[..HEADER_BYTES + length]) {
@@ -334,7 +369,10 @@ impl Server {
         let data = reader.rest();
         let disk = self.devices.disk(index).ok_or(NO_DISK)?;
         let sectors = (data.len() / SECTOR_BYTES) as u64;
-        if data.len() % SECTOR_BYTES != 0 || flags & !DISK_FLUSH != 0 || data.is_empty() && flags == 0 {
+        if !data.len().is_multiple_of(SECTOR_BYTES)
+            || flags & !DISK_FLUSH != 0
+            || data.is_empty() && flags == 0
+        {
             return Err(BAD_PAYLOAD);
         }
         if first.checked_add(sectors).is_none_or(|end| end > disk.sectors()) {

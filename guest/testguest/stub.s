@@ -11,6 +11,10 @@
     .set CPUS_MAX, 32
     .set RING0_STACK, 512
     .set AP_STACK, 16384
+    .set HOT_STACK, 1024
+    .set SHORT_FRAME, 512
+    .set SHORT_BUFFER, 128
+    .set SHORT_BUFFERS, 4
     .set VECTORS, 64
     .set TSS_BYTES, 104
     .set TIMER_VECTOR, 33
@@ -84,6 +88,12 @@ common_entry:
     push    USER_CODE
     push    offset guest_main
     iretq
+
+    # Forgets the stack of the boot and goes on in guest_serve.
+    .globl  enter_service
+enter_service:
+    mov     esp, offset first_stack_top - 8
+    jmp     guest_serve
 
 # === Start of another CPU ===
 
@@ -326,10 +336,6 @@ identity:
 
     .section .hot, "aw", @progbits
     .balign 4096
-    # Ring-0 stacks; at the foot of each: "an interrupt came", "the timer's came", count of devices' interrupts.
-    .globl ring0_stacks
-ring0_stacks:
-    .fill   RING0_STACK * CPUS_MAX / 8, 8, 0
     .balign 16
 idt:
     .set    vector_number, 0
@@ -392,10 +398,30 @@ fault_notes:
 fault_count:
     .long   0
 
+    # One page holds nearly all that a wake-up and a short answer write: a clone pays for each page that it writes first. The
+    # stack that grows down from here is a new one once the boot is over (enter_service).
     .section .bss.hot, "aw", @nobits
     .balign 4096
     .skip   16384
+    .skip   HOT_STACK
 first_stack_top:
+    .globl  console_rings
+console_rings:
+    .skip   1024
+    .globl  short_request
+short_request:
+    .skip   SHORT_FRAME
+    .globl  short_reply
+short_reply:
+    .skip   SHORT_FRAME
+    .globl  short_buffers
+short_buffers:
+    .skip   SHORT_BUFFER * SHORT_BUFFERS
+    # Ring-0 stacks, the first CPU's last in the page; at the foot of each: "an interrupt came", "the timer's came",
+    # count of devices' interrupts.
+    .globl  ring0_stacks
+ring0_stacks:
+    .skip   RING0_STACK * CPUS_MAX
     .section .bss, "aw", @nobits
     .balign 4096
     .skip   8192

@@ -8,6 +8,9 @@ const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
 const BUFFERS: usize = Rings::SIZE as usize;
 const BUFFER_BYTES: usize = 4096;
+/// The first buffers are short and lie in the page that every request touches anyway.
+const SHORT_BUFFERS: usize = 4;
+const SHORT_BUFFER_BYTES: usize = 128;
 /// A transmission is cut into pieces of this size.
 const PIECE_BYTES: usize = 64 << 10;
 /// The device is told of returned buffers once so many have come back: before it can run dry, and rarely.
@@ -17,6 +20,10 @@ const NOTIFY_AFTER: usize = BUFFERS / 2;
 struct Buffers([[u8; BUFFER_BYTES]; BUFFERS]);
 
 static mut BUFFERS_MEMORY: Buffers = Buffers([[0; BUFFER_BYTES]; BUFFERS]);
+
+unsafe extern "C" {
+    static short_buffers: [[u8; SHORT_BUFFER_BYTES]; SHORT_BUFFERS];
+}
 
 pub(crate) struct Console {
     receive: Queue,
@@ -37,7 +44,8 @@ impl Console {
             Ok(Console { receive, transmit, current: None, returned: 0 })
         })?;
         for index in 0..BUFFERS {
-            console.receive.describe(index as u16, buffer(index) as u64, BUFFER_BYTES as u32, true, None);
+            let (address, bytes) = buffer(index);
+            console.receive.describe(index as u16, address as u64, bytes as u32, true, None);
             console.receive.give(index as u16);
         }
         console.receive.notify();
@@ -50,7 +58,7 @@ impl Console {
         while have < out.len() {
             let Some((used, from)) = self.current else {
                 match self.receive.take()? {
-                    Some(used) if used.bytes as usize > BUFFER_BYTES => {
+                    Some(used) if used.bytes as usize > buffer(used.head.into()).1 => {
                         return Err(Failure::Broken("it wrote beyond a buffer"));
                     }
                     Some(used) => self.current = Some((used, 0)),
@@ -60,7 +68,7 @@ impl Console {
             };
             let count = (used.bytes as usize - from).min(out.len() - have);
             // SAFETY: within the buffer; it is ours until it is given again.
-            let bytes = unsafe { core::slice::from_raw_parts(buffer(used.head.into()).add(from), count) };
+            let bytes = unsafe { core::slice::from_raw_parts(buffer(used.head.into()).0.add(from), count) };
             out[have..have + count].copy_from_slice(bytes);
             have += count;
             if from + count < used.bytes as usize {
@@ -89,7 +97,13 @@ impl Console {
     }
 }
 
-fn buffer(index: usize) -> *const u8 {
-    // SAFETY: a place's address, in bounds.
-    unsafe { (&raw const BUFFERS_MEMORY.0[index % BUFFERS]).cast() }
+/// Address and bytes of a receive buffer.
+fn buffer(index: usize) -> (*const u8, usize) {
+    // SAFETY: places' addresses, in bounds.
+    unsafe {
+        if index < SHORT_BUFFERS {
+            return ((&raw const short_buffers[index]).cast(), SHORT_BUFFER_BYTES);
+        }
+        ((&raw const BUFFERS_MEMORY.0[index % BUFFERS]).cast(), BUFFER_BYTES)
+    }
 }

@@ -24,9 +24,12 @@ const ID_BLOCK: u32 = 2;
 const ID_CONSOLE: u32 = 3;
 const ID_RNG: u32 = 4;
 
-/// All rings lie together in few pages, which every request touches.
-#[unsafe(link_section = ".bss.hot")]
-static mut RINGS: [Rings; DISKS_MAX + 3] = [const { Rings::new() }; DISKS_MAX + 3];
+static mut RINGS: [Rings; DISKS_MAX + 1] = [const { Rings::new() }; DISKS_MAX + 1];
+
+unsafe extern "C" {
+    /// The console's, in the page that every request touches.
+    static mut console_rings: [Rings; 2];
+}
 
 pub(crate) struct Devices {
     blocks: [Option<Block>; DISKS_MAX],
@@ -52,7 +55,8 @@ pub(crate) enum Failure {
 pub(crate) fn find(given: &Given, checks: &mut Checks) -> Devices {
     let mut devices = Devices { blocks: [const { None }; DISKS_MAX], disks: 0, console: None, rng: None };
     // SAFETY: called once; each ring goes to one queue.
-    let mut rings = unsafe { (&mut *(&raw mut RINGS)).iter_mut() };
+    let (mut rings, mut of_console) =
+        unsafe { ((&mut *(&raw mut RINGS)).iter_mut(), (&mut *(&raw mut console_rings)).iter_mut()) };
     for (name, value) in given.settings().filter(|(name, _)| is_device(name)) {
         let Some((base, line)) = parse(value) else {
             fail(format_args!("setting {}: cannot read {}", memory::text(name), memory::text(value)));
@@ -63,21 +67,21 @@ pub(crate) fn find(given: &Given, checks: &mut Checks) -> Devices {
             Err(why) => fail(format_args!("device at {base:#x}, line {line}: {why:?}")),
         };
         let id = device.id();
-        let mut ring = || rings.next().unwrap_or_else(|| fail(format_args!("more devices than rings")));
+        let mut ring = || rings.next().unwrap_or_else(no_ring);
+        let mut console_ring = || of_console.next().unwrap_or_else(no_ring);
         let outcome = match id {
             ID_BLOCK if devices.disks < DISKS_MAX => Block::start(device, ring()).map(|block| {
                 say!("ok     virtio.block at {base:#x}, line {line}: {} sectors", block.sectors());
                 devices.blocks[devices.disks] = Some(block);
                 devices.disks += 1;
             }),
-            ID_CONSOLE if devices.console.is_none() => {
-                Console::start(device, ring(), ring()).map(|console| {
+            ID_CONSOLE if devices.console.is_none() => Console::start(device, console_ring(), console_ring())
+                .map(|console| {
                     check!(checks, "virtio.console", true, "at {base:#x}, line {line}");
                     devices.console = Some(console);
-                })
-            }
+                }),
             ID_RNG if devices.rng.is_none() => {
-                device.start(0, |device| Ok(device.queue(0, ring())?)).map(|queue| {
+                device.start(0, |device| device.queue(0, ring())).map(|queue| {
                     devices.rng = Some(queue);
                 })
             }
@@ -131,6 +135,10 @@ impl Devices {
         check!(checks, "virtio.rng", good, "bytes {outcome:?}");
         random.feed(&entropy);
     }
+}
+
+fn no_ring() -> &'static mut Rings {
+    fail(format_args!("more devices than rings"))
 }
 
 /// `virtio_mmio.device`, or that with `_` and a number.
