@@ -122,6 +122,7 @@ impl Shells {
             Err(_) => Err(FleetError::WorkerTimeout(WORKER_TIMEOUT.as_secs())),
         };
         let host = host.inspect_err(|_| process.kill())?;
+        tracing::debug!(?host, "a worker is ready");
         Ok(Shell { process, link, events, host, console: Socket::new()?, agent: Socket::new()? })
     }
 
