@@ -3,8 +3,10 @@
 //! Output is for people unless `--json` is given. Errors are one line on stderr and a non-zero exit code. A closed
 //! stdout (`| head`) ends a command quietly.
 
+mod demo;
 mod image;
 mod output;
+mod private;
 mod serve;
 mod snapshot;
 mod units;
@@ -40,6 +42,9 @@ enum Command {
     /// List, verify and remove snapshots.
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// See it work: cold boot, snapshot, clones that answer, checked and timed. Needs nothing but /dev/kvm.
+    #[command(after_help = demo::EXAMPLES)]
+    Demo(demo::Arguments),
 }
 
 /// Where the service is.
@@ -83,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Image(command) => run(image::run(command)),
         Command::Vm(command) => run(vm::run(command)),
         Command::Snapshot(command) => run(snapshot::run(command)),
+        Command::Demo(arguments) => run(demo::run(arguments)),
     };
     match result {
         Ok(code) => code,

@@ -108,6 +108,11 @@ impl Fleet {
         }))
     }
 
+    /// Waits until the reserve of shells is full.
+    pub async fn shells_full(&self) {
+        self.shells.full().await;
+    }
+
     /// Ends every VM and waits for their ends.
     pub async fn close(&self) {
         self.shells.close();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
 use super::error::FleetError;
@@ -61,6 +61,8 @@ pub struct Shells {
     ready: Mutex<VecDeque<Shell>>,
     taken: Notify,
     filler: OnceLock<AbortHandle>,
+    /// How many are ready.
+    count: watch::Sender<usize>,
 }
 
 impl Shells {
@@ -72,6 +74,7 @@ impl Shells {
             ready: Mutex::new(VecDeque::new()),
             taken: Notify::new(),
             filler: OnceLock::new(),
+            count: watch::Sender::new(0),
         });
         let filler = tokio::spawn(fill(Arc::clone(&shells)));
         let _ = shells.filler.set(filler.abort_handle());
@@ -87,6 +90,7 @@ impl Shells {
                 other => break other,
             }
         };
+        self.count.send_replace(self.count());
         self.taken.notify_one();
         match ready {
             Some(shell) => Ok(shell),
@@ -100,6 +104,12 @@ impl Shells {
             filler.abort();
         }
         self.lock().clear();
+    }
+
+    /// Waits until the reserve is full, as it is in a service that has been up for a moment.
+    pub async fn full(&self) {
+        // The sender lives as long as this.
+        let _ = self.count.subscribe().wait_for(|count| *count >= self.size).await;
     }
 
     /// How many are ready.
@@ -141,7 +151,10 @@ async fn fill(shells: Arc<Shells>) {
             // Another was taken meanwhile: not quiet yet.
         } else {
             match shells.make().await {
-                Ok(shell) => shells.lock().push_back(shell),
+                Ok(shell) => {
+                    shells.lock().push_back(shell);
+                    shells.count.send_replace(shells.count());
+                }
                 Err(error) => {
                     let error = error.to_string();
                     if error != told {
