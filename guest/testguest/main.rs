@@ -6,7 +6,7 @@
 //! identity-mapped and open to ring 3, so drivers and page tables are plain Rust. Interrupts are taken only while a CPU
 //! halts in the gate ([`gate::halt`]): code never races with a handler.
 //!
-//! What goes wrong is said on the serial console and ends in [`fail`]: 0xEE on port 0xF4 and a halt, never a silent
+//! What goes wrong is said on the serial console and ends in [`fail`]: 0xEE on port 0xF4 and a reset, never a silent
 //! hang. Facts: FREEBSD.md (entries, records, MPTable, CPUID), the virtio 1.2 specification, the Intel SDM.
 
 #![no_std]
@@ -45,6 +45,9 @@ core::arch::global_asm!(include_str!("stub.s"), options(raw));
 const STATUS_PORT: u16 = 0xf4;
 const STATUS_READY: u8 = 0x52;
 const STATUS_FAILED: u8 = 0xee;
+/// Keyboard controller: pulse the reset line.
+const RESET_PORT: u16 = 0x64;
+const RESET: u8 = 0xfe;
 
 /// Entered by the stub, on the first CPU, with the protocol (`wire::BOOT_*`) and its two arguments.
 #[unsafe(no_mangle)]
@@ -96,10 +99,11 @@ fn protocol_name(boot: u32) -> &'static str {
     }
 }
 
-/// Says why, tells the VMM, stops this CPU.
+/// Says why, tells the VMM, and resets the machine, so that whoever waits for it to get ready hears at once.
 fn fail(why: core::fmt::Arguments) -> ! {
     say!("COLDSPARK-FAILED {why}");
     serial::out8(STATUS_PORT, STATUS_FAILED);
+    serial::out8(RESET_PORT, RESET);
     gate::stop()
 }
 

@@ -215,7 +215,7 @@ fn send(console: &mut Console, frame: &mut [u8], kind: u16, status: u16, id: u32
 }
 
 fn reset() -> ! {
-    serial::out8(0x64, 0xfe);
+    serial::out8(crate::RESET_PORT, crate::RESET);
     fail(format_args!("the keyboard controller did not reset the machine"))
 }
 

@@ -28,6 +28,8 @@
     .set LAPIC_EOI, 0xfee000b0
     .set FAILED_PORT, 0xf4
     .set FAILED_VALUE, 0xee
+    .set RESET_PORT, 0x64
+    .set RESET_VALUE, 0xfe
 
 # === Entries ===
 
@@ -278,6 +280,8 @@ fault:
 fault_again:
     mov     al, FAILED_VALUE
     out     FAILED_PORT, al
+    mov     al, RESET_VALUE
+    out     RESET_PORT, al
     jmp     die
 
     # One stub of 16 bytes for each vector.

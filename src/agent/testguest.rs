@@ -9,7 +9,7 @@ pub const TEST_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/testgues
 pub const STATUS_PORT: u16 = 0xf4;
 /// Written when it is ready, right before HELLO.
 pub const READY_VALUE: u8 = 0x52;
-/// Written when a check, a driver or the guest itself failed; the last console line says why.
+/// Written when a check, a driver or the guest itself failed; the last console line says why. A reset follows.
 pub const FAILED_VALUE: u8 = 0xee;
 /// Begins the console line that it prints when it is ready.
 pub const READY_LINE: &str = "COLDSPARK-READY";
