@@ -392,11 +392,6 @@ impl Vm {
         let vcpu: VcpuState = state.get(0)?;
         let shown = kvm_bindings::CpuId::from_entries(&vcpu.cpuid)
             .unwrap_or_else(|_| self.host.supported_cpuid.clone());
-        // KVM_GET_CPUID2 may report more than was set (a KVM that runs user mode natively shows what it cannot
-        // hide); what this host does not offer by itself is not needed of another.
-        let offered = features::feature_names(&cpuid::for_vcpu(&self.host.supported_cpuid, 0, 1, 1));
-        let mut cpu_features = features::feature_names(&shown);
-        cpu_features.retain(|name| offered.contains(name));
         Ok(Frozen {
             vcpus: self.machine.vcpu_count(),
             regions: self
@@ -410,7 +405,7 @@ impl Vm {
                 })
                 .collect(),
             cpu_vendor: cpuid::vendor(&shown),
-            cpu_features,
+            cpu_features: features::feature_names(&shown),
             tsc_khz: vcpu.tsc_khz,
             protocol: self.protocol,
             devices: state.names(),
