@@ -62,6 +62,10 @@ async fn images(stage: Stage) -> anyhow::Result<()> {
         invalid,
     )?;
     expect_status("a disk too many", client.import(spec("a"), disk(512)).await, invalid)?;
+    let longer = ImageSpec { disks: vec![DiskSettings { read_only: false, bytes: 1024 }], ..spec("a") };
+    expect_status("a disk that ends early", client.import(longer, disk(512)).await, invalid)?;
+    let longer = ImageSpec { kernel_bytes: 5000, ..spec("a") };
+    expect_status("a kernel that ends early", client.import(longer, some_kernel()).await, invalid)?;
     let nine = ImageSpec { disks: vec![DiskSettings::default(); 9], ..spec("a") };
     let files = ImageFiles { disks: vec![vec![0; 512]; 9], ..some_kernel() };
     expect_status("nine disks", client.import(nine, files).await, invalid)?;

@@ -1,7 +1,6 @@
 //! A real FreeBSD kernel of the user's, with a userland that says `MICROVM-READY` on the console and then answers
 //! commands at a `# ` prompt (docs/testing.md describes it).
 
-use std::collections::HashSet;
 use std::fs;
 
 use anyhow::{Context as _, ensure};
@@ -15,22 +14,28 @@ use crate::daemon::{Daemon, eventually};
 use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
-const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsd];
-const NEEDS_USERFAULT: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsd, Need::Userfault];
+const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::FreeBsd];
 const READY: &str = "MICROVM-READY";
 const PROMPT: &str = "\n# ";
-const CLONES: u32 = 3;
+/// Clones of each memory source.
+const CLONES: usize = 3;
+/// QEMU's TCG loses a nested guest's XSETBV (the first XRSTOR then faults), and on a busy machine its processors' time
+/// stamp counters fail FreeBSD's synchronization test.
+const RIG_ENVIRONMENT: &str = "hw.use_xsave=0 kern.timecounter.smp_tsc=1";
 
 pub fn trials() -> Vec<Trial> {
-    let mut trials = Vec::new();
-    for vcpus in [1, 4] {
-        for (mode_name, mode) in [("mapped", MemoryMode::Mapped), ("userfault", MemoryMode::Userfault)] {
-            let needs = if mode == MemoryMode::Userfault { NEEDS_USERFAULT } else { NEEDS };
-            let name = format!("freebsd/native/{vcpus}-vcpu/{mode_name}");
-            trials.push(trial(name, needs, 60, move |stage| road(stage, vcpus, mode)));
-        }
-    }
-    trials
+    [1, 4]
+        .into_iter()
+        .map(|vcpus| {
+            trial(format!("freebsd/native/{vcpus}-vcpu"), NEEDS, 120, move |stage| road(stage, vcpus))
+        })
+        .collect()
+}
+
+/// Further kernel environment, `name=value` words.
+fn environment() -> String {
+    let rig = if host::in_rig() { RIG_ENVIRONMENT } else { "" };
+    format!("{rig} {}", std::env::var("COLDSPARK_FREEBSD_ENVIRONMENT").unwrap_or_default()).trim().to_string()
 }
 
 /// Types a command; returns its one line of output.
@@ -48,7 +53,7 @@ async fn boot(client: &mut Client, vcpus: u32) -> anyhow::Result<Vm> {
         disks: vec![DiskSettings { read_only: false, ..Default::default() }],
         boot: Some(BootSettings {
             protocol: BootProtocol::Freebsd.into(),
-            command_line: std::env::var("COLDSPARK_FREEBSD_ENVIRONMENT").unwrap_or_default(),
+            command_line: environment(),
             vcpus,
             memory_bytes: 256 << 20,
             ready: console_pattern(READY),
@@ -72,7 +77,7 @@ async fn clocks(console: &mut Console) -> anyhow::Result<[f64; 3]> {
     Ok([value("mono=")?, value("uptime=")?, value("real=")?])
 }
 
-async fn road(stage: Stage, vcpus: u32, mode: MemoryMode) -> anyhow::Result<()> {
+async fn road(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     let vm = boot(&mut client, vcpus).await.context("cold boot")?;
@@ -87,38 +92,24 @@ async fn road(stage: Stage, vcpus: u32, mode: MemoryMode) -> anyhow::Result<()> 
     let before = clocks(&mut source).await?;
 
     let snapshot = client.snapshot(&vm.id, "ready").await.context("snapshot")?;
-    let mut randoms = HashSet::new();
+    let modes = [[MemoryMode::Mapped; CLONES], [MemoryMode::Userfault; CLONES]];
     let mut running = Vec::new();
     // One after the other, as they would be asked for; all stay.
-    for index in 0..CLONES {
+    for (index, mode) in modes.into_iter().flatten().enumerate() {
+        let which = || format!("clone {index}, {mode:?}");
         let clone =
-            client.clone_vms(&snapshot.id, 1, mode, Identity::Unmanaged).await.context("clone")?.remove(0);
+            client.clone_vms(&snapshot.id, 1, mode, Identity::Unmanaged).await.with_context(which)?.remove(0);
         let mut console = client.console(&clone.id).await?;
-        let clone_says = |what: &str| format!("clone {index}: {what}");
-        ensure!(ask(&mut console, "ping").await.with_context(|| clone_says("ping"))? == "pong");
-        ensure!(ask(&mut console, "cpus").await? == format!("cpus={vcpus}"));
-        let check = ask(&mut console, "check").await?;
-        ensure!(check.starts_with("check MiB=16 bad=0"), "{}", clone_says(&check));
-        ensure!(ask(&mut console, "read").await? == "data=before");
+        expect_good_clone(&mut console, vcpus, &before).await.with_context(which)?;
         ensure!(ask(&mut console, &format!("write clone-{index}")).await? == "wrote 7 fsync=0");
-        // The clocks run: forwards, and through a sleep that a timer interrupt ends.
-        let first = clocks(&mut console).await?;
-        ensure!(ask(&mut console, "sleep 200").await?.starts_with("slept"));
-        let second = clocks(&mut console).await?;
-        for (clock, name) in ["monotonic", "uptime", "real"].iter().enumerate() {
-            ensure!(
-                before[clock] <= first[clock] && first[clock] + 0.1 < second[clock],
-                "{}",
-                clone_says(&format!("{name}: {before:?}, {first:?}, {second:?}"))
-            );
-        }
-        randoms.insert(ask(&mut console, "rand").await?);
         running.push((clone, console));
     }
-    ensure!(randoms.iter().all(|line| line.starts_with("rand=")), "{randoms:?}");
     // Disks and memory are private.
     for (index, (_, console)) in running.iter_mut().enumerate() {
-        ensure!(ask(console, "read").await? == format!("data=clone-{index}"));
+        ensure!(
+            ask(console, "read").await? == format!("data=clone-{index}"),
+            "clone {index} reads another's write"
+        );
         ensure!(ask(console, "touch 8").await?.starts_with("touched 8 MiB"));
     }
     ensure!(ask(&mut source, "read").await? == "data=before");
@@ -136,5 +127,24 @@ async fn road(stage: Stage, vcpus: u32, mode: MemoryMode) -> anyhow::Result<()> 
         let rest = console.rest().await?;
         ensure!(!rest.contains("panic"), "{}: {rest}", vm.id);
     }
+    Ok(())
+}
+
+/// A clone that answers: all CPUs, memory and disk as they were, and clocks that run forwards from where they stood.
+async fn expect_good_clone(console: &mut Console, vcpus: u32, before: &[f64; 3]) -> anyhow::Result<()> {
+    ensure!(ask(console, "ping").await? == "pong");
+    ensure!(ask(console, "cpus").await? == format!("cpus={vcpus}"));
+    let check = ask(console, "check").await?;
+    ensure!(check.starts_with("check MiB=16 bad=0"), "{check}");
+    ensure!(ask(console, "read").await? == "data=before");
+    let first = clocks(console).await?;
+    // Ended by a timer interrupt.
+    ensure!(ask(console, "sleep 200").await?.starts_with("slept"));
+    let second = clocks(console).await?;
+    for (clock, name) in ["monotonic", "uptime", "real"].iter().enumerate() {
+        let runs = before[clock] <= first[clock] && first[clock] + 0.1 < second[clock];
+        ensure!(runs, "the {name} clock: {before:?}, {first:?}, {second:?}");
+    }
+    ensure!(ask(console, "rand").await?.starts_with("rand="));
     Ok(())
 }
