@@ -3,12 +3,15 @@
 //! Output is for people unless `--json` is given. Errors are one line on stderr and a non-zero exit code. A closed
 //! stdout (`| head`) ends a command quietly.
 
+mod bench;
 mod demo;
+mod doctor;
 mod image;
 mod output;
 mod private;
 mod serve;
 mod snapshot;
+mod tiny;
 mod units;
 mod vm;
 
@@ -45,6 +48,14 @@ enum Command {
     /// See it work: cold boot, snapshot, clones that answer, checked and timed. Needs nothing but /dev/kvm.
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Arguments),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(bench::Command),
+    /// Look at this host: can it run VMs, how fast, and what to do about what is missing.
+    #[command(
+        after_help = "Example:\n  coldspark doctor\n\nExit code 1 if something fails that coldspark cannot do without."
+    )]
+    Doctor(doctor::Arguments),
 }
 
 /// Where the service is.
@@ -89,6 +100,8 @@ pub fn main() -> ExitCode {
         Command::Vm(command) => run(vm::run(command)),
         Command::Snapshot(command) => run(snapshot::run(command)),
         Command::Demo(arguments) => run(demo::run(arguments)),
+        Command::Bench(command) => run(bench::run(command)),
+        Command::Doctor(arguments) => doctor::run(arguments),
     };
     match result {
         Ok(code) => code,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ pub struct PrivateService {
     fleet: Arc<Fleet>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), ServeError>>,
-    _folder: TemporaryFolder,
+    folder: TemporaryFolder,
 }
 
 /// Removed when dropped.
@@ -65,13 +65,18 @@ impl PrivateService {
             let _ = stopped.await;
         }));
         let client = client::connect(&path).await?;
-        Ok(Self { client, fleet, stop, serving, _folder: folder })
+        Ok(Self { client, fleet, stop, serving, folder })
     }
 
     /// Waits until the shells are there, as in a service that has been up for a moment.
     pub async fn settle(&self) -> anyhow::Result<()> {
         let full = tokio::time::timeout(SETTLE, self.fleet.shells_full());
         full.await.context("worker processes do not start; `coldspark doctor` tells why")
+    }
+
+    /// For files of the command's own; removed with the service.
+    pub fn folder(&self) -> &Path {
+        &self.folder.0
     }
 
     /// Ends all VMs and the service, and removes what it wrote.

@@ -132,6 +132,13 @@ impl MemoryMode {
         }
         .into()
     }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Mapped => "mapped",
+            Self::Userfault => "userfault",
+        }
+    }
 }
 
 /// Whether a clone is made another machine than its siblings.

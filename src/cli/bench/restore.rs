@@ -1,0 +1,277 @@
+//! `coldspark bench restore`: from the request for a clone to its first answer.
+//!
+//! One clone at a time of the embedded guest, over the whole road: a gRPC request on a Unix socket, a shell, the restore,
+//! the identity exchange with the agent, the reply; then an echo to the agent and back. Beside it, in turn with it, the floor:
+//! a raw KVM restore of a memory file of the same size up to the first output of a guest of three bytes (see
+//! [`crate::cli::tiny`]). Service and client are one process here; between two clones the reserve of shells is
+//! filled again, as it would be in a service that is not overrun.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::IsTerminal;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use indicatif::ProgressBar;
+use prost::bytes::Bytes;
+use serde_json::{Map, Value, json};
+
+use super::host;
+use crate::api::client::Client;
+use crate::api::proto;
+use crate::cli::output::{self, Table};
+use crate::cli::private::PrivateService;
+use crate::cli::tiny::{SAY_DONE, Tiny};
+use crate::cli::units;
+use crate::cli::vm::MemoryMode;
+use proto::agent_call_request::Op;
+use proto::agent_call_response::Result as Answer;
+
+/// Runs before those that count.
+const WARM_UP: u32 = 5;
+/// Shells kept by the service.
+const SHELLS: usize = 4;
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// How many clones
+    #[arg(short = 'n', long = "n", value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    count: u32,
+    #[arg(long, value_enum, default_value_t = MemoryMode::Mapped)]
+    memory_mode: MemoryMode,
+    /// Memory
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::parse_bytes)]
+    memory: u64,
+    /// vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    vcpus: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Milliseconds, and per step microseconds.
+#[derive(Default)]
+struct Samples {
+    first_output: Vec<f64>,
+    clone_reply: Vec<f64>,
+    first_call: Vec<f64>,
+    delete: Vec<f64>,
+    floor: Vec<f64>,
+    /// In the order of their first appearance.
+    steps: Vec<(String, Vec<f64>)>,
+}
+
+pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let service = PrivateService::start(SHELLS).await?;
+    let samples = tokio::select! {
+        samples = measure(&service, &arguments) => samples,
+        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
+    };
+    service.close().await;
+    let mut samples = samples?;
+    samples.sort();
+    if arguments.json {
+        output::json(&samples.json(&arguments))?;
+    } else {
+        output::print(&samples.text(&arguments))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
+    let mut client = service.client.clone();
+    let snapshot = prepare(&mut client, arguments).await?;
+    let floor = Arc::new(Floor::new(service, arguments.memory)?);
+    let bar = match arguments.json || !std::io::stderr().is_terminal() {
+        true => ProgressBar::hidden(),
+        false => ProgressBar::new(arguments.count.into()),
+    };
+    let mut samples = Samples::default();
+    for n in 0..arguments.count + WARM_UP {
+        service.settle().await?;
+        // In turn, so that both see the same host.
+        let floor = Arc::clone(&floor);
+        let floor_ms = tokio::task::spawn_blocking(move || floor.run()).await??;
+        let one = clone_once(&mut client, &snapshot, arguments.memory_mode.number()).await?;
+        if n >= WARM_UP {
+            samples.floor.push(floor_ms);
+            samples.take(one);
+            bar.inc(1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(samples)
+}
+
+/// Cold-boots and freezes the embedded guest; gives the snapshot's id.
+async fn prepare(client: &mut Client, arguments: &Arguments) -> anyhow::Result<String> {
+    use proto::create_vm_event::Event;
+    let request = proto::CreateVmRequest {
+        source: Some(proto::create_vm_request::Source::Embedded(true)),
+        vcpus: arguments.vcpus,
+        memory_bytes: arguments.memory,
+        ..proto::CreateVmRequest::default()
+    };
+    let mut events = client.vms.create_vm(request).await?.into_inner();
+    let mut ready = None;
+    while let Some(event) = events.message().await? {
+        if let Some(Event::Ready(vm)) = event.event {
+            ready = Some(vm);
+        }
+    }
+    let vm = ready.context("the service ended the stream before the VM was ready")?;
+    let request = proto::CreateSnapshotRequest { vm: vm.id, name: String::new(), stop_after: true };
+    let taken = client.snapshots.create_snapshot(request).await?.into_inner();
+    Ok(taken.snapshot.context("the service's answer has no snapshot")?.id)
+}
+
+/// One clone.
+struct One {
+    first_output_ms: f64,
+    clone_reply_ms: f64,
+    delete_ms: f64,
+    steps: Vec<proto::Step>,
+}
+
+async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> anyhow::Result<One> {
+    let request = proto::CloneVmRequest {
+        snapshot: snapshot.to_owned(),
+        count: 1,
+        memory_mode,
+        identity: proto::Identity::Managed.into(),
+        name: String::new(),
+    };
+    let word = Bytes::from_static(b"first answer");
+    let begin = Instant::now();
+    let vms = client.vms.clone_vm(request).await?.into_inner().vms;
+    let clone_reply_ms = ms(begin);
+    let vm = vms.into_iter().next().context("the service's answer has no VM")?;
+    let op = Op::Echo(proto::EchoOp { data: word.clone() });
+    let request = proto::AgentCallRequest { vm: vm.id.clone(), timeout_ms: 0, op: Some(op) };
+    let answer = client.agent.call(request).await?.into_inner();
+    let first_output_ms = ms(begin);
+    match answer.result {
+        Some(Answer::Echo(echo)) if echo.data == word => {}
+        other => anyhow::bail!("{}: answered {other:?} to an echo", vm.id),
+    }
+    let deleting = Instant::now();
+    client.vms.delete_vm(proto::DeleteVmRequest { vm: vm.id }).await?;
+    Ok(One { first_output_ms, clone_reply_ms, delete_ms: ms(deleting), steps: vm.steps })
+}
+
+/// The raw restore.
+struct Floor {
+    tiny: Tiny,
+    file: File,
+    bytes: u64,
+}
+
+impl Floor {
+    fn new(service: &PrivateService, bytes: u64) -> anyhow::Result<Self> {
+        let path = service.folder().join("floor.img");
+        let options = File::options().read(true).write(true).create_new(true).open(&path);
+        let mut file = options.with_context(|| format!("cannot make {}", path.display()))?;
+        file.write_all(&SAY_DONE)?;
+        file.set_len(bytes)?;
+        Ok(Self { tiny: Tiny::new()?, file, bytes })
+    }
+
+    fn run(&self) -> anyhow::Result<f64> {
+        Ok(self.tiny.restore(&self.file, self.bytes)?.as_secs_f64() * 1e3)
+    }
+}
+
+fn ms(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+impl Samples {
+    fn take(&mut self, one: One) {
+        self.first_output.push(one.first_output_ms);
+        self.clone_reply.push(one.clone_reply_ms);
+        self.first_call.push(one.first_output_ms - one.clone_reply_ms);
+        self.delete.push(one.delete_ms);
+        for step in one.steps {
+            // Durations of a local service stay far below what a float holds exactly.
+            let us = step.us as f64;
+            match self.steps.iter_mut().find(|(name, _)| *name == step.name) {
+                Some((_, values)) => values.push(us),
+                None => self.steps.push((step.name, vec![us])),
+            }
+        }
+    }
+
+    fn sort(&mut self) {
+        let lists = [
+            &mut self.first_output,
+            &mut self.clone_reply,
+            &mut self.first_call,
+            &mut self.delete,
+            &mut self.floor,
+        ];
+        for list in lists.into_iter().chain(self.steps.iter_mut().map(|(_, list)| list)) {
+            list.sort_by(f64::total_cmp);
+        }
+    }
+
+    fn json(&self, arguments: &Arguments) -> Value {
+        const SHARES: [(&str, f64); 5] =
+            [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)];
+        let spread = |values: &[f64]| -> Value {
+            let shares = SHARES.map(|(name, share)| {
+                (name.to_owned(), json!(units::round3(units::percentile(values, share))))
+            });
+            Value::Object(Map::from_iter(shares))
+        };
+        let steps: BTreeMap<&str, Value> =
+            self.steps.iter().map(|(name, values)| (name.as_str(), spread(values))).collect();
+        json!({
+            "bench": "restore",
+            "host": host::description(),
+            "date_unix_s": host::unix_s(),
+            "n": arguments.count,
+            "memory_mode": arguments.memory_mode.name(),
+            "memory_bytes": arguments.memory,
+            "vcpus": arguments.vcpus,
+            "shells": SHELLS,
+            "request_to_first_output_ms": spread(&self.first_output),
+            "request_to_clone_reply_ms": spread(&self.clone_reply),
+            "first_call_ms": spread(&self.first_call),
+            "steps_us": steps,
+            "delete_ms": spread(&self.delete),
+            "floor_ms": spread(&self.floor),
+        })
+    }
+
+    fn text(&self, arguments: &Arguments) -> String {
+        let mut table = Table::new(&["", "MEDIAN", "P90", "P99", "P99.9", "SLOWEST"]);
+        let mut row = |name: &str, values: &[f64], scale: f64| {
+            let at = |share| units::ms(units::percentile(values, share) * scale);
+            table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
+        };
+        row("request to first answer", &self.first_output, 1.0);
+        row("  request to clone reply", &self.clone_reply, 1.0);
+        for (name, values) in &self.steps {
+            let indent = if name.contains('/') { "      " } else { "    " };
+            row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
+        }
+        row("  first call to the agent", &self.first_call, 1.0);
+        row("raw KVM restore (floor)", &self.floor, 1.0);
+        row("ending a VM", &self.delete, 1.0);
+        let build =
+            if cfg!(debug_assertions) { "\nThis is a debug build: measure with --release.\n" } else { "" };
+        format!(
+            "{} clones of the embedded guest, {} of memory ({}), {} vCPU(s), one at a time\n\n{}{build}",
+            arguments.count,
+            units::bytes(arguments.memory),
+            arguments.memory_mode.name(),
+            arguments.vcpus,
+            table.text()
+        )
+    }
+}
