@@ -5,13 +5,14 @@
 //! ABI, chapters 4 and 5; the Xen note of `xen/include/public/elfnote.h`; FreeBSD's `stand/common/load_elf.c`.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::error::BootError;
 use super::layout;
+use super::reader::Reader;
 use crate::vmm::memory::GuestMemory;
 
 /// Where FreeBSD's and Linux's kernel windows begin: virtual = physical + this.
@@ -298,17 +299,25 @@ fn find(bytes: &[u8], text: &[u8]) -> bool {
 pub fn stream(
     memory: &GuestMemory,
     what: &'static str,
-    mut file: &File,
+    file: &File,
     offset: u64,
     address: u64,
     bytes: u64,
 ) -> Result<(), BootError> {
-    file.seek(SeekFrom::Start(offset)).map_err(|source| BootError::Read { what, source })?;
     let count = usize::try_from(bytes)
         .map_err(|_| BootError::BadElf(format!("the {what} has {bytes} bytes to load")))?;
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, count)
-        .map_err(BootError::memory(what, address))
+    let mut reader = Reader::new(file, offset.saturating_add(bytes), offset);
+    match memory.read_exact_volatile_from(GuestAddress(address), &mut reader, count) {
+        Ok(()) => Ok(()),
+        // The file is on a disk that fails, or has become shorter since it was looked at.
+        Err(GuestMemoryError::IOError(source)) => Err(BootError::Read { what, source }),
+        Err(GuestMemoryError::PartialBuffer { completed, .. }) => Err(truncated(
+            &format!("the {what}"),
+            offset.saturating_add(bytes),
+            offset.saturating_add(completed as u64),
+        )),
+        Err(error) => Err(BootError::memory(what, address)(error)),
+    }
 }
 
 fn check_header(header: &[u8; HEADER_BYTES]) -> Result<(), BootError> {

@@ -121,6 +121,16 @@ fn kernels_outside_ram_are_told_how_much_is_needed() {
 }
 
 #[test]
+fn a_file_that_shrinks_while_it_is_loaded_is_truncated() {
+    let memory = memory(16);
+    let content = ElfBuilder::freebsd().build();
+    let file = file(&content);
+    let elf = Elf::read(&file, content.len() as u64).expect("good");
+    file.set_len(70).expect("shrinks");
+    assert!(matches!(elf.load(&memory, &file, Addressing::Window), Err(BootError::Truncated { .. })));
+}
+
+#[test]
 fn texts_are_found_wherever_they_lie() {
     for at in [0, SCAN_BYTES - 3, SCAN_BYTES - 1, SCAN_BYTES, 2 * SCAN_BYTES + 7, 3 * SCAN_BYTES - 6] {
         let mut content = vec![0u8; 3 * SCAN_BYTES];

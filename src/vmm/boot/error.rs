@@ -17,7 +17,7 @@ pub enum BootError {
     #[error("the kernel file is compressed with {0}: decompress it first")]
     Compressed(&'static str),
     #[error(
-        "the kernel file is truncated: {part} reaches to byte {needed}, the file has {bytes}; copy it again"
+        "the file is truncated: {part} reaches to byte {needed}, the file has {bytes}; copy it again"
     )]
     Truncated { part: String, needed: u64, bytes: u64 },
     #[error("the kernel's ELF file is damaged: {0}")]

@@ -11,6 +11,7 @@ use vm_memory::{ByteValued, GuestAddress};
 use super::elf::{self, u16_at, u32_at, u64_at};
 use super::error::BootError;
 use super::layout::{self, COMMAND_LINE_BYTES_MAX, COMMAND_LINE_START, ZERO_PAGE_START};
+use super::reader::Reader;
 use super::{BootInput, Entry, ModuleKind};
 use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::paging;
@@ -114,7 +115,8 @@ pub fn load(input: &BootInput, image: &BzImage, command_line: &str, rsdp: u64) -
         }
     };
 
-    let mut kernel = input.kernel;
+    let bytes = super::file_bytes("kernel", input.kernel)?;
+    let mut kernel = Reader::new(input.kernel, bytes, 0);
     let loaded = Loader::load(memory, Some(GuestAddress(start)), &mut kernel, None)
         .map_err(|error| BootError::BadBzImage(error.to_string()))?;
     let mut header = loaded.setup_header.ok_or_else(|| BootError::BadBzImage("no setup header".into()))?;

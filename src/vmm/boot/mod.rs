@@ -10,6 +10,7 @@
 //! | `elf` | reader and loader of ELF kernels |
 //! | `freebsd`, `pvh`, `linux` | one entry protocol each |
 //! | `disk` | where a FreeBSD root file system is |
+//! | `reader` | files without a shared position |
 //! | `words` | command lines and FreeBSD's kernel environment |
 //! | `layout` | what lies where below 1 MiB, and the memory map |
 
@@ -21,6 +22,7 @@ mod freebsd;
 mod layout;
 mod linux;
 mod pvh;
+mod reader;
 mod words;
 
 use std::fs::File;
