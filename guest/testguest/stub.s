@@ -21,7 +21,7 @@
     .set DEVICE_VECTOR, 40
     .set CR0_VALUE, 0x80000033            # PG NE ET MP PE
     .set CR4_VALUE, 0x620                 # PAE OSFXSR OSXMMEXCPT
-    .set RING3_FLAGS, 2             # interrupts off: they are taken in the halt gate only
+    .set RING3_FLAGS, 0x3002        # IOPL 3; interrupts off: they are taken in the halt gate only
     .set EFER, 0xc0000080
     .set EFER_LME, 0x100
     .set LAPIC_ID, 0xfee00020
@@ -370,8 +370,9 @@ gdt_end:
     .balign 16
     .globl tss_list
 tss_list:
-    # Of a TSS only RSP0 is used, and the I/O map, one for all, which opens the ports below 0x400 to ring 3. (IOPL 3
-    # would be simpler, but a host that emulates iretq may drop it.)
+    # Of a TSS only RSP0 is used, and the I/O map, one for all, which opens the ports below 0x400 to ring 3. IOPL
+    # 3 opens them too; both, because a host that emulates iretq may drop IOPL, and one that emulates SVM refuses the map of
+    # a task that was restored (it wants the descriptor's type not busy).
     .set    cpu_number, 1
     .rept   CPUS_MAX
     .long   0
