@@ -205,6 +205,7 @@ impl Fleet {
                 &disks,
                 plan.ready,
                 &progress,
+                arrived,
             );
             let mut boot = pin!(boot);
             let mut deadline = pin!(tokio::time::sleep(request.ready_timeout));
@@ -212,9 +213,7 @@ impl Fleet {
             loop {
                 tokio::select! {
                     biased;
-                    phase = phases.recv() => if let Some(phase) = phase {
-                        let _ = progress.try_send(Progress::Phase(phase));
-                    },
+                    Some(phase) = phases.recv() => drop(progress.try_send(Progress::Phase(phase))),
                     output = listener.next(), if !console_ended => match output {
                         // A caller that is slow misses some.
                         Some(Output::Bytes(bytes)) => drop(progress.try_send(Progress::Console(bytes))),
@@ -239,6 +238,7 @@ impl Fleet {
             }
         };
         let start_us = micros(arrived);
+        let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
         steps.push(step("guest", start_us.saturating_sub(known)));
         vm.status.send_modify(|status| {
@@ -263,11 +263,13 @@ impl Fleet {
         disks: &[VmDisk],
         ready: ReadyPoint,
         progress: &mpsc::Sender<Progress>,
+        arrived: Instant,
     ) -> Result<Vec<Step>, FleetError> {
         let vm = &started.vm;
         let mut fds = vec![started.console.as_fd(), started.agent.as_fd(), kernel.as_fd()];
         fds.extend(module.iter().map(|module| module.as_fd()));
         fds.extend(disks.iter().flat_map(VmDisk::fds));
+        let before_us = micros(arrived);
         let booted = match started.link.request(Request::Boot(spec), &fds).await {
             Ok((Reply::Booted(booted), _)) => booted,
             Ok(_) => return Err(FleetError::WorkerConfused),
@@ -275,6 +277,20 @@ impl Fleet {
             Err(error) => return Err(error),
         };
         vm.status.send_modify(|status| status.protocol = Some(booted.protocol));
+        // The worker's own events may have come in between; these are its steps seen from the request's arrival.
+        let mut reached = before_us;
+        for step in &booted.steps {
+            reached = reached.saturating_add(step.us.into());
+            let name = match step.name.as_str() {
+                "memory" => "memory mapped",
+                "vm" => "VM made",
+                "load" => "kernel loaded",
+                "start" => "vCPUs running",
+                other => other,
+            };
+            let phase = Phase { name: name.to_owned(), us: reached };
+            let _ = progress.try_send(Progress::Phase(phase));
+        }
         for choice in booted.choices {
             let _ = progress.try_send(Progress::Choice(choice));
         }
@@ -394,6 +410,11 @@ pub fn check_ready(ready: &ReadyPoint) -> Result<(), FleetError> {
             )))
         }
         ReadyPoint::Port(0) => Err(FleetError::Invalid("ready port 0; give 1 to 65535".into())),
+        ReadyPoint::Port(port) if DEVICE_PORTS.iter().any(|ports| ports.contains(port)) => {
+            Err(FleetError::Invalid(format!(
+                "ready port {port:#x} belongs to a device; choose one that the guest has no other use for, such as 0xf4"
+            )))
+        }
         _ => Ok(()),
     }
 }

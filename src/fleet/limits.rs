@@ -10,6 +10,20 @@ pub const NAME_BYTES_MAX: usize = 63;
 pub const COMMAND_LINE_BYTES_MAX: usize = 2048;
 /// Longest console pattern.
 pub const PATTERN_BYTES_MAX: usize = 256;
+/// I/O ports of the machine's own devices: interrupt controllers, timer, keyboard controller, clock, reset, PCI and serial.
+pub const DEVICE_PORTS: [std::ops::RangeInclusive<u16>; 11] = [
+    0x20..=0x21,
+    0x40..=0x43,
+    0x60..=0x61,
+    0x64..=0x64,
+    0x70..=0x71,
+    0x92..=0x92,
+    0xa0..=0xa1,
+    0x2f8..=0x2ff,
+    0x3f8..=0x3ff,
+    0x4d0..=0x4d1,
+    0xcf8..=0xcff,
+];
 /// Most clones in one request.
 pub const CLONES_MAX: u32 = 64;
 /// Ended VMs that are still listed.

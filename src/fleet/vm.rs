@@ -137,6 +137,7 @@ impl Vm {
         &self,
         command: impl FnOnce(Answer<T>) -> Command,
     ) -> Result<T, FleetError> {
+        self.check_lives()?;
         let (answer, answered) = oneshot::channel();
         if self.commands.send(command(answer)).await.is_ok()
             && let Ok(result) = answered.await
@@ -158,13 +159,21 @@ impl Vm {
         self.command(Command::Stats).await
     }
 
-    /// Refuses what needs a guest that runs.
-    pub fn check_runs(&self) -> Result<(), FleetError> {
-        match self.state() {
-            State::Exited => {
-                let reason = self.status.borrow().exit_reason.clone().unwrap_or_default();
+    /// Refuses what needs a VM that has not ended.
+    pub fn check_lives(&self) -> Result<(), FleetError> {
+        match &*self.status.borrow() {
+            Status { state: State::Exited, exit_reason, .. } => {
+                let reason = exit_reason.as_deref().unwrap_or("it is gone");
                 Err(FleetError::WrongState(format!("VM {} has ended: {reason}", self.id)))
             }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what needs a guest that runs.
+    pub fn check_runs(&self) -> Result<(), FleetError> {
+        self.check_lives()?;
+        match self.state() {
             State::Paused => {
                 Err(FleetError::WrongState(format!("VM {} is paused; resume it first", self.id)))
             }
