@@ -46,9 +46,11 @@ pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
 pub const CONSOLE_INPUTS_MAX: usize = 16;
 /// Console streams over all VMs.
 pub const CONSOLE_STREAMS_MAX: usize = 1024;
-/// Lines of console or stderr shown in an error.
-pub const LAST_LINES_MAX: usize = 12;
-pub const LAST_LINES_BYTES_MAX: usize = 2048;
+/// Lines of a worker's stderr shown in an error.
+pub const LAST_WORDS_MAX: usize = 12;
+/// Console shown in an error: it travels in a header, of which there is room for about 4 KiB.
+pub const LAST_LINES_MAX: usize = 32;
+pub const LAST_LINES_BYTES_MAX: usize = 3 << 10;
 
 /// Agent requests of one VM that wait for their answer.
 pub const AGENT_REQUESTS_MAX: usize = 64;

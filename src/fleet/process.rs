@@ -19,7 +19,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::error::FleetError;
-use super::limits::{LAST_LINES_MAX, STDERR_LINE_BYTES_MAX};
+use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX};
 use crate::worker::channel::Channel;
 use crate::worker::protocol::CONTROL_FD;
 
@@ -215,7 +215,7 @@ async fn listen(pid: u32, stderr: ChildStderr, tail: Arc<Mutex<VecDeque<String>>
         }
         tracing::info!(target: "coldspark::worker", pid, "{text}");
         let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        if tail.len() == LAST_LINES_MAX {
+        if tail.len() == LAST_WORDS_MAX {
             tail.pop_front();
         }
         tail.push_back(text);

@@ -16,9 +16,7 @@ pub enum BootError {
     NotAKernel(String),
     #[error("the kernel file is compressed with {0}: decompress it first")]
     Compressed(&'static str),
-    #[error(
-        "the file is truncated: {part} reaches to byte {needed}, the file has {bytes}; copy it again"
-    )]
+    #[error("the file is truncated: {part} reaches to byte {needed}, the file has {bytes}; copy it again")]
     Truncated { part: String, needed: u64, bytes: u64 },
     #[error("the kernel's ELF file is damaged: {0}")]
     BadElf(String),
