@@ -148,11 +148,7 @@ async fn machines(stage: Stage) -> anyhow::Result<()> {
         ("too little memory", CreateVmRequest { memory_bytes: 2 << 20, ..embedded() }, invalid),
         ("odd memory", CreateVmRequest { memory_bytes: (64 << 20) + 4096, ..embedded() }, invalid),
         ("64 TiB of memory", CreateVmRequest { memory_bytes: 64 << 40, ..embedded() }, too_much),
-        (
-            "all memory there is",
-            CreateVmRequest { memory_bytes: u64::MAX & !((2 << 20) - 1), ..embedded() },
-            too_much,
-        ),
+        ("all memory there is", CreateVmRequest { memory_bytes: !((2 << 20) - 1), ..embedded() }, too_much),
         ("a long command line", CreateVmRequest { command_line: "a=b ".repeat(1000), ..embedded() }, invalid),
         ("a bad name", CreateVmRequest { name: "no spaces".into(), ..embedded() }, invalid),
         ("a device's port", CreateVmRequest { ready: port(0x3f8), ..embedded() }, invalid),
