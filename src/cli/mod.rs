@@ -33,7 +33,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the service on a Unix socket.
+    /// Run the service on a Unix socket. For now its VMs end with it.
     #[command(after_help = "Example:\n  coldspark serve --data-dir /var/lib/coldspark")]
     Serve(serve::Arguments),
     /// Import, list and remove images: what can be cold-booted.

@@ -121,7 +121,7 @@ impl AgentClient {
 
     /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
     /// it would take its clones' first bytes for the rest of the old one (wire.rs).
-    pub async fn quiet(&self) -> Result<Quiet, FleetError> {
+    pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
         let all = u32::try_from(AGENT_REQUESTS_MAX).unwrap_or(u32::MAX);
         let quiet = async {
             let gate = Arc::clone(&self.gate).lock_owned().await;
@@ -129,7 +129,7 @@ impl AgentClient {
             let _all = self.under_way.acquire_many(all).await;
             Quiet { _gate: gate }
         };
-        tokio::time::timeout(QUIET_TIMEOUT, quiet).await.map_err(|_| FleetError::AgentBusy)
+        tokio::time::timeout(within, quiet).await.map_err(|_| FleetError::AgentBusy)
     }
 
     fn gone(&self) -> FleetError {
@@ -264,5 +264,147 @@ impl Talk {
         drop(order.permit);
         let _ = order.answer.send(reply.map_err(FleetError::Agent));
         lost.map_or(Ok(()), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::frame;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn hello() -> Hello {
+        Hello {
+            version: wire::PROTOCOL_VERSION,
+            agent: wire::AGENT_TEST_GUEST,
+            boot: wire::BOOT_NATIVE,
+            cpus_found: 1,
+            cpus_alive: 1,
+            tsc_khz: 1,
+            checks_run: 0,
+            checks_failed: 0,
+            kinds: u64::MAX,
+            memory_bytes: 1 << 29,
+            arena_bytes: 1 << 28,
+            filled_bytes: 0,
+            disks: 0,
+            name: "test".into(),
+        }
+    }
+
+    /// The guest's side: frames as they come.
+    struct Guest {
+        socket: UnixStream,
+        decoder: FrameDecoder,
+    }
+
+    impl Guest {
+        fn new() -> (UnixStream, Self) {
+            let (ours, socket) = UnixStream::pair().unwrap();
+            (ours, Self { socket, decoder: FrameDecoder::new() })
+        }
+
+        async fn next(&mut self) -> Frame {
+            let mut byte = [0u8; 1];
+            loop {
+                self.socket.read_exact(&mut byte).await.unwrap();
+                if let Some(frame) = self.decoder.next(&mut byte.as_slice()).unwrap() {
+                    return frame;
+                }
+            }
+        }
+
+        async fn reply(&mut self, to: &Frame, status: u16, payload: &[u8]) {
+            let bytes = frame::encode(to.kind | wire::REPLY, status, to.id, payload).unwrap();
+            self.socket.write_all(&bytes).await.unwrap();
+        }
+    }
+
+    fn echo(word: &str) -> AgentRequest {
+        AgentRequest::Echo(word.as_bytes().to_vec())
+    }
+
+    #[tokio::test]
+    async fn nothing_is_asked_before_the_hello() {
+        let (ours, mut guest) = Guest::new();
+        let agent = AgentClient::start(ours, None);
+        assert!(matches!(agent.ask(echo("a"), LONG).await, Err(FleetError::NoAgent)));
+        guest.socket.write_all(&hello().encode().unwrap()).await.unwrap();
+        assert_eq!(*agent.wait_hello().await.unwrap(), hello());
+        assert_eq!(agent.hello().unwrap().name, "test");
+    }
+
+    #[tokio::test]
+    async fn answers_go_to_those_who_asked_and_strange_ones_to_nobody() {
+        let (ours, mut guest) = Guest::new();
+        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+        let serving = async {
+            let (one, two) = (guest.next().await, guest.next().await);
+            let stranger = Frame { id: one.id.wrapping_sub(77), ..one.clone() };
+            guest.reply(&stranger, 0, b"from before the snapshot").await;
+            guest.reply(&two, wire::STATUS_OUT_OF_RANGE, b"too far").await;
+            guest.reply(&one, 0, b"one").await;
+        };
+        let (one, two, ()) =
+            tokio::join!(agent.ask(echo("one"), LONG), agent.ask(echo("two"), LONG), serving);
+        assert_eq!(one.unwrap(), AgentReply::Bytes(b"one".to_vec()));
+        let refusal = two.unwrap_err();
+        assert!(refusal.to_string().contains("too far"), "{refusal}");
+        assert_eq!(refusal.kind(), super::super::error::Kind::InvalidArgument);
+    }
+
+    #[tokio::test]
+    async fn words_out_of_place_end_the_conversation_for_everybody() {
+        let (ours, mut guest) = Guest::new();
+        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+        let breaking = async {
+            guest.next().await;
+            guest.socket.write_all(b"login: this is no frame").await.unwrap();
+        };
+        let (answer, ()) = tokio::join!(agent.ask(echo("one"), LONG), breaking);
+        assert!(matches!(answer, Err(FleetError::WrongState(reason)) if reason.contains("agent frames")));
+        assert!(agent.hello().is_none());
+        assert!(matches!(agent.ask(echo("two"), LONG).await, Err(FleetError::WrongState(_))));
+    }
+
+    #[tokio::test]
+    async fn a_silent_guest_costs_its_timeout_and_keeps_snapshots_away() {
+        let (ours, mut guest) = Guest::new();
+        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+        let answer = agent.ask(echo("one"), Duration::from_millis(50)).await;
+        assert!(matches!(answer, Err(FleetError::AgentTimeout(50))));
+        // The guest may still be reading it.
+        let soon = Duration::from_millis(20);
+        assert!(matches!(agent.quiet(soon).await, Err(FleetError::AgentBusy)));
+        let late = guest.next().await;
+        guest.reply(&late, 0, b"one").await;
+        let quiet = agent.quiet(LONG).await.unwrap();
+        let mut held = Box::pin(agent.ask(echo("two"), LONG));
+        assert!(tokio::time::timeout(soon, &mut held).await.is_err());
+        drop(quiet);
+        let serving = async {
+            let two = guest.next().await;
+            guest.reply(&two, 0, b"two").await;
+        };
+        let (answer, ()) = tokio::join!(held, serving);
+        assert_eq!(answer.unwrap(), AgentReply::Bytes(b"two".to_vec()));
+    }
+
+    #[tokio::test]
+    async fn requests_are_limited_and_the_end_answers_them_all() {
+        let (ours, guest) = Guest::new();
+        let agent = Arc::new(AgentClient::start(ours, Some(Arc::new(hello()))));
+        let mut asking = tokio::task::JoinSet::new();
+        for _ in 0..=AGENT_REQUESTS_MAX {
+            let agent = Arc::clone(&agent);
+            asking.spawn(async move { agent.ask(echo("x"), LONG).await });
+        }
+        let refused = asking.join_next().await.unwrap().unwrap();
+        assert!(matches!(refused, Err(FleetError::Limit { .. })));
+        drop(guest);
+        while let Some(answer) = asking.join_next().await {
+            assert!(matches!(answer.unwrap(), Err(FleetError::WrongState(_))));
+        }
     }
 }

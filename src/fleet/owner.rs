@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
-use super::limits::FREEZE_TIMEOUT;
+use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT};
 use super::link::{Events, Link};
 use super::vm::{Command, FrozenVm, State, Vm};
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
@@ -283,7 +283,7 @@ impl Owner {
         let before = self.check_started()?;
         check_room_for_a_layer(&self.disks)?;
         let _quiet = match self.vm.agent.hello() {
-            Some(_) => Some(self.ears.during(self.vm.agent.quiet()).await?),
+            Some(_) => Some(self.ears.during(self.vm.agent.quiet(QUIET_TIMEOUT)).await?),
             None => None,
         };
         let mut overlays = Vec::with_capacity(self.disks.len());
