@@ -71,7 +71,7 @@ async fn write_sector(console: &mut Console, sector: u32, words: &str) -> anyhow
 
 /// What the guest must still know and have, read by one command because each byte typed is work for the rig.
 const LOOK: &str = "nproc; ls /sys/block | grep vd; cat /tmp/note; \
-                    dd if=/dev/vda bs=512 skip=8 count=2 iflag=direct 2>/dev/null | grep .";
+                    dd if=/dev/vda bs=512 skip=8 count=2 iflag=direct 2>/dev/null | tr -d '\\000' | grep .";
 
 async fn expect_look(console: &mut Console, note: &str, sector_9: &str) -> anyhow::Result<()> {
     let seen = shell(console, LOOK).await?;
