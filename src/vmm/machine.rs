@@ -1,7 +1,7 @@
 //! The machine: memory, split interrupt chip, vCPUs and devices put together, in the order that is cheap.
 //!
-//! Memory slots come first, then the split irqchip, then vCPUs: the other order costs milliseconds (DESIGN.md, "Order of the
-//! ioctls"). Everything is created standing still; [`Machine::resume`] lets it go.
+//! A VM with its split irqchip and boot CPU is made ahead ([`EmptyVm`]), so memory slots come last: with a split irqchip
+//! that is as cheap as the other order (with KVM's own it costs milliseconds). Everything is created standing still; [`Machine::resume`] lets it go.
 //!
 //! ```text
 //!   boot / restore --> paused --resume--> running --pause--> paused --save--> paused ...
@@ -108,16 +108,39 @@ fn call(call: &'static str) -> impl FnOnce(errno::Error) -> MachineError {
     move |source| MachineError::Kvm { call, source }
 }
 
-/// A KVM VM, its memory slots set, its interrupt chip split: what a shell may hold ready.
+/// A KVM VM with a split interrupt chip, the boot CPU and no memory: what a worker makes before it knows which VM it
+/// is to be. Slots come after the irqchip then, which is cheap once the VM has aged for a moment (DESIGN.md).
+pub struct EmptyVm {
+    vm: VmFd,
+    boot_cpu: VcpuFd,
+}
+
+impl EmptyVm {
+    pub fn new(host: &Host) -> Result<Self, MachineError> {
+        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        if cpuid::vendor(&host.supported_cpuid) == "GenuineIntel" {
+            vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
+            vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        }
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = ioapic::PINS as u64;
+        vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
+        let boot_cpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
+        Ok(EmptyVm { vm, boot_cpu })
+    }
+}
+
+/// A VM with its memory.
 pub struct Shell {
     vm: Arc<VmFd>,
+    boot_cpu: Option<VcpuFd>,
     ram: Ram,
 }
 
 impl Shell {
-    /// Creates the VM around `ram`.
-    pub fn new(host: &Host, ram: Ram) -> Result<Self, MachineError> {
-        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
+    /// Puts `ram` into the VM.
+    pub fn new(empty: EmptyVm, ram: Ram) -> Result<Self, MachineError> {
+        let EmptyVm { vm, boot_cpu } = empty;
         for (slot, (region, address)) in ram.regions().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
@@ -129,14 +152,15 @@ impl Shell {
             // SAFETY: the memory stays mapped as long as `ram`, which this value keeps beside the VM.
             unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        if cpuid::vendor(&host.supported_cpuid) == "GenuineIntel" {
-            vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-            vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
+        Ok(Shell { vm: Arc::new(vm), boot_cpu: Some(boot_cpu), ram })
+    }
+
+    /// vCPU `index`; to be asked for in ascending order.
+    fn vcpu(&mut self, index: u8) -> Result<VcpuFd, MachineError> {
+        match self.boot_cpu.take() {
+            Some(boot_cpu) if index == 0 => Ok(boot_cpu),
+            _ => self.vm.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU")),
         }
-        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-        split.args[0] = ioapic::PINS as u64;
-        vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
-        Ok(Shell { vm: Arc::new(vm), ram })
     }
 }
 
@@ -259,7 +283,7 @@ impl Machine {
     /// Puts a kernel into a new machine. It stands at its first instruction.
     pub fn boot(
         host: &Host,
-        shell: Shell,
+        mut shell: Shell,
         parts: Parts,
         options: &BootOptions<'_>,
     ) -> Result<(Self, Loaded), MachineError> {
@@ -290,7 +314,7 @@ impl Machine {
         frame.bus.chipset.ioapic.set_id(count);
         let mut vcpus = Vec::new();
         for index in 0..count {
-            let vcpu = shell.vm.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU"))?;
+            let vcpu = shell.vcpu(index)?;
             let tsc_khz = vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
             let cpuid: CpuId = cpuid::for_vcpu(&host.supported_cpuid, index, count, tsc_khz);
             vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
@@ -308,7 +332,12 @@ impl Machine {
     }
 
     /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood.
-    pub fn restore(host: &Host, shell: Shell, parts: Parts, state: &StateFile) -> Result<Self, MachineError> {
+    pub fn restore(
+        host: &Host,
+        mut shell: Shell,
+        parts: Parts,
+        state: &StateFile,
+    ) -> Result<Self, MachineError> {
         let machine: MachineState = state.get(0)?;
         if !(1..=VCPUS_MAX).contains(&machine.vcpus) {
             return Err(MachineError::Vcpus(machine.vcpus));
@@ -332,7 +361,7 @@ impl Machine {
         shell.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
         let mut vcpus = Vec::new();
         for (index, saved) in saved.iter().enumerate() {
-            let vcpu = shell.vm.create_vcpu(index as u64).map_err(call("KVM_CREATE_VCPU"))?;
+            let vcpu = shell.vcpu(index as u8)?;
             vcpu_state::restore(&vcpu, saved, tsc)
                 .map_err(|source| MachineError::VcpuState { index, source })?;
             vcpus.push(vcpu);

@@ -6,6 +6,7 @@
 //! | [`channel`] | the socket they travel on |
 //! | [`vm`] | the VM: from a request's descriptors to a machine, and from a machine to a snapshot's files |
 //! | [`fault`] | errors as the daemon is told them |
+//! | [`warm`] | the program's own pages, mapped ahead |
 //!
 //! Threads: this one takes requests, one for each vCPU, one for the devices. Opened by path at the start, before
 //! anything of a guest is seen: `/dev/kvm` and the userfault device. Nothing later.
@@ -14,6 +15,7 @@ pub mod channel;
 mod fault;
 pub mod protocol;
 mod vm;
+mod warm;
 
 use std::fs::OpenOptions;
 use std::io;
@@ -69,6 +71,7 @@ fn run(die_with_parent: bool) -> Result<(), String> {
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
     let mut shell = Shell::default();
     shell.prepare(&mut kvm);
+    warm::own_pages();
     daemon.event(Event::Hello(shell.report()));
     let mut vm: Option<Vm> = None;
     loop {

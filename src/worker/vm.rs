@@ -24,7 +24,7 @@ use crate::snapshot::state::machine::{MachineState, RegionState};
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, Parts};
+use crate::vmm::machine::{self, BootOptions, DiskPart, EmptyVm, Machine, Parts};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
 use crate::vmm::x86::{cpuid, features};
@@ -36,6 +36,8 @@ const STATE_BYTES_MAX: u64 = 16 << 20;
 #[derive(Default)]
 pub struct Shell {
     host: Option<Result<Arc<Host>, Fault>>,
+    /// Made ahead; taken by the first request that gets as far.
+    vm: Option<EmptyVm>,
     userfault: Option<UserfaultDevice>,
 }
 
@@ -148,6 +150,16 @@ impl Shell {
             )(error)),
             None => Err(fault::wrong_state("/dev/kvm was given away")),
         });
+        // A failure here comes again, with its reason, when a request needs a VM.
+        self.vm = self.host().ok().and_then(|host| EmptyVm::new(&host).ok());
+    }
+
+    /// The VM that was made ahead, or another.
+    fn take_vm(&mut self, host: &Host) -> Result<EmptyVm, Fault> {
+        match self.vm.take() {
+            Some(vm) => Ok(vm),
+            None => Ok(EmptyVm::new(host)?),
+        }
     }
 
     /// What the daemon is told first.
@@ -166,7 +178,7 @@ impl Shell {
 
     /// Cold boot.
     pub(super) fn boot(
-        &self,
+        &mut self,
         daemon: &Daemon,
         spec: &BootSpec,
         fds: Vec<OwnedFd>,
@@ -181,7 +193,7 @@ impl Shell {
         fds.end()?;
         let ram = backed(&memory::layout(spec.memory_bytes)?, |region| Mapping::anonymous(region.bytes))?;
         steps.done("memory");
-        let shell = machine::Shell::new(&host, ram)?;
+        let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
         steps.done("vm");
         let parts =
             Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
@@ -204,7 +216,7 @@ impl Shell {
 
     /// Start a clone.
     pub(super) fn restore(
-        &self,
+        &mut self,
         daemon: &Daemon,
         spec: &RestoreSpec,
         fds: Vec<OwnedFd>,
@@ -239,7 +251,7 @@ impl Shell {
             }
         };
         steps.done("memory");
-        let shell = machine::Shell::new(&host, ram)?;
+        let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
         steps.done("vm");
         let parts =
             Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
