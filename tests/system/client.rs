@@ -1,5 +1,7 @@
 //! A typed client for trials: each call is one gRPC request; failures keep their status so that codes can be checked.
 
+use std::fs;
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, bail};
@@ -115,17 +117,26 @@ impl Client {
         let mut accepted = None;
         let mut boot = Boot { vm: Vm::default(), phases: Vec::new(), console: Vec::new() };
         let mut ready = false;
+        let mut log = None;
         while let Some(event) = events.message().await? {
             let out_of_turn = |what: &str| Err(Status::internal(format!("trial: {what} out of turn")));
             if ready {
                 return out_of_turn("event after ready");
             }
             match event.event {
-                Some(Event::Accepted(vm)) if accepted.is_none() => accepted = Some(vm),
+                Some(Event::Accepted(vm)) if accepted.is_none() => {
+                    log = fs::File::create(self.logs.join(format!("boot-{}.log", vm.id))).ok();
+                    accepted = Some(vm);
+                }
                 Some(_) if accepted.is_none() => return out_of_turn("event before accepted"),
                 Some(Event::Phase(phase)) => boot.phases.push(phase.name),
                 Some(Event::Choice(_)) => {}
-                Some(Event::Console(bytes)) => boot.console.extend(bytes),
+                Some(Event::Console(bytes)) => {
+                    if let Some(log) = &mut log {
+                        log.write_all(&bytes)?;
+                    }
+                    boot.console.extend(bytes);
+                }
                 Some(Event::Ready(vm)) => {
                     boot.vm = vm;
                     ready = true;

@@ -16,7 +16,7 @@ use crate::host::{self, Need};
 static IGNORED: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
 
 /// How much longer everything may take inside the rig than on hardware.
-const RIG_FACTOR: u32 = 8;
+const RIG_FACTOR: u32 = 6;
 
 /// A time limit as it is on this host. Limits only keep a broken test from hanging; nothing is measured.
 pub fn limit(seconds: u64) -> Duration {
