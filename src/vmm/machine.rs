@@ -359,12 +359,14 @@ impl Machine {
         let tsc = saved.first().map_or(0, vcpu_state::saved_tsc);
         let clock = kvm_clock_data { clock: machine.clock_ns, ..Default::default() };
         shell.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
-        let mut vcpus = Vec::new();
-        for (index, saved) in saved.iter().enumerate() {
-            let vcpu = shell.vcpu(index as u8)?;
-            vcpu_state::restore(&vcpu, saved, tsc)
+        let vcpus = (0..machine.vcpus).map(|index| shell.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+        // Three passes, so that KVM sees the time stamp counters as one: `restore_tsc` says why.
+        for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
+            vcpu_state::restore_tsc(vcpu, saved, tsc)
                 .map_err(|source| MachineError::VcpuState { index, source })?;
-            vcpus.push(vcpu);
+        }
+        for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
+            vcpu_state::restore(vcpu, saved).map_err(|source| MachineError::VcpuState { index, source })?;
         }
         frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
         for (slot, device) in frame.bus.virtio.iter().enumerate() {

@@ -1,7 +1,8 @@
 //! A vCPU's registers out of KVM and into it again (`Documentation/virt/kvm/api.rst`).
 //!
 //! Order on the way in: CPUID first (it says what the rest may hold), local APIC before the MSRs (IA32_TSC_DEADLINE
-//! arms the timer that the APIC's LVT describes), IA32_TSC before its deadline, pending events and the run state last.
+//! arms the timer that the APIC's LVT describes), pending events and the run state last. IA32_TSC before all of it, on
+//! all vCPUs together: [`restore_tsc`].
 
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -75,9 +76,23 @@ fn msrs_of(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
     })
 }
 
-/// Sets a new vCPU to a saved state. `tsc` is the guest's time stamp to go on from: the same for all vCPUs, or KVM
-/// would see them as not synchronized.
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuStateError> {
+/// Sets the rate and the value of a new vCPU's time stamp counter; to be called for all vCPUs one right after the other,
+/// when all of them exist, with the same `tsc`.
+///
+/// KVM gives a vCPU the offset of the one before it only if the value fits what was written last (`kvm_synchronize_tsc`
+/// in arch/x86/kvm/x86.c). Creating a vCPU is a write of zero, so creating and setting in turn leaves each counter
+/// behind the one before it, and a guest that reads time on two CPUs sees it jump.
+pub fn restore_tsc(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuStateError> {
+    set_tsc_khz(vcpu, state.tsc_khz)?;
+    let entry = kvm_msr_entry { index: MSR_TSC, data: tsc, ..Default::default() };
+    match vcpu.set_msrs(&msrs_of(&[entry])?).map_err(call("KVM_SET_MSRS"))? {
+        0 => Err(VcpuStateError::Msr { index: MSR_TSC, value: tsc }),
+        _ => Ok(()),
+    }
+}
+
+/// Sets a new vCPU to a saved state, all but the time stamp counter ([`restore_tsc`], before this).
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     if state.msrs.len() > MSRS_MAX {
         return Err(VcpuStateError::TooMany { what: "MSRs", count: state.msrs.len(), max: MSRS_MAX });
     }
@@ -86,7 +101,6 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuSta
         count: state.cpuid.len(),
         max: CPUID_ENTRIES_MAX,
     })?;
-    set_tsc_khz(vcpu, state.tsc_khz)?;
     vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
     vcpu.set_sregs(&state.sregs).map_err(call("KVM_SET_SREGS"))?;
     vcpu.set_regs(&state.regs).map_err(call("KVM_SET_REGS"))?;
@@ -96,7 +110,7 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuSta
     unsafe { vcpu.set_xsave(&state.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
     vcpu.set_debug_regs(&state.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
     vcpu.set_lapic(&state.lapic).map_err(call("KVM_SET_LAPIC"))?;
-    restore_msrs(vcpu, &state.msrs, tsc)?;
+    restore_msrs(vcpu, &state.msrs)?;
     vcpu.set_vcpu_events(&state.events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
     vcpu.set_mp_state(state.mp_state).map_err(call("KVM_SET_MP_STATE"))
 }
@@ -110,11 +124,8 @@ fn set_tsc_khz(vcpu: &VcpuFd, needed: u32) -> Result<(), VcpuStateError> {
 }
 
 /// All in one call; KVM stops at the first that it refuses. A refused zero is what a new vCPU holds anyway.
-fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry], tsc: u64) -> Result<(), VcpuStateError> {
-    let mut rest: Vec<kvm_msr_entry> = saved.to_vec();
-    for entry in rest.iter_mut().filter(|entry| entry.index == MSR_TSC) {
-        entry.data = tsc;
-    }
+fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
+    let mut rest: Vec<kvm_msr_entry> = saved.iter().filter(|entry| entry.index != MSR_TSC).copied().collect();
     while !rest.is_empty() {
         let count = vcpu.set_msrs(&msrs_of(&rest)?).map_err(call("KVM_SET_MSRS"))?;
         if let Some(refused) = rest.get(count)

@@ -2,6 +2,7 @@
 //! commands at a `# ` prompt (docs/testing.md describes it).
 
 use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
@@ -89,7 +90,7 @@ async fn road(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     ensure!(ask(&mut source, "cpus").await? == format!("cpus={vcpus}"));
     ensure!(ask(&mut source, "touch 16").await?.starts_with("touched 16 MiB"));
     ensure!(ask(&mut source, "write before").await? == "wrote 6 fsync=0");
-    let before = clocks(&mut source).await?;
+    let before = (Instant::now(), clocks(&mut source).await?);
 
     let snapshot = client.snapshot(&vm.id, "ready").await.context("snapshot")?;
     let modes = [[MemoryMode::Mapped; CLONES], [MemoryMode::Userfault; CLONES]];
@@ -131,7 +132,11 @@ async fn road(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
 }
 
 /// A clone that answers: all CPUs, memory and disk as they were, and clocks that run forwards from where they stood.
-async fn expect_good_clone(console: &mut Console, vcpus: u32, before: &[f64; 3]) -> anyhow::Result<()> {
+async fn expect_good_clone(
+    console: &mut Console,
+    vcpus: u32,
+    (began, before): &(Instant, [f64; 3]),
+) -> anyhow::Result<()> {
     ensure!(ask(console, "ping").await? == "pong");
     ensure!(ask(console, "cpus").await? == format!("cpus={vcpus}"));
     let check = ask(console, "check").await?;
@@ -141,9 +146,13 @@ async fn expect_good_clone(console: &mut Console, vcpus: u32, before: &[f64; 3])
     // Ended by a timer interrupt.
     ensure!(ask(console, "sleep 200").await?.starts_with("slept"));
     let second = clocks(console).await?;
+    let elapsed = began.elapsed().as_secs_f64();
     for (clock, name) in ["monotonic", "uptime", "real"].iter().enumerate() {
         let runs = before[clock] <= first[clock] && first[clock] + 0.1 < second[clock];
         ensure!(runs, "the {name} clock: {before:?}, {first:?}, {second:?}");
+        // Time stamp counters that differ between CPUs make it jump by seconds.
+        let jumped = second[clock] - before[clock] > elapsed + 1.0;
+        ensure!(!jumped, "the {name} clock jumped: {before:?}, {first:?}, {second:?} in {elapsed} s");
     }
     ensure!(ask(console, "rand").await?.starts_with("rand="));
     Ok(())
