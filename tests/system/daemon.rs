@@ -173,7 +173,7 @@ fn spawn(socket: &Path, data: &Path, log: &Path) -> anyhow::Result<Child> {
         .with_context(|| format!("starting {}", program.display()))
 }
 
-async fn connect(socket: &Path) -> anyhow::Result<Channel> {
+pub async fn connect(socket: &Path) -> anyhow::Result<Channel> {
     let socket = socket.to_path_buf();
     // The address is not used: the connector knows the socket.
     let channel = Endpoint::from_static("http://coldspark.local")

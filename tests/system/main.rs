@@ -6,6 +6,7 @@
 //!
 //! | file | what it proves |
 //! |---|---|
+//! | `stock_client` | health and reflection, as any gRPC client asks |
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
 //! | `death` | workers and daemons that are killed |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
@@ -21,6 +22,7 @@ mod embedded;
 mod freebsd;
 mod host;
 mod linux;
+mod stock_client;
 mod trial;
 
 use std::process::ExitCode;
@@ -31,8 +33,14 @@ fn main() -> ExitCode {
     let mut arguments = libtest_mimic::Arguments::from_args();
     // Each trial runs many VMs of its own; more than two at once only makes them wait for each other.
     arguments.test_threads.get_or_insert(2);
-    let trials =
-        [embedded::trials(), death::trials(), bad_input::trials(), linux::trials(), freebsd::trials()];
+    let trials = [
+        stock_client::trials(),
+        embedded::trials(),
+        death::trials(),
+        bad_input::trials(),
+        linux::trials(),
+        freebsd::trials(),
+    ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
     trial::print_reasons();
     conclusion.exit_code()
