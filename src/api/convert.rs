@@ -46,6 +46,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         start_us: status.start_us,
         steps: steps(status.steps),
         worker_pid: if ended { 0 } else { vm.process.pid() },
+        restarts: status.restarts,
     }
 }
 

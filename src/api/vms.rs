@@ -227,6 +227,11 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             0 => READY_TIMEOUT_DEFAULT,
             ms => Duration::from_millis(ms.into()),
         },
+        restart_on_reset: match proto::OnReset::try_from(request.on_reset) {
+            Ok(proto::OnReset::Unspecified | proto::OnReset::Restart) => true,
+            Ok(proto::OnReset::End) => false,
+            Err(_) => return Err(invalid("an unknown `on_reset`; it is RESTART or END")),
+        },
     })
 }
 

@@ -5,7 +5,7 @@
 //! place end the conversation with a reason that every later request is told.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -27,9 +27,58 @@ pub enum Presence {
     Lost(String),
 }
 
-/// The daemon's side of one VM's agent port.
+/// The daemon's side of one VM's agent port: one conversation after the other, a new one each time the guest is booted
+/// again.
 #[derive(Debug)]
-pub struct AgentClient {
+pub struct AgentClient(RwLock<Arc<Conversation>>);
+
+impl AgentClient {
+    /// Starts the first conversation. `known` is what the agent said before it was frozen, for a clone.
+    pub fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
+        Self(RwLock::new(Arc::new(Conversation::start(socket, known))))
+    }
+
+    /// The guest was booted again: it will say hello on `socket`. Requests under way fail when the old socket closes.
+    pub fn restart(&self, socket: UnixStream) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Conversation::start(socket, None));
+    }
+
+    fn now(&self) -> Arc<Conversation> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What the agent said when it was ready.
+    pub fn hello(&self) -> Option<Arc<Hello>> {
+        self.now().hello()
+    }
+
+    /// Waits for the hello. Never comes back while the guest is silent.
+    ///
+    /// # Errors
+    /// The reason why there will be none.
+    pub async fn wait_hello(&self) -> Result<Arc<Hello>, String> {
+        self.now().wait_hello().await
+    }
+
+    /// Asks and waits.
+    ///
+    /// # Errors
+    /// [`FleetError::NoAgent`], [`FleetError::Agent`] (a refusal, or words out of place), [`FleetError::AgentTimeout`],
+    /// [`FleetError::Limit`].
+    pub async fn ask(&self, request: AgentRequest, within: Duration) -> Result<AgentReply, FleetError> {
+        self.now().ask(request, within).await
+    }
+
+    /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
+    /// it would take its clones' first bytes for the rest of the old one (wire.rs).
+    pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
+        self.now().quiet(within).await
+    }
+}
+
+/// What is said between one start of the guest and the next.
+#[derive(Debug)]
+struct Conversation {
     orders: mpsc::Sender<Order>,
     presence: watch::Receiver<Presence>,
     /// A permit for each request under way.
@@ -51,9 +100,8 @@ pub struct Quiet {
     _gate: OwnedMutexGuard<()>,
 }
 
-impl AgentClient {
-    /// Starts the conversation. `known` is what the agent said before it was frozen, for a clone.
-    pub fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
+impl Conversation {
+    fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
         let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX);
         let (presence_in, presence) = watch::channel(known.map_or(Presence::Silent, Presence::Here));
         tokio::spawn(Talk::new(inbox, presence_in).run(socket));
@@ -65,19 +113,14 @@ impl AgentClient {
         }
     }
 
-    /// What the agent said when it was ready.
-    pub fn hello(&self) -> Option<Arc<Hello>> {
+    fn hello(&self) -> Option<Arc<Hello>> {
         match &*self.presence.borrow() {
             Presence::Here(hello) => Some(Arc::clone(hello)),
             _ => None,
         }
     }
 
-    /// Waits for the hello. Never comes back while the guest is silent.
-    ///
-    /// # Errors
-    /// The reason why there will be none.
-    pub async fn wait_hello(&self) -> Result<Arc<Hello>, String> {
+    async fn wait_hello(&self) -> Result<Arc<Hello>, String> {
         let mut presence = self.presence.clone();
         match presence.wait_for(|presence| !matches!(presence, Presence::Silent)).await.as_deref() {
             Ok(Presence::Here(hello)) => Ok(Arc::clone(hello)),
@@ -86,12 +129,7 @@ impl AgentClient {
         }
     }
 
-    /// Asks and waits.
-    ///
-    /// # Errors
-    /// [`FleetError::NoAgent`], [`FleetError::Agent`] (a refusal, or words out of place), [`FleetError::AgentTimeout`],
-    /// [`FleetError::Limit`].
-    pub async fn ask(&self, request: AgentRequest, within: Duration) -> Result<AgentReply, FleetError> {
+    async fn ask(&self, request: AgentRequest, within: Duration) -> Result<AgentReply, FleetError> {
         match &*self.presence.borrow() {
             Presence::Here(_) => {}
             Presence::Silent => return Err(FleetError::NoAgent),
@@ -119,9 +157,7 @@ impl AgentClient {
             .map_err(|_| FleetError::AgentTimeout(within.as_millis()))?
     }
 
-    /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
-    /// it would take its clones' first bytes for the rest of the old one (wire.rs).
-    pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
+    async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
         let all = u32::try_from(AGENT_REQUESTS_MAX).unwrap_or(u32::MAX);
         let quiet = async {
             let gate = Arc::clone(&self.gate).lock_owned().await;
@@ -140,7 +176,7 @@ impl AgentClient {
     }
 }
 
-/// The task behind an [`AgentClient`].
+/// The task behind a [`Conversation`].
 struct Talk {
     inbox: mpsc::Receiver<Order>,
     presence: watch::Sender<Presence>,
@@ -196,7 +232,7 @@ impl Talk {
                     Err(error) => return format!("the agent port is closed: {error}"),
                 },
                 got = reader.read(&mut buffer) => match got {
-                    Ok(0) => return "the agent port was closed: the VM has ended".to_owned(),
+                    Ok(0) => return "the agent port was closed: the VM has ended, or boots again".to_owned(),
                     Ok(count) => {
                         let bytes = buffer.get(..count).unwrap_or_default();
                         if let Err(reason) = self.hear(bytes) {

@@ -1,5 +1,6 @@
 //! Cold boots: from an image, through the worker, to the ready point.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::pin::pin;
@@ -16,7 +17,7 @@ use super::error::FleetError;
 use super::images::Bootable;
 use super::limits::*;
 use super::link::Link;
-use super::owner::{Ears, Faults, Owner, Phase};
+use super::owner::{Again, Ears, Faults, Owner, Phase};
 use super::registry::Guard;
 use super::shells::Shell;
 use super::vm::{Origin, State, Status, Vm};
@@ -57,6 +58,8 @@ pub struct CreateVm {
     pub command_line: String,
     pub ready: Option<ReadyPoint>,
     pub ready_timeout: Duration,
+    /// Boot it again when the guest resets itself; otherwise that is its end.
+    pub restart_on_reset: bool,
 }
 
 /// What happens on the way to the ready point.
@@ -86,6 +89,7 @@ pub(super) struct Start {
     pub disks: Vec<VmDisk>,
     pub folder: VmFolder,
     pub faults: Option<Faults>,
+    pub again: Option<Again>,
 }
 
 /// A VM in the registry with its owner running; its worker has been told nothing yet.
@@ -103,8 +107,14 @@ impl Fleet {
     pub(super) fn start(self: &Arc<Self>, shell: Shell, start: Start) -> Result<Started, FleetError> {
         let Shell { process, link, events, console, agent, host: _ } = shell;
         let state = if start.generation.is_some() { State::Running } else { State::Booting };
-        let status =
-            Status { state, exit_reason: None, protocol: start.protocol, start_us: 0, steps: Vec::new() };
+        let status = Status {
+            state,
+            exit_reason: None,
+            protocol: start.protocol,
+            start_us: 0,
+            steps: Vec::new(),
+            restarts: 0,
+        };
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let vm = Arc::new(Vm {
             id: start.id,
@@ -135,12 +145,15 @@ impl Fleet {
                 events,
                 phases: start.phases,
                 exit: None,
+                reset: None,
                 deaf: false,
                 faults: start.faults,
                 attachment: None,
             },
             disks: start.disks,
             folder: start.folder,
+            again: start.again,
+            restarts: VecDeque::new(),
         };
         tokio::spawn(owner.run());
         // From here the guard ends the VM: also when the registry refuses it.
@@ -188,6 +201,11 @@ impl Fleet {
                 disks: disks.clone(),
                 folder,
                 faults: None,
+                again: request.restart_on_reset.then(|| Again {
+                    spec: plan.spec.clone(),
+                    kernel: Arc::clone(&bootable.kernel),
+                    module: bootable.module.clone(),
+                }),
             },
         )?;
         let vm = Arc::clone(&started.vm);

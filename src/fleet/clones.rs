@@ -120,6 +120,7 @@ impl Fleet {
                 disks: disks.clone(),
                 folder,
                 faults,
+                again: None,
             },
         )?;
         clock.lap("prepare");

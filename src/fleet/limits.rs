@@ -52,6 +52,10 @@ pub const LAST_WORDS_MAX: usize = 12;
 pub const LAST_LINES_MAX: usize = 32;
 pub const LAST_LINES_BYTES_MAX: usize = 3 << 10;
 
+/// A guest that resets itself more often than this within that time is not booted again.
+pub const RESTARTS_MAX: usize = 5;
+pub const RESTARTS_WITHIN: Duration = Duration::from_secs(60);
+
 /// Agent requests of one VM that wait for their answer.
 pub const AGENT_REQUESTS_MAX: usize = 64;
 pub const AGENT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);

@@ -4,22 +4,25 @@
 //! task: the process is reaped, the reason is published, the VM's private files are removed. A VM is always
 //! ended by ending its process, so nothing here can be stuck for ever: every request has a time limit.
 
+use std::collections::VecDeque;
+use std::fs::File;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
-use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT};
+use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN};
 use super::link::{Events, Link};
+use super::shells::Socket;
 use super::vm::{Command, FrozenVm, State, Vm};
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
 use crate::snapshot::store::Draft;
-use crate::worker::protocol::{Event, ExitReason, FaultRegion, Reply, Request, SnapshotSpec};
+use crate::worker::protocol::{BootSpec, Event, ExitReason, FaultRegion, Reply, Request, SnapshotSpec};
 
 /// How long a worker that closed its socket may take to end by itself.
 const LAST_BREATH: Duration = Duration::from_secs(2);
@@ -39,6 +42,18 @@ pub struct Owner {
     pub ears: Ears,
     pub disks: Vec<VmDisk>,
     pub folder: VmFolder,
+    /// How to boot it again; `None`: a reset is its end.
+    pub again: Option<Again>,
+    /// When it was booted again, the last few.
+    pub restarts: VecDeque<Instant>,
+}
+
+/// What a VM was cold-booted from, to do it again.
+#[derive(Debug)]
+pub struct Again {
+    pub spec: BootSpec,
+    pub kernel: Arc<File>,
+    pub module: Option<Arc<File>>,
 }
 
 /// The worker's events.
@@ -48,6 +63,8 @@ pub struct Ears {
     /// Boot phases go here while somebody listens.
     pub phases: Option<mpsc::Sender<Phase>>,
     pub exit: Option<String>,
+    /// The guest reset itself, by this door; what follows is still to be said.
+    pub reset: Option<String>,
     pub deaf: bool,
     /// Who answers page faults, of a clone that wants that.
     pub faults: Option<Faults>,
@@ -117,7 +134,8 @@ impl Ears {
                 self.vm.ready_port.send_replace(Some(value));
             }
             Some(Event::GuestReset { how }) => {
-                tracing::info!(vm = %self.vm.id, how, "the guest asked for a reset");
+                tracing::info!(vm = %self.vm.id, how, "the guest reset itself");
+                self.reset = Some(how);
             }
             // A shell says it once, and then it was taken in already.
             Some(Event::Hello(_)) => {}
@@ -140,7 +158,6 @@ fn on_end(vm: &Arc<Vm>) -> impl FnOnce(EndReason) + Send + 'static {
 fn exit_text(reason: &ExitReason) -> String {
     match reason {
         ExitReason::Killed => "ended on request".to_owned(),
-        ExitReason::GuestReset { how } => format!("the guest reset itself ({how})"),
         ExitReason::GuestPowerOff => "the guest switched itself off".to_owned(),
         ExitReason::Failed(what) => format!("KVM could not go on: {what}"),
     }
@@ -153,9 +170,6 @@ impl Owner {
             tokio::select! {
                 event = self.ears.events.recv(), if !self.ears.deaf => {
                     self.ears.hear(event);
-                    if self.ears.deaf {
-                        break;
-                    }
                 }
                 command = self.commands.recv() => match command {
                     Some(command) => self.obey(command).await,
@@ -164,6 +178,9 @@ impl Owner {
             }
             if self.ears.deaf {
                 break;
+            }
+            if let Some(how) = self.ears.reset.take() {
+                self.restart(&how).await;
             }
         }
         self.end().await;
@@ -250,6 +267,45 @@ impl Owner {
             ))),
             State::Exited => Err(FleetError::WrongState(format!("VM {} has ended", self.vm.id))),
             state => Ok(state),
+        }
+    }
+
+    /// After a guest's reset: boots the VM again, or ends it.
+    async fn restart(&mut self, how: &str) {
+        let reason = format!("the guest reset itself ({how})");
+        // Before its ready point whoever waits for that is told at once.
+        let Some(again) = self.again.as_ref().filter(|_| self.vm.state() != State::Booting) else {
+            return self.vm.kill(&reason);
+        };
+        let now = Instant::now();
+        self.restarts.retain(|when| now.duration_since(*when) < RESTARTS_WITHIN);
+        if self.restarts.len() >= RESTARTS_MAX {
+            return self.vm.kill(&format!(
+                "{reason}, and {RESTARTS_MAX} times before within {} s: it is not booted again",
+                RESTARTS_WITHIN.as_secs()
+            ));
+        }
+        self.restarts.push_back(now);
+        let result = async {
+            let agent = Socket::new()?;
+            let mut fds = vec![agent.theirs.as_fd(), again.kernel.as_fd()];
+            fds.extend(again.module.iter().map(|module| module.as_fd()));
+            let request = Request::Restart(again.spec.clone());
+            match self.ears.during(self.link.request(request, &fds)).await?.0 {
+                Reply::Booted(_) => Ok(agent.ours),
+                _ => Err(FleetError::WorkerConfused),
+            }
+        };
+        match result.await {
+            Ok(agent) => {
+                self.vm.agent.restart(agent);
+                self.vm.status.send_modify(|status| {
+                    status.restarts = status.restarts.saturating_add(1);
+                    status.state = State::Ready;
+                });
+                tracing::info!(vm = %self.vm.id, "booted again");
+            }
+            Err(error) => self.vm.kill(&format!("{reason} and could not be booted again: {error}")),
         }
     }
 

@@ -45,7 +45,7 @@ pub struct Socket {
 }
 
 impl Socket {
-    fn new() -> Result<Self, FleetError> {
+    pub fn new() -> Result<Self, FleetError> {
         let failed = || FleetError::io("cannot make a socket pair");
         let (ours, theirs) = StdUnixStream::pair().map_err(failed())?;
         ours.set_nonblocking(true).map_err(failed())?;

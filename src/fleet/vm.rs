@@ -9,6 +9,8 @@
 //!                                        |          |                 |
 //!                                      SNAPSHOTTING (then back)     EXITED
 //! ```
+//!
+//! A guest that resets itself when READY is booted again in place, and stays READY (see `on_reset`).
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -53,6 +55,8 @@ pub struct Status {
     /// From the request to the ready point or hand-over; 0 until then.
     pub start_us: u64,
     pub steps: Vec<Step>,
+    /// How many times it was booted again after a reset of its own.
+    pub restarts: u32,
 }
 
 /// A VM.

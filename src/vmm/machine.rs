@@ -197,6 +197,7 @@ pub struct Machine {
     devices: DeviceThread,
     bus: SharedBus,
     disks: Vec<SharedDisk>,
+    serials: Vec<String>,
     vm: Arc<VmFd>,
     ram: Ram,
 }
@@ -215,6 +216,7 @@ struct Frame {
     bus: SharedBus,
     devices: DeviceThread,
     disks: Vec<SharedDisk>,
+    serials: Vec<String>,
     events: EventSink,
 }
 
@@ -229,7 +231,7 @@ impl Frame {
         let chipset = Chipset::new(shell.vm.clone(), parts.console, told, parts.ready_port)
             .map_err(call("the chipset's lines and timer"))?;
         let mut virtio = Vec::new();
-        let mut disks = Vec::new();
+        let (mut disks, mut serials) = (Vec::new(), Vec::new());
         let mut add = |device: Box<dyn super::virtio::VirtioDevice>| -> Result<(), MachineError> {
             let pin = SLOT_PINS.get(virtio.len()).copied().unwrap_or(0);
             let line: Arc<dyn Interrupt> =
@@ -241,13 +243,14 @@ impl Frame {
             let disk: SharedDisk = Arc::new(Mutex::new(part.disk));
             add(Box::new(Block::new(disk.clone(), &part.serial)))?;
             disks.push(disk);
+            serials.push(part.serial);
         }
         add(Box::new(Console::new(parts.agent)))?;
         add(Box::new(Rng::new()))?;
         let memory = shell.ram.memory().clone();
         let bus = Arc::new(Bus::new(chipset, virtio, memory));
         let devices = DeviceThread::start(bus.clone(), changed)?;
-        Ok(Frame { bus, devices, disks, events: parts.events })
+        Ok(Frame { bus, devices, disks, serials, events: parts.events })
     }
 
     fn slots(&self) -> Vec<MmioSlot> {
@@ -273,6 +276,7 @@ impl Frame {
             devices: self.devices,
             bus: self.bus,
             disks: self.disks,
+            serials: self.serials,
             vm: shell.vm,
             ram: shell.ram,
         })
@@ -434,6 +438,23 @@ impl Machine {
             });
         }
         Ok(frozen)
+    }
+
+    /// Ends the machine and gives its disks to the next one, as they are.
+    pub fn into_disks(self) -> Result<Vec<DiskPart>, MachineError> {
+        let Machine { vcpus, devices, bus, disks, serials, vm: _, ram: _ } = self;
+        // Threads first: nobody uses the devices any more when they go, and nobody the disks after that.
+        drop(vcpus);
+        drop(devices);
+        drop(bus);
+        let part = |(disk, serial): (SharedDisk, String)| match Arc::into_inner(disk) {
+            Some(disk) => {
+                let disk = disk.into_inner().unwrap_or_else(|poison| poison.into_inner());
+                Ok(DiskPart { disk, serial })
+            }
+            None => Err(MachineError::Mismatch("a disk of the machine is still in use".into())),
+        };
+        disks.into_iter().zip(serials).map(part).collect()
     }
 
     /// The machine's memory. Reading it is sound only while the machine is paused.

@@ -45,15 +45,17 @@ pub fn main(die_with_parent: bool) -> ExitCode {
 struct Daemon(Arc<Channel>);
 
 impl Daemon {
-    fn send(&self, message: &FromWorker, fds: &[BorrowedFd<'_>]) {
-        if let Err(error) = self.0.send(message, fds) {
-            // The VM outlives the daemon; who listens next asks for what it needs.
+    /// True when it was sent. The VM outlives the daemon; who listens next asks for what it needs.
+    fn send(&self, message: &FromWorker, fds: &[BorrowedFd<'_>]) -> bool {
+        let sent = self.0.send(message, fds);
+        if let Err(error) = &sent {
             eprintln!("the daemon could not be told: {error}");
         }
+        sent.is_ok()
     }
 
-    fn event(&self, event: Event) {
-        self.send(&FromWorker::Event(event), &[]);
+    fn event(&self, event: Event) -> bool {
+        self.send(&FromWorker::Event(event), &[])
     }
 }
 
@@ -88,7 +90,9 @@ fn run(die_with_parent: bool) -> Result<(), String> {
         };
         let arrived = Instant::now();
         let id = message.id;
-        let reply = |result| daemon.send(&FromWorker::Reply { id, result }, &[]);
+        let reply = |result| {
+            daemon.send(&FromWorker::Reply { id, result }, &[]);
+        };
         match message.request {
             Request::Boot(_) | Request::Restore(_) if vm.is_some() => {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
@@ -106,6 +110,23 @@ fn run(die_with_parent: bool) -> Result<(), String> {
                     reply(Ok(Reply::Restored(restored)));
                 }
                 Err(fault) => reply(Err(fault)),
+            },
+            Request::Restart(spec) => match vm.take() {
+                Some(old) => match shell.restart(&daemon, old, &spec, fds, arrived) {
+                    Ok((new, booted)) => {
+                        vm = Some(new);
+                        reply(Ok(Reply::Booted(booted)));
+                    }
+                    Err(fault) => {
+                        let reason = format!("it could not be booted again after its reset: {fault}");
+                        reply(Err(fault));
+                        daemon.event(Event::Exited(ExitReason::Failed(reason)));
+                        return Ok(());
+                    }
+                },
+                None => {
+                    reply(Err(fault::wrong_state("this worker has no VM yet")));
+                }
             },
             Request::Kill => {
                 drop(vm.take());
@@ -131,7 +152,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Resume => vm.resume().map(|()| Reply::Done),
         Request::Snapshot(spec) => vm.snapshot(&spec, fds).map(Reply::Frozen),
         Request::Stats => Ok(Reply::Stats(vm.stats())),
-        Request::Boot(_) | Request::Restore(_) | Request::Kill => {
+        Request::Boot(_) | Request::Restart(_) | Request::Restore(_) | Request::Kill => {
             Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() })
         }
     }

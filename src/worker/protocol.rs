@@ -42,6 +42,10 @@ pub enum Request {
     /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then the disks as in
     /// `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
+    /// Boot again after [`Event::GuestReset`], with the console, the disks and everything on them as they are. The spec's
+    /// `disks` are not looked at. Descriptors: a new agent socket, kernel, then the module if `module`. Answered like
+    /// `Boot`; after an error the worker ends.
+    Restart(BootSpec),
     /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
     /// read-write), then one new empty overlay for each writable disk. Answered when all is written (not synced).
     Snapshot(SnapshotSpec),
@@ -270,7 +274,7 @@ pub enum Event {
     Userfault { regions: Vec<FaultRegion> },
     /// The guest wrote to the ready port.
     ReadyPort { value: u32 },
-    /// The guest asked for a reset; without restart support the VM then ends.
+    /// The guest reset itself. Its vCPU stands; the daemon says what is to follow: `Restart` or `Kill`.
     GuestReset { how: String },
     /// The VM is over; the process exits after this.
     Exited(ExitReason),
@@ -280,9 +284,6 @@ pub enum Event {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum ExitReason {
     Killed,
-    GuestReset {
-        how: String,
-    },
     GuestPowerOff,
     /// KVM could not go on: what, with registers.
     Failed(String),

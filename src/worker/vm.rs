@@ -50,6 +50,9 @@ pub struct Vm {
     /// Kept open: when the last descriptor goes, the kernel answers missing pages with zeros.
     _uffd: Option<Uffd>,
     protocol: BootProtocol,
+    /// A second descriptor of the console, for the machine that follows after a reset. Clones have none: what they were
+    /// booted from is not theirs.
+    console: Option<UnixStream>,
     running: bool,
     /// A freeze failed between two disks: their layers are no longer what the daemon believes.
     disks_uneven: bool,
@@ -184,13 +187,43 @@ impl Shell {
         fds: Vec<OwnedFd>,
         arrived: Instant,
     ) -> Result<(Vm, Booted), Fault> {
-        let host = self.host()?;
-        let mut steps = Steps::since(arrived);
         let mut fds = Descriptors::new(fds);
         let (console, agent, kernel) = (fds.socket()?, fds.socket()?, fds.file()?);
         let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
         let disks = fds.disks(&spec.disks)?;
         fds.end()?;
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks }, arrived)
+    }
+
+    /// Cold boot after a guest's reset: another machine takes the place of `old`, with its console and disks.
+    pub(super) fn restart(
+        &mut self,
+        daemon: &Daemon,
+        old: Vm,
+        spec: &BootSpec,
+        fds: Vec<OwnedFd>,
+        arrived: Instant,
+    ) -> Result<(Vm, Booted), Fault> {
+        let mut fds = Descriptors::new(fds);
+        let (agent, kernel) = (fds.socket()?, fds.file()?);
+        let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
+        fds.end()?;
+        let console = old.console.ok_or_else(|| fault::wrong_state("a clone cannot be booted again"))?;
+        let disks = old.machine.into_disks()?;
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks }, arrived)
+    }
+
+    fn load(
+        &mut self,
+        daemon: &Daemon,
+        spec: &BootSpec,
+        handed: Handed,
+        arrived: Instant,
+    ) -> Result<(Vm, Booted), Fault> {
+        let host = self.host()?;
+        let mut steps = Steps::since(arrived);
+        let Handed { console, agent, kernel, module, disks } = handed;
+        let again = console.try_clone().map_err(fault::io("the console socket"))?;
         let ram = backed(&memory::layout(spec.memory_bytes)?, |region| Mapping::anonymous(region.bytes))?;
         steps.done("memory");
         let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
@@ -209,8 +242,16 @@ impl Shell {
         let protocol = from_boot(loaded.protocol);
         machine.resume()?;
         steps.done("start");
-        let vm =
-            Vm { machine, host, parent: None, _uffd: None, protocol, running: true, disks_uneven: false };
+        let vm = Vm {
+            machine,
+            host,
+            parent: None,
+            _uffd: None,
+            protocol,
+            console: Some(again),
+            running: true,
+            disks_uneven: false,
+        };
         Ok((vm, Booted { protocol, choices: loaded.choices, steps: steps.steps }))
     }
 
@@ -268,11 +309,21 @@ impl Shell {
             _uffd: uffd,
             // What a clone is entered by was decided when its ancestor was booted.
             protocol: BootProtocol::Auto,
+            console: None,
             running: !spec.paused,
             disks_uneven: false,
         };
         Ok((vm, Restored { steps: steps.steps }))
     }
+}
+
+/// What a cold boot works on.
+struct Handed {
+    console: UnixStream,
+    agent: UnixStream,
+    kernel: File,
+    module: Option<(ModuleKind, File)>,
+    disks: Vec<DiskPart>,
 }
 
 /// RAM with a mapping behind each region.
@@ -324,11 +375,15 @@ fn sink(daemon: Daemon) -> EventSink {
             VcpuEvent::Ready(value) => {
                 let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
                 daemon.event(Event::Phase { name: "ready port".into(), us });
-                return daemon.event(Event::ReadyPort { value });
+                daemon.event(Event::ReadyPort { value });
+                return;
             }
             VcpuEvent::Reset(how) => {
-                daemon.event(Event::GuestReset { how: how.into() });
-                ExitReason::GuestReset { how: how.into() }
+                // The daemon decides; without one there is nobody who would boot it again.
+                if !daemon.event(Event::GuestReset { how: how.into() }) {
+                    std::process::exit(0);
+                }
+                return;
             }
             VcpuEvent::PowerOff => ExitReason::GuestPowerOff,
             VcpuEvent::Failed(what) => ExitReason::Failed(what),

@@ -8,7 +8,7 @@ use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 use tonic::Code;
 
-use crate::client::{ask, expect_status};
+use crate::client::{Client, ask, expect_status};
 use crate::daemon::{Daemon, eventually};
 use crate::host::Need;
 use crate::trial::{Stage, trial};
@@ -76,17 +76,65 @@ async fn worker_killed(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A reset after the ready point boots the guest again in the same VM; one too many, or one that was asked to be the end, is.
 async fn guest_resets_itself(stage: Stage) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = client.boot_embedded(64 << 20).await?;
+    client.import_embedded("resets", vec![vec![0; 4 << 20]]).await?;
+    let vm = client.boot_image("resets", 2, BootProtocol::Unspecified).await?;
     let mut console = client.console(&vm.id).await?;
+    let write = DiskWriteOp { disk: 0, first_sector: 9, data: vec![0x5a; 1024].into(), flush: true };
+    ask!(&mut client, &vm.id, DiskWrite(write));
+    for restarts in 1..=5 {
+        ask!(&mut client, &vm.id, Reset(ResetOp {}));
+        eventually("the VM is booted again", 30, async || {
+            let now = client.vm(&vm.id).await?;
+            ensure!(now.state() != VmState::Exited, "it ended: {}", now.exit_reason);
+            Ok(now.restarts == restarts && now.agent)
+        })
+        .await?;
+        let now = client.vm(&vm.id).await?;
+        ensure!(
+            now.id == vm.id && now.worker_pid == vm.worker_pid && now.state() == VmState::Ready,
+            "{now:?}"
+        );
+        let hello = ask!(&mut client, &vm.id, Hello(HelloOp {}));
+        ensure!(hello.cpus_alive == 2 && hello.checks_failed.is_empty(), "{hello:?}");
+        let read = ask!(&mut client, &vm.id, DiskRead(DiskReadOp { disk: 0, first_sector: 9, sectors: 2 }));
+        ensure!(read.data.iter().all(|byte| *byte == 0x5a), "what was written before the reset is gone");
+    }
+    // What was booted again is as good as what was booted once.
+    let snapshot = client.snapshot(&vm.id, "").await?;
+    let clone = client.clone_vms(&snapshot.id, 1, MemoryMode::Mapped, Identity::Managed).await?.remove(0);
+    let read = ask!(&mut client, &clone.id, DiskRead(DiskReadOp { disk: 0, first_sector: 9, sectors: 1 }));
+    ensure!(read.data.iter().all(|byte| *byte == 0x5a));
+
     ask!(&mut client, &vm.id, Reset(ResetOp {}));
-    eventually("the VM ends", 10, async || Ok(client.vm(&vm.id).await?.state() == VmState::Exited)).await?;
-    let reason = client.vm(&vm.id).await?.exit_reason;
-    ensure!(reason.contains("reset"), "the reason should say that the guest reset itself: {reason}");
+    let reason = exit_reason(&mut client, &vm.id).await?;
+    ensure!(reason.contains("reset itself") && reason.contains("5 times"), "{reason}");
     console.rest().await?;
+    ask!(&mut client, &clone.id, Reset(ResetOp {}));
+    let reason = exit_reason(&mut client, &clone.id).await?;
+    ensure!(reason.contains("reset itself"), "{reason}");
+
+    let request = CreateVmRequest {
+        source: Some(create_vm_request::Source::Embedded(true)),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        on_reset: OnReset::End.into(),
+        ..Default::default()
+    };
+    let vm = client.boot(request).await?.vm;
+    ask!(&mut client, &vm.id, Reset(ResetOp {}));
+    let reason = exit_reason(&mut client, &vm.id).await?;
+    ensure!(reason.contains("reset itself"), "{reason}");
     Ok(())
+}
+
+/// Waits for the VM's end.
+async fn exit_reason(client: &mut Client, vm: &str) -> anyhow::Result<String> {
+    eventually("the VM ends", 10, async || Ok(client.vm(vm).await?.state() == VmState::Exited)).await?;
+    Ok(client.vm(vm).await?.exit_reason)
 }
 
 /// Kills the daemon at different moments of publishing a snapshot; each time the store holds what was published

@@ -116,8 +116,17 @@ async fn road(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     ensure!(ask(&mut source, "read").await? == "data=before");
     ensure!(ask(&mut source, "check").await?.starts_with("check MiB=16 bad=0"));
 
-    // All reboot cleanly: the VM ends, and says how.
-    running.push((vm, source));
+    // It reboots in place: the same disk, the console stays connected.
+    source.type_line("reboot").await?;
+    source.expect("rebooting").await?;
+    source.expect(READY).await?;
+    source.expect(PROMPT).await?;
+    ensure!(ask(&mut source, "read").await? == "data=before");
+    ensure!(ask(&mut source, "cpus").await? == format!("cpus={vcpus}"));
+    let now = client.vm(&vm.id).await?;
+    ensure!(now.restarts == 1 && now.state() == VmState::Ready, "{now:?}");
+
+    // Clones reboot cleanly too: that is their end, and they say how.
     for (vm, mut console) in running {
         console.type_line("reboot").await?;
         console.expect("rebooting").await?;

@@ -34,6 +34,15 @@ impl Protocol {
     }
 }
 
+/// What a guest's reset leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnReset {
+    /// Boot it again in place: same id, same disks, the console stays connected
+    Restart,
+    /// The VM ends
+    End,
+}
+
 /// When a VM counts as ready.
 #[derive(Debug, Clone, Default, Args)]
 pub struct ReadyArguments {
@@ -91,6 +100,9 @@ pub struct Arguments {
     /// Seconds to wait for the ready point
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     timeout: u32,
+    /// What follows when the guest resets itself after its ready point
+    #[arg(long, value_enum, default_value_t = OnReset::Restart)]
+    on_reset: OnReset,
     /// Show neither phases nor console
     #[arg(short, long)]
     quiet: bool,
@@ -151,5 +163,10 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
         ready_timeout_ms: arguments.timeout.saturating_mul(1000),
+        on_reset: match arguments.on_reset {
+            OnReset::Restart => proto::OnReset::Restart,
+            OnReset::End => proto::OnReset::End,
+        }
+        .into(),
     }
 }

@@ -284,6 +284,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "start_us": vm.start_us,
         "steps": steps(&vm.steps),
         "worker_pid": vm.worker_pid,
+        "restarts": vm.restarts,
     })
 }
 
