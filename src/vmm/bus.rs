@@ -8,14 +8,16 @@ use vmm_sys_util::errno;
 use super::chipset::Chipset;
 use super::chipset::ioapic::{IOAPIC_BYTES, IOAPIC_START};
 use super::memory::{GuestMemory, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
-use super::virtio::mmio::{HotRegisters, MmioTransport};
+use super::virtio::mmio::MmioTransport;
+use super::virtio::transport::Transport;
 
 /// Shared by all vCPU threads and the device thread.
 pub struct Bus {
     pub chipset: Chipset,
-    pub virtio: Vec<Mutex<MmioTransport>>,
-    /// For each of them, what a vCPU may access while the device thread holds the lock for a disk.
-    hot: Vec<Arc<HotRegisters>>,
+    /// All virtio devices, for the device thread.
+    pub virtio: Vec<Arc<Mutex<Transport>>>,
+    /// Their windows.
+    mmio: Vec<MmioTransport>,
     pub memory: GuestMemory,
     /// Exits to this process, all vCPUs.
     pub exits: AtomicU64,
@@ -23,7 +25,7 @@ pub struct Bus {
 
 enum Target<'a> {
     IoApic(u64),
-    Virtio(&'a Mutex<MmioTransport>, &'a HotRegisters, u64),
+    Virtio(&'a MmioTransport, u64),
     Nothing,
 }
 
@@ -34,10 +36,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Bus {
     /// A bus with one virtio-mmio window for each of `virtio`, from [`VIRTIO_MMIO_START`] on.
-    pub fn new(chipset: Chipset, virtio: Vec<MmioTransport>, memory: GuestMemory) -> Self {
-        let hot = virtio.iter().map(MmioTransport::hot_registers).collect();
-        let virtio = virtio.into_iter().map(Mutex::new).collect();
-        Bus { chipset, virtio, hot, memory, exits: AtomicU64::new(0) }
+    pub fn new(chipset: Chipset, mmio: Vec<MmioTransport>, memory: GuestMemory) -> Self {
+        let virtio = mmio.iter().map(|window| window.transport().clone()).collect();
+        Bus { chipset, virtio, mmio, memory, exits: AtomicU64::new(0) }
     }
 
     fn target(&self, address: u64) -> Target<'_> {
@@ -48,9 +49,9 @@ impl Bus {
             return Target::Nothing;
         };
         let slot = (offset / VIRTIO_MMIO_BYTES) as usize;
-        match (self.virtio.get(slot), self.hot.get(slot)) {
-            (Some(device), Some(hot)) => Target::Virtio(device, hot, offset % VIRTIO_MMIO_BYTES),
-            _ => Target::Nothing,
+        match self.mmio.get(slot) {
+            Some(window) => Target::Virtio(window, offset % VIRTIO_MMIO_BYTES),
+            None => Target::Nothing,
         }
     }
 
@@ -58,8 +59,7 @@ impl Bus {
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
         match self.target(address) {
             Target::IoApic(offset) => self.chipset.ioapic.read(offset, data),
-            Target::Virtio(_, hot, offset) if hot.read(offset, data) => {}
-            Target::Virtio(device, _, offset) => lock(device).read(offset, data),
+            Target::Virtio(window, offset) => window.read(offset, data),
             Target::Nothing => data.fill(0xff),
         }
     }
@@ -68,8 +68,7 @@ impl Bus {
     pub fn mmio_write(&self, address: u64, data: &[u8]) -> Result<(), errno::Error> {
         match self.target(address) {
             Target::IoApic(offset) => return self.chipset.ioapic.write(offset, data),
-            Target::Virtio(_, hot, offset) if hot.write(offset, data) => {}
-            Target::Virtio(device, _, offset) => lock(device).write(offset, data, &self.memory),
+            Target::Virtio(window, offset) => window.write(offset, data, &self.memory),
             Target::Nothing => {}
         }
         Ok(())

@@ -36,8 +36,9 @@ use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::DeviceError;
 use super::virtio::block::{Block, SharedDisk};
 use super::virtio::console::Console;
-use super::virtio::mmio::{MmioTransport, RestoreError, TransportError};
+use super::virtio::mmio::MmioTransport;
 use super::virtio::rng::Rng;
+use super::virtio::transport::{RestoreError, TransportError};
 use super::x86::cpuid;
 use crate::snapshot::codec::CodecError;
 use crate::snapshot::layers::{Freeze, LayerError, LayeredDisk};
@@ -374,7 +375,7 @@ impl Machine {
         }
         frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
         for (slot, device) in frame.bus.virtio.iter().enumerate() {
-            lock(device).restore(&state.get::<TransportState>(slot as u32)?, &frame.bus.memory)?;
+            lock(device).restore(&state.get::<TransportState>(slot as u32)?, false, &frame.bus.memory)?;
         }
         frame.into_machine(host, shell, vcpus)
     }

@@ -1,7 +1,7 @@
 //! virtio devices and the transport in front of them.
 //!
-//! [`mmio::MmioTransport`] is what the machine talks to: it owns the registers and queues of one device and the device
-//! itself, a [`VirtioDevice`]. Everything a guest puts into registers, rings and buffers is hostile: whatever it says,
+//! A [`transport::Transport`] owns the status and the queues of one device and the device itself, a [`VirtioDevice`]; a
+//! front ([`mmio`]) gives the guest registers for it. Everything a guest puts into registers, rings and buffers is hostile: whatever it says,
 //! a device answers with an error status, or the transport marks it as needing a reset; work for one call is bounded.
 //!
 //! Threads: registers are read and written by vCPU threads, queues are worked on by the device thread only, which
@@ -21,6 +21,7 @@ pub mod queue;
 pub mod rng;
 #[cfg(test)]
 mod testing;
+pub mod transport;
 
 use std::io;
 use std::os::fd::RawFd;

@@ -93,7 +93,8 @@ impl Machine {
         self.set(VIRTIO_MMIO_STATUS, status);
         assert_eq!(self.get(VIRTIO_MMIO_STATUS), status);
         self.queues.clear();
-        for index in 0..self.transport.queue_count() as u16 {
+        let queues = self.transport.lock().queue_count() as u16;
+        for index in 0..queues {
             self.add_queue(index, size);
         }
         self.set(VIRTIO_MMIO_STATUS, status | VIRTIO_CONFIG_S_DRIVER_OK);
@@ -241,6 +242,7 @@ impl Machine {
         for _ in 0..10_000 {
             let mut polled: Vec<libc::pollfd> = self
                 .transport
+                .lock()
                 .host_interest()
                 .iter()
                 .map(|interest| {
@@ -256,7 +258,7 @@ impl Machine {
                 return;
             }
             for entry in polled.iter().filter(|entry| entry.revents != 0) {
-                self.transport.host_event(entry.fd, &self.memory);
+                self.transport.lock().host_event(entry.fd, &self.memory);
             }
         }
         panic!("the device thread never comes to rest");

@@ -296,7 +296,7 @@ fn a_call_has_a_limit_and_the_rest_follows_by_itself() {
     for at in 0..20 {
         machine.add(0, at * 3, &[(HEADER, 16, false), (DATA, 1 << 20, true), (STATUS, 1, true)]);
     }
-    machine.transport.notify(0, &machine.memory);
+    machine.transport.lock().notify(0, &machine.memory);
     let first = machine.used_index(0);
     assert!((1..20).contains(&first), "{first} in one call");
     machine.run();

@@ -20,7 +20,7 @@ fn started() -> (Machine, UnixStream) {
 
 /// Descriptors that the device wants watched besides its kick.
 fn socket_interest(machine: &Machine) -> Option<(bool, bool)> {
-    machine.transport.host_interest().get(1).map(|interest| (interest.readable, interest.writable))
+    machine.transport.lock().host_interest().get(1).map(|interest| (interest.readable, interest.writable))
 }
 
 /// All that can be read now.
@@ -123,12 +123,12 @@ fn a_chain_half_sent_at_the_snapshot_is_finished_by_the_clone() {
     source.write_bytes(BUFFERS, &data);
     source.add(TX, 0, &[(BUFFERS, data.len() as u32, false)]);
     source.notify(TX);
-    let state = source.transport.save().unwrap();
+    let state = source.transport.lock().save().unwrap();
     let (ours, mut clones_peer) = UnixStream::pair().unwrap();
     clones_peer.set_nonblocking(true).unwrap();
     let mut clone = source.copy_with(Box::new(Console::new(ours)));
-    clone.transport.restore(&state, &clone.memory).unwrap();
-    clone.transport.kick_after_restore();
+    clone.transport.lock().restore(&state, false, &clone.memory).unwrap();
+    clone.transport.lock().kick_after_restore();
     clone.run();
     let finish = |machine: &mut Machine, peer: &mut UnixStream| {
         let mut got = vec![];
@@ -152,8 +152,8 @@ fn receive_buffers_given_before_the_snapshot_serve_the_clone() {
     source.notify(RX);
     let (ours, mut peer) = UnixStream::pair().unwrap();
     let mut clone = source.copy_with(Box::new(Console::new(ours)));
-    clone.transport.restore(&source.transport.save().unwrap(), &clone.memory).unwrap();
-    clone.transport.kick_after_restore();
+    clone.transport.lock().restore(&source.transport.lock().save().unwrap(), false, &clone.memory).unwrap();
+    clone.transport.lock().kick_after_restore();
     peer.write_all(b"for the clone").unwrap();
     clone.run();
     assert_eq!(clone.take_used(RX), Some((0, 13)));
@@ -246,14 +246,14 @@ fn odd_transmit_chains_are_harmless() {
 fn a_saved_offset_beyond_its_chain_counts_as_sent() {
     for transmit_offset in [10, 11, u64::MAX] {
         let (mut source, _peer) = started();
-        let mut state = source.transport.save().unwrap();
+        let mut state = source.transport.lock().save().unwrap();
         state.device = codec::encode(&ConsoleState::V1 {
             transmit_offset,
             transmit_blocked: true,
             receive_buffers: true,
         })
         .unwrap();
-        source.transport.restore(&state, &source.memory).unwrap();
+        source.transport.lock().restore(&state, false, &source.memory).unwrap();
         source.run();
         source.write_bytes(BUFFERS, &[b'x'; 10]);
         source.add(TX, 0, &[(BUFFERS, 10, false)]);
@@ -267,7 +267,7 @@ fn a_saved_offset_beyond_its_chain_counts_as_sent() {
 
 #[test]
 fn the_configuration_space_is_short() {
-    let (mut machine, _peer) = started();
+    let (machine, _peer) = started();
     let mut data = [0xff; 64];
     machine.transport.read(0x100, &mut data);
     assert_eq!(data[4], 1);

@@ -8,43 +8,37 @@
 //! Order: the device writes the used ring, then sets the status bit, then raises the line. The driver acknowledges,
 //! then reads the used ring; so a bit that is set once for two causes is enough, and one cleared is never missed.
 
-use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
 };
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::vmm::irq::Interrupt;
+use crate::vmm::virtio::transport::{CAUSE_CHANGED, CAUSE_USED, Doorbell, Signal};
 
 const NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 const STATUS: u64 = VIRTIO_MMIO_INTERRUPT_STATUS as u64;
 const ACKNOWLEDGE: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 
-/// Registers of one transport that any thread may access at any time.
-#[derive(Debug)]
+/// Registers of one transport that any thread may access at any time, and its interrupt line.
 pub struct HotRegisters {
-    /// Queues that exist; bit = number.
-    queues: u32,
+    doorbell: Arc<Doorbell>,
     interrupt_status: AtomicU32,
-    /// Queues that the device thread is to look at.
-    pending: AtomicU32,
-    /// Wakes the device thread.
-    kick: EventFd,
+    line: Arc<dyn Interrupt>,
 }
 
 impl HotRegisters {
-    pub(super) fn new(queue_count: usize) -> io::Result<Self> {
-        let queues = (0..queue_count.min(super::QUEUES_MAX)).fold(0, |mask, queue| mask | 1 << queue);
-        let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { queues, interrupt_status: AtomicU32::new(0), pending: AtomicU32::new(0), kick })
+    pub(super) fn new(doorbell: Arc<Doorbell>, line: Arc<dyn Interrupt>) -> Self {
+        Self { doorbell, interrupt_status: AtomicU32::new(0), line }
     }
 
     /// Answers a read, if it is one of these registers: true.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> bool {
         match (offset, <&mut [u8; 4]>::try_from(data)) {
             (STATUS, Ok(data)) => {
-                *data = self.interrupt_status().to_le_bytes();
+                *data = self.causes().to_le_bytes();
                 true
             }
             _ => false,
@@ -56,11 +50,7 @@ impl HotRegisters {
         let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return false };
         match offset {
             NOTIFY => {
-                // A queue that does not exist: nothing to do.
-                match 1u32.checked_shl(value).unwrap_or(0) & self.queues {
-                    0 => {}
-                    mask => self.kick(mask),
-                }
+                self.doorbell.ring(value);
                 true
             }
             ACKNOWLEDGE => {
@@ -71,43 +61,34 @@ impl HotRegisters {
         }
     }
 
-    /// Has the device thread look at the queues of `mask` and those noted before.
-    pub(super) fn kick(&self, mask: u32) {
-        self.pending.fetch_or(mask, Ordering::SeqCst);
-        // It fails only if the counter is full, and then the thread is woken already.
-        let _ = self.kick.write(1);
+    fn raise(&self, cause: u32) {
+        self.interrupt_status.fetch_or(cause, Ordering::SeqCst);
+        self.line.raise();
+    }
+}
+
+impl Signal for HotRegisters {
+    fn used(&self, _queues: u32) {
+        self.raise(CAUSE_USED);
     }
 
-    pub(super) fn kick_fd(&self) -> RawFd {
-        self.kick.as_raw_fd()
+    fn changed(&self) {
+        self.raise(CAUSE_CHANGED);
     }
 
-    /// Takes the queues to look at. The descriptor is emptied first: whatever is noted after that wakes again.
-    pub(super) fn take_pending(&self) -> u32 {
-        // It fails only if it is empty already.
-        let _ = self.kick.read();
-        self.pending.swap(0, Ordering::SeqCst)
-    }
-
-    pub(super) fn queues(&self) -> u32 {
-        self.queues
-    }
-
-    pub(super) fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn interrupt_status(&self) -> u32 {
+    fn causes(&self) -> u32 {
         self.interrupt_status.load(Ordering::SeqCst)
     }
 
-    pub(super) fn set_interrupt(&self, bit: u32) {
-        self.interrupt_status.fetch_or(bit, Ordering::SeqCst);
+    fn reset(&self) {
+        self.interrupt_status.store(0, Ordering::SeqCst);
     }
 
-    /// Sets both at once, at a reset or restore.
-    pub(super) fn set(&self, pending: u32, interrupt_status: u32) {
-        self.pending.store(pending, Ordering::SeqCst);
-        self.interrupt_status.store(interrupt_status, Ordering::SeqCst);
+    fn restore(&self, causes: u32) {
+        self.interrupt_status.store(causes, Ordering::SeqCst);
+    }
+
+    fn again(&self) {
+        self.line.raise();
     }
 }

@@ -1,13 +1,17 @@
 //! The registers, the life of a device behind them, and saved states that lie.
 
 use proptest::prelude::*;
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_bindings::virtio_config::*;
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
+};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend as _};
 
 use super::*;
 use crate::snapshot::state::virtio::TransportState;
 use crate::vmm::virtio::rng::Rng;
 use crate::vmm::virtio::testing::{BUFFERS, MEMORY_BYTES, Machine, guest_memory};
+use crate::vmm::virtio::transport::RestoreError;
 
 const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 const UP: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
@@ -123,7 +127,7 @@ fn features_that_do_not_fit_are_not_accepted() {
 fn features_do_not_change_after_features_ok() {
     let mut machine = started(EVENT_IDX);
     machine.accept(u64::MAX);
-    let saved = machine.transport.save().unwrap();
+    let saved = machine.transport.lock().save().unwrap();
     assert_eq!(saved.driver_features & EVENT_IDX, 0);
     assert!(!saved.queues[0].event_idx);
 }
@@ -154,7 +158,7 @@ fn a_queue_that_does_not_lie_in_memory_is_not_ready() {
 #[test]
 fn a_ready_queue_keeps_its_settings() {
     let mut machine = started(0);
-    let before = machine.transport.save().unwrap();
+    let before = machine.transport.lock().save().unwrap();
     for register in [
         VIRTIO_MMIO_QUEUE_NUM,
         VIRTIO_MMIO_QUEUE_DESC_LOW,
@@ -163,7 +167,7 @@ fn a_ready_queue_keeps_its_settings() {
     ] {
         machine.set(register, 16);
     }
-    assert_eq!(machine.transport.save().unwrap(), before);
+    assert_eq!(machine.transport.lock().save().unwrap(), before);
     // It may be taken away while the device runs, but not brought back.
     machine.set(VIRTIO_MMIO_QUEUE_READY, 0);
     machine.set(VIRTIO_MMIO_QUEUE_READY, 1);
@@ -209,7 +213,7 @@ fn a_queue_that_does_not_exist_cannot_be_notified() {
     let mut machine = started(0);
     for queue in [1, 31, 32, 0xffff, u32::MAX] {
         machine.set(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
-        machine.transport.notify(queue as u16, &machine.memory);
+        machine.transport.lock().notify(queue as u16, &machine.memory);
         machine.run();
     }
     assert!(!machine.broken() && machine.edges.take() == 0);
@@ -217,8 +221,8 @@ fn a_queue_that_does_not_exist_cannot_be_notified() {
 
 /// A machine with the memory of `source` and a device restored from `state`.
 fn clone_of(source: &Machine, state: &TransportState) -> (Machine, Result<(), RestoreError>) {
-    let mut clone = source.copy_with(Box::new(Rng::new()));
-    let result = clone.transport.restore(state, &clone.memory);
+    let clone = source.copy_with(Box::new(Rng::new()));
+    let result = clone.transport.lock().restore(state, false, &clone.memory);
     (clone, result)
 }
 
@@ -233,13 +237,13 @@ fn a_restored_device_goes_on_where_it_was() {
         // Added and notified, but the device thread did not come to it: an interrupt is unacknowledged, too.
         source.add(0, 0, &[(BUFFERS, 64, true)]);
         source.set(VIRTIO_MMIO_QUEUE_NOTIFY, 0);
-        let state = source.transport.save().unwrap();
+        let state = source.transport.lock().save().unwrap();
         assert_eq!(state.queues[0].next_available, 11);
         let (mut clone, result) = clone_of(&source, &state);
         result.unwrap();
-        assert_eq!(clone.transport.save().unwrap(), state);
+        assert_eq!(clone.transport.lock().save().unwrap(), state);
         assert_eq!(clone.edges.take(), 0);
-        clone.transport.kick_after_restore();
+        clone.transport.lock().kick_after_restore();
         assert_eq!(clone.edges.take(), 1, "the unacknowledged interrupt");
         clone.run();
         assert_eq!(clone.used_index(0), 12);
@@ -255,10 +259,10 @@ fn a_restored_device_goes_on_where_it_was() {
 fn a_device_in_reset_can_be_saved_and_restored() {
     let mut source = new();
     source.set(VIRTIO_MMIO_STATUS, 1);
-    let state = source.transport.save().unwrap();
+    let state = source.transport.lock().save().unwrap();
     let (mut clone, result) = clone_of(&source, &state);
     result.unwrap();
-    clone.transport.kick_after_restore();
+    clone.transport.lock().kick_after_restore();
     clone.run();
     assert_eq!(clone.edges.take(), 0);
     clone.start(8, 0);
@@ -269,17 +273,17 @@ fn a_device_in_reset_can_be_saved_and_restored() {
 fn restoring_touches_no_guest_memory() {
     // Pages that may not be touched at all: a pager that is not there yet.
     let source = started(0);
-    let state = source.transport.save().unwrap();
+    let state = source.transport.lock().save().unwrap();
     let memory = guest_memory();
     let address = memory.get_host_address(GuestAddress(0)).unwrap();
     // SAFETY: the range is the mapping that `memory` owns; nothing refers into it.
     let protected = unsafe { libc::mprotect(address.cast(), MEMORY_BYTES as usize, libc::PROT_NONE) };
     assert_eq!(protected, 0);
-    let mut clone = Machine::with_memory(Box::new(Rng::new()), memory);
-    clone.transport.restore(&state, &clone.memory).unwrap();
-    clone.transport.kick_after_restore();
-    assert!(!clone.transport.host_interest().is_empty());
-    assert_eq!(clone.transport.save().unwrap(), state);
+    let clone = Machine::with_memory(Box::new(Rng::new()), memory);
+    clone.transport.lock().restore(&state, false, &clone.memory).unwrap();
+    clone.transport.lock().kick_after_restore();
+    assert!(!clone.transport.lock().host_interest().is_empty());
+    assert_eq!(clone.transport.lock().save().unwrap(), state);
 }
 
 #[test]
@@ -308,7 +312,7 @@ fn a_saved_state_that_cannot_be_is_refused() {
         ("device bytes", |state| state.device.push(0)),
     ];
     let source = started(0);
-    let good = source.transport.save().unwrap();
+    let good = source.transport.lock().save().unwrap();
     assert!(clone_of(&source, &good).1.is_ok());
     for (name, change) in changes {
         let mut state = good.clone();
@@ -324,12 +328,12 @@ fn a_saved_state_that_cannot_be_is_refused() {
 #[test]
 fn saved_indices_that_do_not_agree_with_the_ring_stop_the_device() {
     let source = started(0);
-    let mut state = source.transport.save().unwrap();
+    let mut state = source.transport.lock().save().unwrap();
     state.queues[0].next_available = 100;
     state.queues[0].next_used = 100;
     let (mut clone, result) = clone_of(&source, &state);
     result.unwrap();
-    clone.transport.kick_after_restore();
+    clone.transport.lock().kick_after_restore();
     clone.notify(0);
     assert!(clone.broken());
 }
@@ -362,11 +366,11 @@ fn a_quiet_device_is_restored_without_waking_anybody() {
     let mut source = started(0);
     assert!(ask(&mut source));
     source.set(VIRTIO_MMIO_INTERRUPT_ACK, 1);
-    let (mut clone, result) = clone_of(&source, &source.transport.save().unwrap());
+    let (mut clone, result) = clone_of(&source, &source.transport.lock().save().unwrap());
     result.unwrap();
-    clone.transport.kick_after_restore();
+    clone.transport.lock().kick_after_restore();
     assert_eq!(clone.edges.take(), 0);
-    let kick = clone.transport.host_interest()[0];
+    let kick = clone.transport.lock().host_interest()[0];
     let mut polled = libc::pollfd { fd: kick.fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one entry, which lives through the call.
     assert_eq!(unsafe { libc::poll(&mut polled, 1, 0) }, 0);
@@ -403,7 +407,7 @@ proptest! {
         (ready, event_idx, same_index) in any::<(bool, bool, bool)>(),
     ) {
         let source = started(0);
-        let mut state = source.transport.save().unwrap();
+        let mut state = source.transport.lock().save().unwrap();
         state.status = status;
         state.driver_features = features;
         let queue = &mut state.queues[0];
@@ -419,9 +423,9 @@ proptest! {
         };
         let (mut clone, result) = clone_of(&source, &state);
         if result.is_ok() {
-            clone.transport.kick_after_restore();
+            clone.transport.lock().kick_after_restore();
             clone.run();
-            clone.transport.notify(0, &clone.memory);
+            clone.transport.lock().notify(0, &clone.memory);
         }
         clone.run();
         clone.start(8, 0);

@@ -35,7 +35,7 @@ fn a_call_has_a_limit_and_the_rest_follows_by_itself() {
     for at in 0..64 {
         machine.add(0, at, &[(BUFFERS, 64 << 10, true)]);
     }
-    machine.transport.notify(0, &machine.memory);
+    machine.transport.lock().notify(0, &machine.memory);
     let first = machine.used_index(0);
     assert!((1..64).contains(&first), "{first} in one call");
     machine.run();

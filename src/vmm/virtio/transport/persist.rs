@@ -3,12 +3,11 @@
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
 };
-use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
-use super::{DRIVER_BITS, MmioTransport};
+use super::{CAUSE_CHANGED, CAUSE_USED, DRIVER_BITS, Transport};
 use crate::snapshot::state::virtio::{QueueState, TransportState};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::DeviceError;
@@ -34,7 +33,7 @@ pub enum RestoreError {
     Device(#[from] DeviceError),
 }
 
-impl MmioTransport {
+impl Transport {
     /// The state of transport and device. Only while no vCPU runs and the device thread is quiet. Every queue with
     /// chains that were not looked at is then either noted as pending, or its driver has not notified it yet, or its
     /// device knows what it waits for: so a restored device touches guest memory only when there is work.
@@ -56,9 +55,9 @@ impl MmioTransport {
             driver_features_select: self.driver_features_select,
             driver_features: self.driver_features,
             queue_select: self.queue_select,
-            interrupt_status: self.hot.interrupt_status(),
+            interrupt_status: self.signal.causes(),
             config_generation: self.config_generation,
-            pending: self.hot.pending(),
+            pending: self.doorbell.pending(),
             queues: queues.collect(),
             device: self.device.save()?,
         })
@@ -66,8 +65,16 @@ impl MmioTransport {
 
     /// Takes a saved state over. Checks addresses against the layout of `memory` and touches no page of it. After an
     /// error the transport is reset. Call [`Self::kick_after_restore`] once everything else is in place.
-    pub fn restore(&mut self, state: &TransportState, memory: &GuestMemory) -> Result<(), RestoreError> {
+    ///
+    /// `legacy`: its driver came by the legacy interface, so that VERSION_1 need not be among its features.
+    pub fn restore(
+        &mut self,
+        state: &TransportState,
+        legacy: bool,
+        memory: &GuestMemory,
+    ) -> Result<(), RestoreError> {
         self.reset();
+        self.legacy = legacy;
         let result = self.take_over(state, memory);
         if result.is_err() {
             self.reset();
@@ -79,11 +86,11 @@ impl MmioTransport {
     /// pending, and an interrupt that was not acknowledged is raised again. Touches no guest memory. Harmless at any
     /// time.
     pub fn kick_after_restore(&mut self) {
-        if self.hot.pending() != 0 {
-            self.hot.kick(0);
+        if self.doorbell.pending() != 0 {
+            self.doorbell.kick(0);
         }
-        if self.hot.interrupt_status() != 0 {
-            self.interrupt.raise();
+        if self.signal.causes() != 0 {
+            self.signal.again();
         }
     }
 
@@ -106,10 +113,10 @@ impl MmioTransport {
         if state.status & !(DRIVER_BITS | VIRTIO_CONFIG_S_NEEDS_RESET) != 0 || driver_ok && !features_ok {
             return Err(register(format!("status {:#x}", state.status)));
         }
-        if state.interrupt_status & !(VIRTIO_MMIO_INT_VRING | VIRTIO_MMIO_INT_CONFIG) != 0 {
+        if state.interrupt_status & !(CAUSE_USED | CAUSE_CHANGED) != 0 {
             return Err(register(format!("interrupt status {:#x}", state.interrupt_status)));
         }
-        if state.pending & !self.hot.queues() != 0 {
+        if state.pending & !self.doorbell.queues() != 0 {
             return Err(register(format!("set of pending queues {:#x}", state.pending)));
         }
         self.driver_features = state.driver_features;
@@ -129,7 +136,8 @@ impl MmioTransport {
             })?;
         }
         self.status = state.status;
-        self.hot.set(state.pending, state.interrupt_status);
+        self.doorbell.set_pending(state.pending);
+        self.signal.restore(state.interrupt_status);
         self.device_features_select = state.device_features_select;
         self.driver_features_select = state.driver_features_select;
         self.queue_select = state.queue_select;
