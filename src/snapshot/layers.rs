@@ -1,6 +1,6 @@
-//! Copy-on-write disks: a read-only base, frozen layers over it, and one private writable overlay on top.
+//! Disks: a read-only base, frozen layers over it, and one private writable overlay on top; or one file, written directly.
 //!
-//! A VM writes into its overlay only. A snapshot *freezes* the overlay: it gets a bitmap and a footer (see [`format`])
+//! A VM writes into its overlay. A snapshot *freezes* the overlay: it gets a bitmap and a footer (see [`format`])
 //! and becomes the top of the frozen stack, and the VM goes on with a new, empty overlay. All clones of a snapshot
 //! share the frozen files and the base, through the page cache, and none can write them.
 //!
@@ -8,19 +8,30 @@
 //! in memory until the freeze: an overlay whose process died is worthless, like the memory of that VM. Opening costs
 //! one footer and one mapping for each layer, whatever the size of the disk.
 //!
+//! What survives what. A disk of one file ([`LayeredDisk::open_direct`]): a write is in the file when it returns, so it
+//! outlives the process; after a [`LayeredDisk::flush`] it outlives the host's power too. An overlay: what a published
+//! snapshot froze is durable; everything since belongs to the VM and ends with it, flushed or not (a flush still
+//! writes it out, so that a full or broken disk is told where the guest asks).
+//!
+//! Any number of threads may read, write and flush at once. Overlapping writes that run at the same time leave each
+//! sector as one of them wrote it. Most of that takes only a shared lock: a block's data is in the overlay before its
+//! bit says so, and what must not be disturbed (a copy-up, a freeze) has the lock to itself.
+//!
 //! May touch: the files it is handed. The shape (backing file, layers over it) is the usual one of disk images; the
 //! format is our own.
 
 pub mod format;
+mod overlay;
 #[cfg(test)]
 mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use self::format::{BLOCK_BYTES, Bitmap, FrozenBitmap, Layout};
+use self::format::{BLOCK_BYTES, FrozenBitmap, Layout};
+use self::overlay::{Overlay, Sync, punch};
 use super::cause::Cause;
 pub use super::limits::{DISK_BYTES_MAX, LAYERS_MAX, SECTOR_BYTES};
 
@@ -49,6 +60,10 @@ pub enum LayerError {
     OverlayNotEmpty(u64),
     #[error("the disk is read-only")]
     ReadOnly,
+    #[error(
+        "the disk is written directly to its file, so there is nothing that stands still to be frozen: start the VM without `persist` to take snapshots of it"
+    )]
+    Direct,
     #[error("bytes {offset} to {offset} + {bytes} lie outside the disk of {disk_bytes} bytes")]
     OutOfRange { offset: u64, bytes: u64, disk_bytes: u64 },
 }
@@ -59,7 +74,7 @@ impl LayerError {
         match self {
             LayerError::Io { source, .. } => Cause::of_io(source),
             LayerError::BaseTooShort { .. } | LayerError::Damaged { .. } => Cause::Damaged,
-            LayerError::TooManyLayers(_) => Cause::Unsupported,
+            LayerError::TooManyLayers(_) | LayerError::Direct => Cause::Unsupported,
             LayerError::DiskSize(_)
             | LayerError::OverlayNotEmpty(_)
             | LayerError::ReadOnly
@@ -77,14 +92,21 @@ pub enum Freeze {
     Layer(File),
 }
 
-/// A disk made of layers. One owner; reads take `&self`.
+/// A disk made of layers, or one file. To be shared: everything takes `&self`.
 #[derive(Debug)]
 pub struct LayeredDisk {
+    layout: Layout,
+    stack: RwLock<Stack>,
+}
+
+/// The files of a disk.
+#[derive(Debug)]
+struct Stack {
     layout: Layout,
     base: Option<File>,
     /// From the lowest.
     frozen: Vec<Frozen>,
-    overlay: Option<Overlay>,
+    top: Top,
 }
 
 #[derive(Debug)]
@@ -93,14 +115,13 @@ struct Frozen {
     bitmap: FrozenBitmap,
 }
 
+/// Where writes go.
 #[derive(Debug)]
-struct Overlay {
-    file: File,
-    bitmap: Bitmap,
-    /// The file has the disk's length (it gets it with the first change, not at restore).
-    sized: bool,
-    /// Changed since the last flush.
-    dirty: bool,
+enum Top {
+    ReadOnly,
+    Overlay(Overlay),
+    /// Into the base itself.
+    Base(Sync),
 }
 
 /// Which file holds a block.
@@ -120,26 +141,32 @@ impl LayeredDisk {
         overlay: Option<File>,
         disk_bytes: u64,
     ) -> Result<Self, LayerError> {
-        if disk_bytes == 0 || disk_bytes > DISK_BYTES_MAX || !disk_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(LayerError::DiskSize(disk_bytes));
-        }
+        let layout = layout(disk_bytes)?;
         if frozen.len() > LAYERS_MAX {
             return Err(LayerError::TooManyLayers(frozen.len()));
         }
         if let Some(base) = &base {
-            let base_bytes = format::length(base)?;
-            if base_bytes < disk_bytes {
-                return Err(LayerError::BaseTooShort { base_bytes, disk_bytes });
-            }
+            check_base(base, disk_bytes)?;
         }
-        let layout = Layout::new(disk_bytes);
         let frozen = frozen
             .into_iter()
             .enumerate()
             .map(|(index, file)| Ok(Frozen { bitmap: format::open(&file, &layout, index)?, file }))
             .collect::<Result<_, LayerError>>()?;
-        let overlay = overlay.map(|file| Overlay::new(file, &layout)).transpose()?;
-        Ok(Self { layout, base, frozen, overlay })
+        let top = match overlay {
+            Some(file) => Top::Overlay(Overlay::new(file, &layout)?),
+            None => Top::ReadOnly,
+        };
+        Ok(Self { layout, stack: RwLock::new(Stack { layout, base, frozen, top }) })
+    }
+
+    /// Opens a disk whose writes go into `file` itself. The caller sees to it that nobody else writes to it. Such a disk
+    /// cannot be frozen: its content goes on changing.
+    pub fn open_direct(file: File, disk_bytes: u64) -> Result<Self, LayerError> {
+        let layout = layout(disk_bytes)?;
+        check_base(&file, disk_bytes)?;
+        let stack = Stack { layout, base: Some(file), frozen: Vec::new(), top: Top::Base(Sync::default()) };
+        Ok(Self { layout, stack: RwLock::new(stack) })
     }
 
     /// Bytes of the disk.
@@ -147,136 +174,126 @@ impl LayeredDisk {
         self.layout.disk_bytes
     }
 
-    /// True if there is no overlay to write to.
+    /// True if there is nothing to write to.
     pub fn read_only(&self) -> bool {
-        self.overlay.is_none()
+        matches!(self.shared().top, Top::ReadOnly)
+    }
+
+    /// True if what is written outlives the VM.
+    pub fn direct(&self) -> bool {
+        matches!(self.shared().top, Top::Base(_))
     }
 
     /// Bytes that the overlay holds, in whole blocks.
     pub fn overlay_bytes(&self) -> u64 {
-        self.overlay.as_ref().map_or(0, |overlay| overlay.bitmap.present() * BLOCK_BYTES)
+        match &self.shared().top {
+            Top::Overlay(overlay) => overlay.present() * BLOCK_BYTES,
+            Top::ReadOnly | Top::Base(_) => 0,
+        }
     }
 
     /// Number of frozen layers.
     pub fn frozen_layers(&self) -> usize {
-        self.frozen.len()
+        self.shared().frozen.len()
     }
 
     /// Fills `buffer` from the disk at `offset`.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<(), LayerError> {
         let end = self.check_range(offset, buffer.len() as u64)?;
-        let mut position = offset;
-        let mut rest = buffer;
-        while position < end {
-            let source = self.source(position / BLOCK_BYTES);
-            let mut run_end = (position / BLOCK_BYTES + 1) * BLOCK_BYTES;
-            while run_end < end && self.source(run_end / BLOCK_BYTES) == source {
-                run_end += BLOCK_BYTES;
-            }
-            let run_end = run_end.min(end);
-            let (run, after) = rest.split_at_mut((run_end - position) as usize);
-            let file = match source {
-                Source::Base => self.base.as_ref(),
-                Source::Frozen(index) => self.frozen.get(index).map(|layer| &layer.file),
-                Source::Overlay => self.overlay.as_ref().map(|overlay| &overlay.file),
-            };
-            match file {
-                Some(file) => file
-                    .read_exact_at(run, position)
-                    .map_err(|source| LayerError::Io { what: "read the disk", source })?,
-                None => run.fill(0),
-            }
-            rest = after;
-            position = run_end;
-        }
-        Ok(())
+        self.shared().read(buffer, offset, end)
     }
 
     /// Writes `buffer` at `offset`. After an error the range may hold old and new bytes, nothing else has changed.
-    pub fn write_at(&mut self, buffer: &[u8], offset: u64) -> Result<(), LayerError> {
+    pub fn write_at(&self, buffer: &[u8], offset: u64) -> Result<(), LayerError> {
         let end = self.check_range(offset, buffer.len() as u64)?;
-        if self.overlay.is_none() {
-            return Err(LayerError::ReadOnly);
+        loop {
+            let stack = self.shared();
+            if stack.can_write(offset, end)? {
+                return stack.write(buffer, offset);
+            }
+            drop(stack);
+            // A freeze in between empties the overlay: then once more.
+            self.alone().copy_up_edges(offset, end)?;
         }
-        if buffer.is_empty() {
-            return Ok(());
-        }
-        if !offset.is_multiple_of(BLOCK_BYTES) {
-            self.copy_up(offset / BLOCK_BYTES)?;
-        }
-        if !end.is_multiple_of(BLOCK_BYTES) && end != self.layout.disk_bytes {
-            self.copy_up(end / BLOCK_BYTES)?;
-        }
-        let disk_bytes = self.layout.disk_bytes;
-        let overlay = self.overlay.as_mut().ok_or(LayerError::ReadOnly)?;
-        overlay.write(buffer, offset, disk_bytes)
     }
 
-    /// Makes `bytes` from `offset` read as zeros; whole blocks give their room in the overlay back.
-    pub fn write_zeroes(&mut self, offset: u64, bytes: u64) -> Result<(), LayerError> {
+    /// Makes `bytes` from `offset` read as zeros; whole blocks give their room back.
+    pub fn write_zeroes(&self, offset: u64, bytes: u64) -> Result<(), LayerError> {
         let end = self.check_range(offset, bytes)?;
-        if self.overlay.is_none() {
-            return Err(LayerError::ReadOnly);
-        }
         let (first, last) = self.whole_blocks(offset, end);
         if first >= last {
             return self.write_zero_bytes(offset, end);
         }
         self.write_zero_bytes(offset, first * BLOCK_BYTES)?;
-        self.zero_blocks(first, last)?;
+        self.shared().zero_blocks(first, last)?;
         self.write_zero_bytes((last * BLOCK_BYTES).min(end), end)
     }
 
     /// The guest needs `bytes` from `offset` no more. Whole blocks in the range read as zeros afterwards, the parts of
     /// blocks at its edges stay as they are.
-    pub fn discard(&mut self, offset: u64, bytes: u64) -> Result<(), LayerError> {
+    pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), LayerError> {
         let end = self.check_range(offset, bytes)?;
         let (first, last) = self.whole_blocks(offset, end);
-        if first < last { self.zero_blocks(first, last) } else { Ok(()) }
+        if first < last { self.shared().zero_blocks(first, last) } else { Ok(()) }
     }
 
-    /// Brings what was written to stable storage, as far as the overlay's file can promise it.
-    pub fn flush(&mut self) -> Result<(), LayerError> {
-        if let Some(overlay) = self.overlay.as_mut().filter(|overlay| overlay.dirty) {
-            overlay
-                .file
-                .sync_data()
-                .map_err(|source| LayerError::Io { what: "flush the disk's overlay", source })?;
-            overlay.dirty = false;
+    /// Brings every write that returned before this call to stable storage, as far as the file can promise it.
+    pub fn flush(&self) -> Result<(), LayerError> {
+        let stack = self.shared();
+        match (&stack.top, &stack.base) {
+            (Top::Overlay(overlay), _) => overlay.flush(),
+            (Top::Base(sync), Some(base)) => sync.flush(base),
+            (Top::Base(_) | Top::ReadOnly, _) => Ok(()),
         }
-        Ok(())
     }
 
     /// Freezes the overlay and goes on with `new_overlay`, an empty file. After an error the disk is as before (and
     /// `new_overlay` is closed).
-    pub fn freeze(&mut self, new_overlay: File) -> Result<Freeze, LayerError> {
+    pub fn freeze(&self, new_overlay: File) -> Result<Freeze, LayerError> {
         let new_overlay = Overlay::new(new_overlay, &self.layout)?;
-        let overlay = self.overlay.as_mut().ok_or(LayerError::ReadOnly)?;
-        if overlay.bitmap.present() == 0 {
+        let mut stack = self.alone();
+        let Stack { frozen, top, .. } = &mut *stack;
+        let overlay = match top {
+            Top::Overlay(overlay) => overlay,
+            Top::ReadOnly => return Err(LayerError::ReadOnly),
+            Top::Base(_) => return Err(LayerError::Direct),
+        };
+        if overlay.present() == 0 {
             *overlay = new_overlay;
             return Ok(Freeze::Unused);
         }
-        if self.frozen.len() >= LAYERS_MAX {
-            return Err(LayerError::TooManyLayers(self.frozen.len() + 1));
+        if frozen.len() >= LAYERS_MAX {
+            return Err(LayerError::TooManyLayers(frozen.len() + 1));
         }
-        format::seal(&overlay.file, &self.layout, &overlay.bitmap)?;
-        let bitmap = format::open(&overlay.file, &self.layout, self.frozen.len())?;
+        let bitmap = overlay.seal(&self.layout, frozen.len())?;
         let handle = overlay
-            .file
+            .file()
             .try_clone()
             .map_err(|source| LayerError::Io { what: "duplicate a disk layer's descriptor", source })?;
         let old = std::mem::replace(overlay, new_overlay);
-        self.frozen.push(Frozen { file: old.file, bitmap });
+        frozen.push(Frozen { file: old.into_file(), bitmap });
         Ok(Freeze::Layer(handle))
     }
 
     /// Reads the bitmap of a frozen layer's file in full and compares it with its checksum, which opening does not do.
     /// For whoever publishes or checks a snapshot. Returns the bytes that the layer holds.
     pub fn verify_layer(file: &File, disk_bytes: u64) -> Result<u64, LayerError> {
-        if disk_bytes == 0 || disk_bytes > DISK_BYTES_MAX || !disk_bytes.is_multiple_of(SECTOR_BYTES) {
-            return Err(LayerError::DiskSize(disk_bytes));
-        }
-        Ok(format::verify(file, &Layout::new(disk_bytes), 0)? * BLOCK_BYTES)
+        Ok(format::verify(file, &layout(disk_bytes)?, 0)? * BLOCK_BYTES)
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, Stack> {
+        // Every step leaves the disk usable, so a panic elsewhere does not spoil it.
+        self.stack.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, Stack> {
+        self.stack.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps every request from going on until the guard is dropped.
+    #[cfg(test)]
+    pub fn hold(&self) -> RwLockWriteGuard<'_, impl Sized> {
+        self.alone()
     }
 
     /// Returns the end of the range.
@@ -294,31 +311,8 @@ impl LayeredDisk {
         (offset.div_ceil(BLOCK_BYTES), last)
     }
 
-    fn source(&self, block: u64) -> Source {
-        if self.overlay.as_ref().is_some_and(|overlay| overlay.bitmap.contains(block)) {
-            return Source::Overlay;
-        }
-        let layer = self.frozen.iter().rposition(|layer| layer.bitmap.contains(block));
-        layer.map_or(Source::Base, Source::Frozen)
-    }
-
-    /// Brings a block into the overlay, unless it is there.
-    fn copy_up(&mut self, block: u64) -> Result<(), LayerError> {
-        if self.source(block) == Source::Overlay {
-            return Ok(());
-        }
-        let offset = block * BLOCK_BYTES;
-        let disk_bytes = self.layout.disk_bytes;
-        let bytes = BLOCK_BYTES.min(disk_bytes - offset) as usize;
-        let mut buffer = [0u8; BLOCK_BYTES as usize];
-        let Some(buffer) = buffer.get_mut(..bytes) else { return Ok(()) };
-        self.read_at(buffer, offset)?;
-        let overlay = self.overlay.as_mut().ok_or(LayerError::ReadOnly)?;
-        overlay.write(buffer, offset, disk_bytes)
-    }
-
     /// Writes zeros byte by byte, for the edges of a range.
-    fn write_zero_bytes(&mut self, from: u64, to: u64) -> Result<(), LayerError> {
+    fn write_zero_bytes(&self, from: u64, to: u64) -> Result<(), LayerError> {
         let zeros = [0u8; BLOCK_BYTES as usize];
         let mut position = from;
         while position < to {
@@ -328,78 +322,126 @@ impl LayeredDisk {
         }
         Ok(())
     }
-
-    /// Makes whole blocks zero.
-    fn zero_blocks(&mut self, first: u64, end: u64) -> Result<(), LayerError> {
-        let disk_bytes = self.layout.disk_bytes;
-        let overlay = self.overlay.as_mut().ok_or(LayerError::ReadOnly)?;
-        overlay.size(disk_bytes)?;
-        overlay.punch(first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes))?;
-        overlay.bitmap.insert(first, end);
-        Ok(())
-    }
 }
 
-// === impl Overlay ===
+fn layout(disk_bytes: u64) -> Result<Layout, LayerError> {
+    if disk_bytes == 0 || disk_bytes > DISK_BYTES_MAX || !disk_bytes.is_multiple_of(SECTOR_BYTES) {
+        return Err(LayerError::DiskSize(disk_bytes));
+    }
+    Ok(Layout::new(disk_bytes))
+}
 
-impl Overlay {
-    fn new(file: File, layout: &Layout) -> Result<Self, LayerError> {
-        match format::length(&file)? {
-            0 => Ok(Self { file, bitmap: Bitmap::new(layout), sized: false, dirty: false }),
-            bytes => Err(LayerError::OverlayNotEmpty(bytes)),
+fn check_base(base: &File, disk_bytes: u64) -> Result<(), LayerError> {
+    let base_bytes = format::length(base)?;
+    if base_bytes < disk_bytes {
+        return Err(LayerError::BaseTooShort { base_bytes, disk_bytes });
+    }
+    Ok(())
+}
+
+// === impl Stack ===
+
+impl Stack {
+    fn source(&self, block: u64) -> Source {
+        if let Top::Overlay(overlay) = &self.top
+            && overlay.contains(block)
+        {
+            return Source::Overlay;
         }
+        let layer = self.frozen.iter().rposition(|layer| layer.bitmap.contains(block));
+        layer.map_or(Source::Base, Source::Frozen)
     }
 
-    /// Gives the file the disk's length, once, so that holes up to the end can be read.
-    fn size(&mut self, disk_bytes: u64) -> Result<(), LayerError> {
-        if !self.sized {
-            self.file
-                .set_len(disk_bytes)
-                .map_err(|source| LayerError::Io { what: "size the disk's overlay", source })?;
-            self.sized = true;
-        }
-        self.dirty = true;
-        Ok(())
-    }
-
-    /// Writes, and marks every block that the range touches as present.
-    fn write(&mut self, buffer: &[u8], offset: u64, disk_bytes: u64) -> Result<(), LayerError> {
-        self.size(disk_bytes)?;
-        self.file
-            .write_all_at(buffer, offset)
-            .map_err(|source| LayerError::Io { what: "write the disk's overlay", source })?;
-        self.bitmap.insert(offset / BLOCK_BYTES, (offset + buffer.len() as u64).div_ceil(BLOCK_BYTES));
-        Ok(())
-    }
-
-    /// Makes `from..to` of the file zero and gives its room back where the file system can do that.
-    fn punch(&mut self, from: u64, to: u64) -> Result<(), LayerError> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        loop {
-            // SAFETY: fallocate touches no memory of this process; the descriptor is open for as long as `self`. Both
-            // numbers are at most DISK_BYTES_MAX, so they fit off_t.
-            let done =
-                unsafe { libc::fallocate(self.file.as_raw_fd(), mode, from as i64, (to - from) as i64) };
-            if done == 0 {
-                return Ok(());
+    fn read(&self, buffer: &mut [u8], offset: u64, end: u64) -> Result<(), LayerError> {
+        let mut position = offset;
+        let mut rest = buffer;
+        while position < end {
+            let source = self.source(position / BLOCK_BYTES);
+            let mut run_end = (position / BLOCK_BYTES + 1) * BLOCK_BYTES;
+            while run_end < end && self.source(run_end / BLOCK_BYTES) == source {
+                run_end += BLOCK_BYTES;
             }
-            let source = io::Error::last_os_error();
-            match source.raw_os_error() {
-                Some(libc::EINTR) => {}
-                Some(libc::EOPNOTSUPP | libc::ENOSYS) => break,
-                _ => return Err(LayerError::Io { what: "free a range of the disk's overlay", source }),
+            let run_end = run_end.min(end);
+            let (run, after) = rest.split_at_mut((run_end - position) as usize);
+            let file = match (source, &self.top) {
+                (Source::Overlay, Top::Overlay(overlay)) => Some(overlay.file()),
+                (Source::Frozen(index), _) => self.frozen.get(index).map(|layer| &layer.file),
+                _ => self.base.as_ref(),
+            };
+            match file {
+                Some(file) => file
+                    .read_exact_at(run, position)
+                    .map_err(|source| LayerError::Io { what: "read the disk", source })?,
+                None => run.fill(0),
             }
-        }
-        let zeros = [0u8; 64 << 10];
-        let mut position = from;
-        while position < to {
-            let bytes = (to - position).min(zeros.len() as u64);
-            let part = zeros.get(..bytes as usize).unwrap_or(&zeros);
-            self.file
-                .write_all_at(part, position)
-                .map_err(|source| LayerError::Io { what: "write zeros to the disk's overlay", source })?;
-            position += bytes;
+            rest = after;
+            position = run_end;
         }
         Ok(())
+    }
+
+    /// The blocks that a write of `offset..end` covers in part (the disk's last block may be short).
+    fn edges(&self, offset: u64, end: u64) -> impl Iterator<Item = u64> {
+        let head = (!offset.is_multiple_of(BLOCK_BYTES)).then_some(offset / BLOCK_BYTES);
+        let tail =
+            (!end.is_multiple_of(BLOCK_BYTES) && end != self.layout.disk_bytes).then_some(end / BLOCK_BYTES);
+        head.into_iter().chain(tail).filter(move |_| offset < end)
+    }
+
+    /// Whether a write needs no copy-up.
+    fn can_write(&self, offset: u64, end: u64) -> Result<bool, LayerError> {
+        match &self.top {
+            Top::ReadOnly => Err(LayerError::ReadOnly),
+            Top::Base(_) => Ok(true),
+            Top::Overlay(overlay) => Ok(self.edges(offset, end).all(|block| overlay.contains(block))),
+        }
+    }
+
+    fn write(&self, buffer: &[u8], offset: u64) -> Result<(), LayerError> {
+        match (&self.top, &self.base) {
+            _ if buffer.is_empty() => Ok(()),
+            (Top::Overlay(overlay), _) => overlay.write(buffer, offset, self.layout.disk_bytes),
+            (Top::Base(sync), Some(base)) => {
+                let written = base.write_all_at(buffer, offset);
+                sync.touched();
+                written.map_err(|source| LayerError::Io { what: "write the disk", source })
+            }
+            (Top::Base(_) | Top::ReadOnly, _) => Err(LayerError::ReadOnly),
+        }
+    }
+
+    /// Brings the blocks that a write covers in part into the overlay, unless they are there.
+    fn copy_up_edges(&mut self, offset: u64, end: u64) -> Result<(), LayerError> {
+        for block in self.edges(offset, end) {
+            self.copy_up(block)?;
+        }
+        Ok(())
+    }
+
+    fn copy_up(&self, block: u64) -> Result<(), LayerError> {
+        if self.source(block) == Source::Overlay {
+            return Ok(());
+        }
+        let offset = block * BLOCK_BYTES;
+        let bytes = BLOCK_BYTES.min(self.layout.disk_bytes - offset);
+        let mut buffer = [0u8; BLOCK_BYTES as usize];
+        let Some(buffer) = buffer.get_mut(..bytes as usize) else { return Ok(()) };
+        self.read(buffer, offset, offset + bytes)?;
+        self.write(buffer, offset)
+    }
+
+    /// Makes whole blocks zero.
+    fn zero_blocks(&self, first: u64, end: u64) -> Result<(), LayerError> {
+        let disk_bytes = self.layout.disk_bytes;
+        let (from, to) = (first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes));
+        match (&self.top, &self.base) {
+            (Top::Overlay(overlay), _) => overlay.zero(first, end, disk_bytes),
+            (Top::Base(sync), Some(base)) => {
+                let punched = punch(base, from, to);
+                sync.touched();
+                punched
+            }
+            (Top::Base(_) | Top::ReadOnly, _) => Err(LayerError::ReadOnly),
+        }
     }
 }

@@ -2,8 +2,8 @@
 //! thread ever does I/O.
 //!
 //! One epoll set. What each device wants to watch may change with every event, so its interest is read again after
-//! each event of it. A pause stops the thread between two events: nothing is in flight then, because devices work
-//! synchronously.
+//! each event of it. A pause stops the thread between two events, after every device has waited for what it began (disk
+//! requests are carried out by threads of their own): nothing is in flight then.
 
 use std::collections::HashMap;
 use std::io;
@@ -154,6 +154,9 @@ impl Worker {
                     while let Ok(command) = commands.try_recv() {
                         match command {
                             Command::Pause(done) => {
+                                for device in &self.bus.virtio {
+                                    lock(device).quiesce(&self.bus.memory);
+                                }
                                 let _ = done.send(());
                                 if !self.stand(commands) {
                                     return;

@@ -7,14 +7,14 @@
 //!   boot / restore --> paused --resume--> running --pause--> paused --save--> paused ...
 //! ```
 //!
-//! Pausing stops the vCPUs first and the device thread after them: what the last instruction notified is either done or
-//! still in the ring, where the restored device finds it.
+//! Pausing stops the vCPUs first and the device thread after them, which waits for what devices have begun: what the last
+//! instruction notified is either done or still in the ring, where the restored device finds it.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_clock_data, kvm_enable_cap, kvm_msr_entry,
@@ -34,6 +34,7 @@ use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
 use super::vcpu::{EventSink, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::DeviceError;
+use super::virtio::block::pool::Pool;
 use super::virtio::block::{Block, SharedDisk};
 use super::virtio::console::Console;
 use super::virtio::mmio::MmioTransport;
@@ -204,11 +205,11 @@ pub struct Machine {
 }
 
 /// A disk as the boot builder reads it.
-struct DiskReader<'a>(&'a Mutex<LayeredDisk>);
+struct DiskReader<'a>(&'a LayeredDisk);
 
 impl ReadAt for DiskReader<'_> {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        lock(self.0).read_at(buffer, offset).map_err(io::Error::other)
+        self.0.read_at(buffer, offset).map_err(io::Error::other)
     }
 }
 
@@ -233,6 +234,7 @@ impl Frame {
             .map_err(call("the chipset's lines and timer"))?;
         let mut virtio = Vec::new();
         let (mut disks, mut serials) = (Vec::new(), Vec::new());
+        let pool = Pool::new();
         let mut add = |device: Box<dyn super::virtio::VirtioDevice>| -> Result<(), MachineError> {
             let pin = SLOT_PINS.get(virtio.len()).copied().unwrap_or(0);
             let line: Arc<dyn Interrupt> =
@@ -241,8 +243,9 @@ impl Frame {
             Ok(())
         };
         for part in parts.disks {
-            let disk: SharedDisk = Arc::new(Mutex::new(part.disk));
-            add(Box::new(Block::new(disk.clone(), &part.serial)))?;
+            let disk: SharedDisk = Arc::new(part.disk);
+            let block = Block::new(disk.clone(), &part.serial, Arc::clone(&pool));
+            add(Box::new(block.map_err(MachineError::Descriptors)?))?;
             disks.push(disk);
             serials.push(part.serial);
         }
@@ -300,9 +303,10 @@ impl Machine {
         let readers: Vec<DiskReader<'_>> = frame.disks.iter().map(|disk| DiskReader(disk)).collect();
         let views: Vec<DiskView<'_>> = readers
             .iter()
-            .map(|reader| {
-                let disk = lock(reader.0);
-                DiskView { content: reader, bytes: disk.disk_bytes(), read_only: disk.read_only() }
+            .map(|reader| DiskView {
+                content: reader,
+                bytes: reader.0.disk_bytes(),
+                read_only: reader.0.read_only(),
             })
             .collect();
         let loaded = boot::load(&BootInput {
@@ -422,7 +426,7 @@ impl Machine {
     /// Freezes the writable disks of a paused machine: each goes on with a new empty overlay, taken from `overlays` in
     /// the order of the writable disks. The answer is in the order of all disks; `None` is a read-only one.
     pub fn freeze_disks(&self, overlays: Vec<File>) -> Result<Vec<Option<Freeze>>, MachineError> {
-        let writable = self.disks.iter().filter(|disk| !lock(disk).read_only()).count();
+        let writable = self.disks.iter().filter(|disk| !disk.read_only()).count();
         if overlays.len() != writable {
             return Err(MachineError::Mismatch(format!(
                 "{} new overlays for {writable} writable disks",
@@ -432,7 +436,6 @@ impl Machine {
         let mut overlays = overlays.into_iter();
         let mut frozen = Vec::new();
         for disk in &self.disks {
-            let mut disk = lock(disk);
             frozen.push(match disk.read_only() {
                 true => None,
                 false => overlays.next().map(|overlay| disk.freeze(overlay)).transpose()?,
@@ -444,15 +447,13 @@ impl Machine {
     /// Ends the machine and gives its disks to the next one, as they are.
     pub fn into_disks(self) -> Result<Vec<DiskPart>, MachineError> {
         let Machine { vcpus, devices, bus, disks, serials, vm: _, ram: _ } = self;
-        // Threads first: nobody uses the devices any more when they go, and nobody the disks after that.
+        // Threads first: nobody uses the devices any more when they go. With the last device goes the pool, which waits
+        // for the requests that its threads have begun: after that nobody uses the disks.
         drop(vcpus);
         drop(devices);
         drop(bus);
         let part = |(disk, serial): (SharedDisk, String)| match Arc::into_inner(disk) {
-            Some(disk) => {
-                let disk = disk.into_inner().unwrap_or_else(|poison| poison.into_inner());
-                Ok(DiskPart { disk, serial })
-            }
+            Some(disk) => Ok(DiskPart { disk, serial }),
             None => Err(MachineError::Mismatch("a disk of the machine is still in use".into())),
         };
         disks.into_iter().zip(serials).map(part).collect()

@@ -13,7 +13,9 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::mem::ManuallyDrop;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Mmap, MmapOptions};
 
@@ -58,38 +60,46 @@ impl Layout {
     }
 }
 
-/// Which blocks are in the writable overlay.
+/// Which blocks are in the writable overlay. Several threads may add to it at once.
 #[derive(Debug)]
 pub struct Bitmap {
-    words: Vec<u64>,
-    present: u64,
+    words: Vec<AtomicU64>,
+    present: AtomicU64,
 }
 
 impl Bitmap {
     /// No block present. The memory is the kernel's zero page until a bit is set.
     pub fn new(layout: &Layout) -> Self {
-        Self { words: vec![0; (layout.bitmap_bytes / 8) as usize], present: 0 }
+        // Asked for as plain zeros, which costs nothing until they are touched, whatever the size of the disk.
+        let mut zeros = ManuallyDrop::new(vec![0u64; (layout.bitmap_bytes / 8) as usize]);
+        let (pointer, length, capacity) = (zeros.as_mut_ptr(), zeros.len(), zeros.capacity());
+        // SAFETY: the parts are those of a vector that is not dropped, and AtomicU64 has the size, alignment and bit
+        // validity of u64 on this architecture, the only one of this program.
+        let words = unsafe { Vec::from_raw_parts(pointer.cast::<AtomicU64>(), length, capacity) };
+        Self { words, present: AtomicU64::new(0) }
     }
 
     /// Number of blocks present.
     pub fn present(&self) -> u64 {
-        self.present
+        self.present.load(Ordering::Acquire)
     }
 
     pub fn contains(&self, block: u64) -> bool {
-        self.words.get((block / 64) as usize).is_some_and(|word| word >> (block % 64) & 1 == 1)
+        // Acquire, with the release below: who sees the bit sees the block's data.
+        let word = self.words.get((block / 64) as usize);
+        word.is_some_and(|word| word.load(Ordering::Acquire) >> (block % 64) & 1 == 1)
     }
 
     /// Adds the blocks `first..end`.
-    pub fn insert(&mut self, first: u64, end: u64) {
+    pub fn insert(&self, first: u64, end: u64) {
         let mut block = first;
         while block < end {
-            let Some(word) = self.words.get_mut((block / 64) as usize) else { return };
+            let Some(word) = self.words.get((block / 64) as usize) else { return };
             let low = block % 64;
             let count = (end - block).min(64 - low);
             let mask = (u64::MAX >> (64 - count)) << low;
-            self.present += u64::from((mask & !*word).count_ones());
-            *word |= mask;
+            let before = word.fetch_or(mask, Ordering::AcqRel);
+            self.present.fetch_add(u64::from((mask & !before).count_ones()), Ordering::AcqRel);
             block += count;
         }
     }
@@ -129,12 +139,15 @@ pub fn seal(file: &File, layout: &Layout, bitmap: &Bitmap) -> Result<(), LayerEr
     file.set_len(layout.bitmap_offset).map_err(io("cut a disk layer to its data"))?;
     for (index, words) in bitmap.words.chunks(page.len() / 8).enumerate() {
         let bytes = words.len() * 8;
+        let mut any = 0;
         for (slot, word) in page.chunks_exact_mut(8).zip(words) {
+            let word = word.load(Ordering::Acquire);
+            any |= word;
             slot.copy_from_slice(&word.to_le_bytes());
         }
         let Some(chunk) = page.get(..bytes) else { continue };
         sum.update(chunk);
-        if words.iter().any(|word| *word != 0) {
+        if any != 0 {
             let offset = layout.bitmap_offset + index as u64 * BLOCK_BYTES;
             file.write_all_at(chunk, offset).map_err(io("write a disk layer's bitmap"))?;
         }
@@ -143,7 +156,7 @@ pub fn seal(file: &File, layout: &Layout, bitmap: &Bitmap) -> Result<(), LayerEr
     footer.extend_from_slice(&MAGIC);
     footer.extend_from_slice(&VERSION.to_le_bytes());
     footer.extend_from_slice(&(BLOCK_BYTES as u32).to_le_bytes());
-    for field in [layout.disk_bytes, layout.bitmap_offset, layout.bitmap_bytes, bitmap.present] {
+    for field in [layout.disk_bytes, layout.bitmap_offset, layout.bitmap_bytes, bitmap.present()] {
         footer.extend_from_slice(&field.to_le_bytes());
     }
     footer.extend_from_slice(sum.finalize().as_bytes());

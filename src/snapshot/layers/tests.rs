@@ -1,6 +1,7 @@
 //! The disk against a plain vector of bytes, and files that lie.
 
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
 
 use proptest::prelude::*;
 
@@ -25,7 +26,7 @@ fn content(disk: &LayeredDisk) -> Vec<u8> {
 
 /// A frozen layer for a disk of 5 blocks with block 1 full of 7.
 fn frozen_layer() -> File {
-    let mut disk = LayeredDisk::open(None, vec![], Some(file()), 5 * BLOCK_BYTES).unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(file()), 5 * BLOCK_BYTES).unwrap();
     disk.write_at(&[7; 4096], BLOCK_BYTES).unwrap();
     match disk.freeze(file()).unwrap() {
         Freeze::Layer(layer) => layer,
@@ -149,7 +150,7 @@ fn clones_share_layers_and_see_nothing_of_each_other() {
         let frozen = vec![layer.try_clone().unwrap()];
         LayeredDisk::open(Some(base(&[3; 5 * 4096])), frozen, Some(file()), 5 * BLOCK_BYTES).unwrap()
     };
-    let (mut one, two) = (open(), open());
+    let (one, two) = (open(), open());
     let before = content(&two);
     assert_eq!((before[0], before[4096], before[8192]), (3, 7, 3));
     one.write_at(&[9; 512], BLOCK_BYTES + 512).unwrap();
@@ -175,7 +176,7 @@ fn the_bitmap_decides_and_not_the_holes() {
 
 #[test]
 fn an_untouched_overlay_is_reported_as_unused() {
-    let mut disk = LayeredDisk::open(None, vec![], Some(file()), 4096).unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(file()), 4096).unwrap();
     assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Unused));
     assert_eq!(disk.frozen_layers(), 0);
     disk.write_at(&[1; 512], 0).unwrap();
@@ -185,7 +186,7 @@ fn an_untouched_overlay_is_reported_as_unused() {
 
 #[test]
 fn zeros_hide_what_lies_below() {
-    let mut disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(file()), 16384).unwrap();
+    let disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(file()), 16384).unwrap();
     disk.write_zeroes(4096, 8192).unwrap();
     assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Layer(_)));
     let content = content(&disk);
@@ -201,7 +202,7 @@ fn a_base_that_is_too_short_is_refused_with_both_sizes() {
 
 #[test]
 fn a_read_only_disk_takes_no_write() {
-    let mut disk = LayeredDisk::open(Some(base(&[3; 4096])), vec![], None, 4096).unwrap();
+    let disk = LayeredDisk::open(Some(base(&[3; 4096])), vec![], None, 4096).unwrap();
     assert!(disk.read_only());
     assert!(matches!(disk.write_at(&[0; 512], 0), Err(LayerError::ReadOnly)));
     assert!(matches!(disk.write_zeroes(0, 512), Err(LayerError::ReadOnly)));
@@ -212,7 +213,7 @@ fn a_read_only_disk_takes_no_write() {
 
 #[test]
 fn a_range_outside_the_disk_is_refused() {
-    let mut disk = LayeredDisk::open(None, vec![], Some(file()), 4096).unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(file()), 4096).unwrap();
     for (offset, bytes) in [(4096, 512), (3584, 1024), (u64::MAX - 511, 512), (u64::MAX, 1)] {
         let mut buffer = vec![0; bytes];
         assert!(matches!(disk.read_at(&mut buffer, offset), Err(LayerError::OutOfRange { .. })));
@@ -239,7 +240,7 @@ fn bad_sizes_too_many_layers_and_used_overlays_are_refused() {
 #[test]
 fn a_full_stack_refuses_the_freeze_and_goes_on() {
     let layers = (0..LAYERS_MAX).map(|_| frozen_layer()).collect();
-    let mut disk = LayeredDisk::open(None, layers, Some(file()), 5 * BLOCK_BYTES).unwrap();
+    let disk = LayeredDisk::open(None, layers, Some(file()), 5 * BLOCK_BYTES).unwrap();
     disk.write_at(&[5; 512], 0).unwrap();
     assert!(matches!(disk.freeze(file()), Err(LayerError::TooManyLayers(_))));
     disk.write_at(&[6; 512], 512).unwrap();
@@ -258,7 +259,7 @@ fn verify_finds_a_changed_bitmap() {
 
 #[test]
 fn a_huge_disk_opens_without_memory_of_its_size() {
-    let mut disk = LayeredDisk::open(None, vec![], Some(file()), DISK_BYTES_MAX).unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(file()), DISK_BYTES_MAX).unwrap();
     disk.write_at(&[1; 512], DISK_BYTES_MAX - 512).unwrap();
     let mut sector = [0; 512];
     disk.read_at(&mut sector, DISK_BYTES_MAX - 512).unwrap();
@@ -284,7 +285,7 @@ fn refuse(file: &File, seal: i32) {
 fn a_write_that_fails_leaves_the_old_content() {
     let overlay = memory_file();
     let handle = overlay.try_clone().unwrap();
-    let mut disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
+    let disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
     disk.write_at(&[4; 4096], 4096).unwrap();
     let before = content(&disk);
     refuse(&handle, libc::F_SEAL_WRITE);
@@ -304,7 +305,7 @@ fn a_write_that_fails_leaves_the_old_content() {
 fn a_freeze_that_fails_leaves_a_disk_that_goes_on() {
     let overlay = memory_file();
     let handle = overlay.try_clone().unwrap();
-    let mut disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
+    let disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
     disk.write_at(&[4; 512], 4096).unwrap();
     refuse(&handle, libc::F_SEAL_GROW);
     let error = disk.freeze(file()).unwrap_err();
@@ -321,4 +322,74 @@ fn a_full_disk_is_told_from_a_damaged_one() {
     assert_eq!(full.cause(), Cause::Exhausted);
     let short = LayeredDisk::open(Some(base(&[0; 512])), vec![], None, 1024).unwrap_err();
     assert_eq!(short.cause(), Cause::Damaged);
+}
+
+#[test]
+fn threads_that_share_blocks_lose_nothing_of_each_other() {
+    const THREADS: u64 = 4;
+    const BLOCKS: u64 = 32;
+    let disk_bytes = BLOCKS * BLOCK_BYTES;
+    for round in 0..8u8 {
+        let disk =
+            LayeredDisk::open(Some(base(&vec![3; disk_bytes as usize])), vec![], Some(file()), disk_bytes)
+                .unwrap();
+        // Thread n writes every sector that is n modulo 4, so every block is copied up by some and written by all.
+        std::thread::scope(|scope| {
+            for thread in 0..THREADS {
+                let disk = &disk;
+                scope.spawn(move || {
+                    for sector in (thread..disk_bytes / 512).step_by(THREADS as usize) {
+                        disk.write_at(&[16 + round; 512], sector * 512).unwrap();
+                        let mut back = [0; 512];
+                        disk.read_at(&mut back, sector * 512).unwrap();
+                        assert_eq!(back, [16 + round; 512]);
+                        if sector % 64 == thread {
+                            disk.flush().unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        assert_eq!(content(&disk), vec![16 + round; disk_bytes as usize]);
+        assert_eq!(disk.overlay_bytes(), disk_bytes);
+        assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Layer(_)));
+        assert_eq!(content(&disk), vec![16 + round; disk_bytes as usize]);
+    }
+}
+
+#[test]
+fn a_direct_disk_is_its_file() {
+    let handle = base(&[3; 16384]);
+    let disk = LayeredDisk::open_direct(handle.try_clone().unwrap(), 16384).unwrap();
+    assert!(disk.direct() && !disk.read_only());
+    disk.write_at(&[9; 512], 512).unwrap();
+    disk.write_zeroes(4096 + 512, 512).unwrap();
+    disk.discard(8192, 8192).unwrap();
+    disk.flush().unwrap();
+    let mut bytes = vec![0; 16384];
+    handle.read_exact_at(&mut bytes, 0).unwrap();
+    let mut expected = vec![3; 16384];
+    expected[512..1024].fill(9);
+    expected[4608..5120].fill(0);
+    expected[8192..].fill(0);
+    assert_eq!(bytes, expected);
+    assert_eq!(content(&disk), expected);
+    assert!(matches!(disk.freeze(file()), Err(LayerError::Direct)));
+    assert!(matches!(disk.write_at(&[0; 512], 16384), Err(LayerError::OutOfRange { .. })));
+    let short = LayeredDisk::open_direct(handle.try_clone().unwrap(), 32768);
+    assert!(matches!(short, Err(LayerError::BaseTooShort { .. })));
+}
+
+#[test]
+fn a_flush_that_failed_is_tried_again() {
+    // A pipe cannot be synced.
+    let (_, writer) = io::pipe().unwrap();
+    let broken = File::from(std::os::fd::OwnedFd::from(writer));
+    let sync = Sync::default();
+    sync.flush(&broken).unwrap();
+    sync.touched();
+    assert!(sync.flush(&broken).is_err());
+    assert!(sync.flush(&broken).is_err(), "what was not written out is not forgotten");
+    sync.flush(&file()).unwrap();
+    sync.flush(&broken).unwrap();
 }

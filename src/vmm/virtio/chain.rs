@@ -38,10 +38,9 @@ struct Segment {
     bytes: u32,
 }
 
-/// The buffers of one chain: what the device may read, and what it may write, each as one run of bytes.
-#[derive(Debug)]
-pub struct Chain<'m> {
-    memory: &'m GuestMemory,
+/// Where the buffers of one chain lie. Without the memory, so that it can be handed to another thread.
+#[derive(Debug, Clone)]
+pub struct Buffers {
     head: u16,
     /// Readable segments, then writable ones.
     segments: Vec<Segment>,
@@ -50,12 +49,19 @@ pub struct Chain<'m> {
     writable_bytes: u64,
 }
 
+/// The buffers of one chain: what the device may read, and what it may write, each as one run of bytes.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    memory: &'m GuestMemory,
+    buffers: Buffers,
+}
+
 impl<'m> Chain<'m> {
     /// Walks the chain.
     pub fn new(memory: &'m GuestMemory, chain: DescriptorChain<&GuestMemory>) -> Result<Self, ChainError> {
         let head = chain.head_index();
         let mut new =
-            Self { memory, head, segments: vec![], readable_count: 0, readable_bytes: 0, writable_bytes: 0 };
+            Buffers { head, segments: vec![], readable_count: 0, readable_bytes: 0, writable_bytes: 0 };
         let mut complete = false;
         for descriptor in chain {
             if new.segments.len() == SEGMENTS_MAX {
@@ -74,25 +80,35 @@ impl<'m> Chain<'m> {
             new.segments.push(Segment { address: descriptor.addr(), bytes });
             complete = !descriptor.has_next();
         }
-        if complete { Ok(new) } else { Err(ChainError::Broken) }
+        if complete { Ok(Self { memory, buffers: new }) } else { Err(ChainError::Broken) }
+    }
+
+    /// A chain that was walked before, on another thread perhaps.
+    pub fn again(memory: &'m GuestMemory, buffers: Buffers) -> Self {
+        Self { memory, buffers }
+    }
+
+    /// What [`Self::again`] needs.
+    pub fn buffers(&self) -> &Buffers {
+        &self.buffers
     }
 
     /// Index of the chain's first descriptor: what goes into the used ring.
     pub fn head(&self) -> u16 {
-        self.head
+        self.buffers.head
     }
 
     pub fn readable_bytes(&self) -> u64 {
-        self.readable_bytes
+        self.buffers.readable_bytes
     }
 
     pub fn writable_bytes(&self) -> u64 {
-        self.writable_bytes
+        self.buffers.writable_bytes
     }
 
     /// Copies from the readable bytes at `offset`.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), ChainError> {
-        let segments = self.segments.get(..self.readable_count).unwrap_or(&[]);
+        let segments = self.buffers.segments.get(..self.buffers.readable_count).unwrap_or(&[]);
         let mut rest = data;
         for_each_part(segments, offset, rest.len() as u64, |address, bytes| {
             let (part, after) = std::mem::take(&mut rest).split_at_mut(bytes);
@@ -103,7 +119,7 @@ impl<'m> Chain<'m> {
 
     /// Copies into the writable bytes at `offset`.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<(), ChainError> {
-        let segments = self.segments.get(self.readable_count..).unwrap_or(&[]);
+        let segments = self.buffers.segments.get(self.buffers.readable_count..).unwrap_or(&[]);
         let mut rest = data;
         for_each_part(segments, offset, rest.len() as u64, |address, bytes| {
             let (part, after) = rest.split_at(bytes);
@@ -114,7 +130,7 @@ impl<'m> Chain<'m> {
 
     /// Checks that all writable bytes lie in guest memory, for a caller that cannot take back what it is to write.
     pub fn check_writable(&self) -> Result<(), ChainError> {
-        let segments = self.segments.get(self.readable_count..).unwrap_or(&[]);
+        let segments = self.buffers.segments.get(self.buffers.readable_count..).unwrap_or(&[]);
         let good = segments.iter().all(|segment| {
             self.memory.check_range(segment.address, segment.bytes as usize, Permissions::Write)
         });

@@ -5,7 +5,8 @@
 //! a device answers with an error status, or the transport marks it as needing a reset; work for one call is bounded.
 //!
 //! Threads: registers are read and written by vCPU threads, queues are worked on by the device thread only, which
-//! waits for [`HostInterest`] descriptors. The machine guards a transport with a lock.
+//! waits for [`HostInterest`] descriptors. Buffers of a disk request are read and written by the threads of
+//! [`block::pool`] between the time it is taken off the queue and the time it is given back. The machine guards a transport with a lock.
 //!
 //! May touch: guest memory, the files and sockets a device was built with, [`crate::vmm::irq`], and
 //! [`crate::snapshot`]'s `state`, `codec` and `layers`.
@@ -59,7 +60,7 @@ pub trait VirtioDevice: Send {
     /// The driver has agreed on these features (`FEATURES_OK`); queues may be used from now on.
     fn activate(&mut self, acked_features: u64);
 
-    /// Back to the state after construction; host resources stay.
+    /// Back to the state after construction; host resources stay. On return nothing touches guest memory any more.
     fn reset(&mut self);
 
     /// Handles what is available on queue `index`, up to the device's own limit for one call. An error means that the
@@ -82,7 +83,13 @@ pub trait VirtioDevice: Send {
         memory: &GuestMemory,
     ) -> Result<Progress, DeviceError>;
 
-    /// The device's own state, encoded. Called while no vCPU runs and no event is being handled.
+    /// Waits until nothing that the device began is under way, and gives back what that finished. The device begins
+    /// nothing new until it is called again. For devices with threads of their own; the others have nothing to do.
+    fn quiesce(&mut self, _queues: &mut [Queue], _memory: &GuestMemory) -> Result<Progress, DeviceError> {
+        Ok(Progress::default())
+    }
+
+    /// The device's own state, encoded. Called after [`Self::quiesce`], while no vCPU runs and no event is being handled.
     fn save(&self) -> Result<Vec<u8>, DeviceError>;
 
     /// Takes state over, after [`Self::activate`] if the saved device was active. `bytes` is hostile.
@@ -115,6 +122,8 @@ pub enum DeviceError {
     Chain(#[from] ChainError),
     #[error("the driver made entries available that cannot be taken from the ring")]
     Stuck,
+    #[error("a request died in the device; this is a defect, please report it with the log")]
+    Died,
     #[error("the device has no queue {0}")]
     NoQueue(usize),
     #[error("host random numbers are not to be had: {0}")]

@@ -21,6 +21,8 @@ use crate::vmm::memory::GuestMemory;
 pub enum Outcome {
     /// Done; so many bytes of the writable part, from its start, were written.
     Used(u32),
+    /// Being worked on elsewhere; [`give_back`] follows.
+    Taken,
     /// Not done: it stays at the head of the queue, and the work ends for now.
     Keep,
 }
@@ -69,6 +71,7 @@ pub fn work(
                 queue.add_used(memory, chain.head(), bytes)?;
                 used = true;
             }
+            Outcome::Taken => {}
             Outcome::Keep => {
                 queue.go_to_previous_position();
                 queue.enable_notification(memory)?;
@@ -78,6 +81,20 @@ pub fn work(
     }
     worked.progress.interrupt = used && wants_interrupt(queue, memory)?;
     Ok(worked)
+}
+
+/// Gives back chains that were [`Outcome::Taken`]: head, and bytes written. True: the guest is to be interrupted.
+pub fn give_back(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    chains: impl IntoIterator<Item = (u16, u32)>,
+) -> Result<bool, DeviceError> {
+    let mut used = false;
+    for (head, bytes) in chains {
+        queue.add_used(memory, head, bytes)?;
+        used = true;
+    }
+    Ok(used && wants_interrupt(queue, memory)?)
 }
 
 /// Whether the driver wants an interrupt for what was just used.

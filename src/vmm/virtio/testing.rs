@@ -239,6 +239,7 @@ impl Machine {
     /// The device thread: answers every watched descriptor that is ready, until none is. At most so many rounds that
     /// a busy loop shows.
     pub fn run(&mut self) {
+        let mut settled = false;
         for _ in 0..10_000 {
             let mut polled: Vec<libc::pollfd> = self
                 .transport
@@ -255,8 +256,15 @@ impl Machine {
             let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, 0) };
             assert!(ready >= 0);
             if ready == 0 {
-                return;
+                if settled {
+                    return;
+                }
+                // Not at rest while requests are carried out elsewhere.
+                self.transport.lock().quiesce(&self.memory);
+                settled = true;
+                continue;
             }
+            settled = false;
             for entry in polled.iter().filter(|entry| entry.revents != 0) {
                 self.transport.lock().host_event(entry.fd, &self.memory);
             }

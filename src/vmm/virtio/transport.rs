@@ -183,6 +183,19 @@ impl Transport {
         }
     }
 
+    /// Waits until nothing is under way in the device. On the device thread, before a pause: after it guest memory and
+    /// disks stand still, and [`Self::save`] finds every chain either given back or still in its ring.
+    pub fn quiesce(&mut self, memory: &GuestMemory) {
+        if self.running() {
+            let before = self.next_used();
+            let result = self.device.quiesce(&mut self.queues, memory);
+            self.conclude(result, &before, None);
+        } else {
+            // One that broke, or whose driver gave up: nothing it was asked for is wanted any more.
+            self.device.reset();
+        }
+    }
+
     /// The device takes part in I/O: features are agreed upon and the driver did not break it since.
     ///
     /// Clause 3.1.1 has drivers wait for DRIVER_OK; FreeBSD's vtblk asks for the disk's serial number, and polls for
@@ -251,6 +264,8 @@ impl Transport {
             tracing::warn!(device = self.device.name(), %error, "virtio device stopped until its driver resets it");
         }
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
+        // What is still under way ends here: the driver may take its buffers back without asking again.
+        self.device.reset();
         self.signal.changed();
     }
 

@@ -1,26 +1,37 @@
 //! virtio-blk on a [`LayeredDisk`].
 //!
-//! Requests are carried out one after the other, on the thread that calls (the device thread). The disk is shared with
-//! the machine, which freezes it for a snapshot while no request is being handled.
+//! The device thread takes requests off the ring and gives them back; [`pool`] carries them out, up to
+//! [`IN_FLIGHT_MAX`] of a disk at once and in any order, as the specification allows. A flush covers the writes that
+//! had been given back before it was made available, which is what a driver may rely on. The disk is shared with
+//! the machine, which freezes it for a snapshot after [`VirtioDevice::quiesce`].
+//!
+//! What is stable when: with FLUSH agreed on, what was written before a flush; without it, every write when it is given back
+//! (clause 5.2.6.2). Both hold for disks whose writes outlive the VM; an overlay ends with its VM, flushed or not
+//! ([`crate::snapshot::layers`]).
 //!
 //! Facts: virtio 1.2 clause 5.2; FreeBSD's `sys/dev/virtio/block/virtio_blk.c`: wants `SEG_MAX` and `INDIRECT_DESC`,
 //! refuses a `SIZE_MAX` below 1 MiB (never offered here), asks GET_ID at attach and polls for the answer.
 
+pub mod pool;
 mod request;
 #[cfg(test)]
 mod tests;
 
+use std::io;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 
-use super::queue::{Outcome, work};
+use self::pool::{Lane, Pool};
+use self::request::Target;
+use super::chain::{Chain, ChainError};
+use super::queue::{Outcome, give_back, work};
 use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, read_space};
 use crate::snapshot::codec;
 use crate::snapshot::layers::LayeredDisk;
@@ -28,7 +39,7 @@ use crate::snapshot::state::virtio::BlockState;
 use crate::vmm::memory::GuestMemory;
 
 /// A disk in the hands of its device and of the machine that freezes it.
-pub type SharedDisk = Arc<Mutex<LayeredDisk>>;
+pub type SharedDisk = Arc<LayeredDisk>;
 
 /// Length of the serial that GET_ID tells.
 pub const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
@@ -38,8 +49,9 @@ const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Most ranges in one discard or write-zeroes request, and most sectors in one of them (2 GiB).
 const RANGES_MAX: u32 = 32;
 const RANGE_SECTORS_MAX: u32 = 4 << 20;
-/// Most bytes read and written in one call before the other devices have their turn.
-const CALL_BYTES_MAX: u64 = 4 << 20;
+/// Most requests of a disk under way. A driver that reuses buffers before they are given back could otherwise pile up
+/// more than the ring has room for.
+pub const IN_FLIGHT_MAX: usize = QUEUE_SIZE as usize;
 /// Sectors of 512 bytes in a block of the disk's layers, as a power of two.
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 const CONFIG_BYTES: usize = 60;
@@ -47,40 +59,56 @@ const CONFIG_BYTES: usize = 60;
 /// The block device.
 #[derive(Debug)]
 pub struct Block {
-    disk: SharedDisk,
-    serial: [u8; SERIAL_BYTES],
+    target: Arc<Target>,
     config: [u8; CONFIG_BYTES],
-    disk_bytes: u64,
     read_only: bool,
-    acked_features: u64,
-    /// Data on its way between disk and guest memory.
-    piece: Box<[u8]>,
+    pool: Arc<Pool>,
+    lane: Arc<Lane<Answer>>,
+    /// The queue was left alone because too much was under way.
+    starved: bool,
 }
+
+/// What a request ended with: bytes written at the start of its writable part.
+type Answer = Result<u32, DeviceError>;
 
 impl Block {
     /// A device for `disk`. Of `serial` the first 20 bytes are shown. A disk without an overlay is read-only.
-    pub fn new(disk: SharedDisk, serial: &str) -> Self {
+    ///
+    /// # Errors
+    /// No event descriptor.
+    pub fn new(disk: SharedDisk, serial: &str, pool: Arc<Pool>) -> io::Result<Self> {
         let mut id = [0; SERIAL_BYTES];
         for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let (disk_bytes, read_only) = {
-            let disk = lock(&disk);
-            (disk.disk_bytes(), disk.read_only())
-        };
-        Self {
-            disk,
-            serial: id,
-            config: config_space(disk_bytes),
-            disk_bytes,
-            read_only,
-            acked_features: 0,
-            piece: vec![0; request::PIECE_BYTES].into_boxed_slice(),
-        }
+        Ok(Self {
+            config: config_space(disk.disk_bytes()),
+            read_only: disk.read_only(),
+            target: Arc::new(Target { disk, serial: id, acked_features: 0 }),
+            pool,
+            lane: Lane::new()?,
+            starved: false,
+        })
     }
 
-    fn acked(&self, feature: u32) -> bool {
-        self.acked_features & 1 << feature != 0
+    fn set_acked(&mut self, acked_features: u64) {
+        let Target { disk, serial, .. } = &*self.target;
+        self.target = Arc::new(Target { disk: Arc::clone(disk), serial: *serial, acked_features });
+    }
+
+    /// Gives back what is done.
+    fn collect(&mut self, queues: &mut [Queue], memory: &GuestMemory) -> Result<Progress, DeviceError> {
+        let mut chains = Vec::new();
+        for (head, answer) in self.lane.take() {
+            // One that died has written no status: the driver cannot be told but by stopping.
+            chains.push((head, answer.unwrap_or(Err(DeviceError::Died))?));
+        }
+        let more = std::mem::take(&mut self.starved);
+        let Some(queue) = queues.first_mut().filter(|queue| queue.ready()) else {
+            // The driver took the queue away, and its buffers with it.
+            return Ok(Progress { interrupt: false, more });
+        };
+        Ok(Progress { interrupt: give_back(queue, memory, chains)?, more })
     }
 }
 
@@ -120,11 +148,13 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, acked_features: u64) {
-        self.acked_features = acked_features;
+        self.set_acked(acked_features);
     }
 
     fn reset(&mut self) {
-        self.acked_features = 0;
+        self.lane.abandon();
+        self.starved = false;
+        self.set_acked(0);
     }
 
     fn queue_event(
@@ -134,32 +164,56 @@ impl VirtioDevice for Block {
         memory: &GuestMemory,
     ) -> Result<Progress, DeviceError> {
         let queue = queues.get_mut(index).ok_or(DeviceError::NoQueue(index))?;
-        let mut left = Some(CALL_BYTES_MAX);
+        let Self { target, pool, lane, starved, .. } = self;
         let worked = work(queue, memory, |chain| {
-            let Some(budget) = left else { return Ok(Outcome::Keep) };
-            left = budget.checked_sub(chain.readable_bytes() + chain.writable_bytes());
-            Ok(Outcome::Used(self.handle(chain)?))
+            if lane.open() >= IN_FLIGHT_MAX {
+                *starved = true;
+                return Ok(Outcome::Keep);
+            }
+            // Without a byte for the status there is no way to tell the driver but to stop.
+            if chain.writable_bytes() == 0 {
+                return Err(ChainError::TooShort(0, 1).into());
+            }
+            let (target, memory, buffers) = (Arc::clone(target), memory.clone(), chain.buffers().clone());
+            lane.begin(pool, chain.head(), move |piece| {
+                target.handle(&Chain::again(&memory, buffers), piece)
+            });
+            Ok(Outcome::Taken)
         })?;
-        Ok(Progress { more: !worked.empty, ..worked.progress })
+        Ok(worked.progress)
     }
 
     fn host_interest(&self) -> Vec<HostInterest> {
-        vec![]
+        vec![HostInterest { fd: self.lane.fd(), readable: true, writable: false }]
     }
 
-    fn host_event(&mut self, _: RawFd, _: &mut [Queue], _: &GuestMemory) -> Result<Progress, DeviceError> {
-        Ok(Progress::default())
+    fn host_event(
+        &mut self,
+        _: RawFd,
+        queues: &mut [Queue],
+        memory: &GuestMemory,
+    ) -> Result<Progress, DeviceError> {
+        self.collect(queues, memory)
+    }
+
+    fn quiesce(&mut self, queues: &mut [Queue], memory: &GuestMemory) -> Result<Progress, DeviceError> {
+        self.lane.wait();
+        self.collect(queues, memory)
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {
-        codec::encode(&BlockState::V1 { disk_bytes: self.disk_bytes, read_only: self.read_only })
-            .map_err(|source| DeviceError::Codec { device: self.name(), source })
+        codec::encode(&BlockState::V1 {
+            disk_bytes: self.target.disk.disk_bytes(),
+            read_only: self.read_only,
+        })
+        .map_err(|source| DeviceError::Codec { device: self.name(), source })
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), DeviceError> {
         let BlockState::V1 { disk_bytes, read_only } =
             codec::decode(bytes).map_err(|source| DeviceError::Codec { device: self.name(), source })?;
-        if (disk_bytes, read_only) == (self.disk_bytes, self.read_only) {
+        let here = self.target.disk.disk_bytes();
+        if (disk_bytes, read_only) == (here, self.read_only) {
             return Ok(());
         }
         let tell =
@@ -169,15 +223,10 @@ impl VirtioDevice for Block {
             what: format!(
                 "the guest knows a disk of {}, but is given one of {}: give the snapshot's own disks",
                 tell(disk_bytes, read_only),
-                tell(self.disk_bytes, self.read_only)
+                tell(here, self.read_only)
             ),
         })
     }
-}
-
-fn lock(disk: &SharedDisk) -> MutexGuard<'_, LayeredDisk> {
-    // Every step of the disk leaves it usable, so a panic elsewhere does not spoil it.
-    disk.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// `struct virtio_blk_config`, clause 5.2.4.

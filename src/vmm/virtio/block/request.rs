@@ -1,4 +1,4 @@
-//! One block request: from its chain to the status byte.
+//! One block request: from its chain to the status byte. On a thread of the pool, several at once.
 //!
 //! Header and status may be split over descriptors in any way (clause 2.7.4): only byte positions count. The header is
 //! the first 16 readable bytes, the status the last writable byte.
@@ -6,20 +6,18 @@
 //! Facts: virtio 1.2 clause 5.2.6.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::{Block, RANGE_SECTORS_MAX, RANGES_MAX, SERIAL_BYTES, lock};
+use super::{RANGE_SECTORS_MAX, RANGES_MAX, SERIAL_BYTES, SharedDisk};
 use crate::snapshot::layers::LayerError;
 use crate::vmm::virtio::DeviceError;
 use crate::vmm::virtio::chain::{Chain, ChainError};
 
 /// The unit of addresses and lengths, whatever the block size.
 pub const SECTOR_BYTES: u64 = crate::snapshot::layers::SECTOR_BYTES;
-/// Bytes carried at once between disk and guest.
-pub const PIECE_BYTES: usize = 128 << 10;
 /// Most data in one request. A driver that keeps to `seg_max` sends less than this: FreeBSD at most 1 MiB, Linux 4.
 const DATA_BYTES_MAX: u64 = 16 << 20;
 const HEADER_BYTES: u64 = 16;
@@ -50,13 +48,26 @@ impl From<LayerError> for Failure {
     }
 }
 
-impl Block {
-    /// Carries a request out and writes its status. Returns the bytes written at the start of the writable part.
-    pub(super) fn handle(&mut self, chain: &Chain<'_>) -> Result<u32, DeviceError> {
+/// What requests are carried out on, and what was agreed upon with the driver.
+#[derive(Debug)]
+pub struct Target {
+    pub disk: SharedDisk,
+    pub serial: [u8; SERIAL_BYTES],
+    pub acked_features: u64,
+}
+
+impl Target {
+    fn acked(&self, feature: u32) -> bool {
+        self.acked_features & 1 << feature != 0
+    }
+
+    /// Carries a request out and writes its status. Returns the bytes written at the start of the writable part. `piece`
+    /// holds data on its way.
+    pub fn handle(&self, chain: &Chain<'_>, piece: &mut [u8]) -> Result<u32, DeviceError> {
         // Without a byte for the status there is no way to tell the driver but to stop.
         let data_bytes = chain.writable_bytes().checked_sub(1).ok_or(ChainError::TooShort(0, 1))?;
         let mut written = 0;
-        let status = match self.carry_out(chain, data_bytes, &mut written) {
+        let status = match self.carry_out(chain, piece, data_bytes, &mut written) {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
             Err(Failure::Io) => VIRTIO_BLK_S_IOERR,
@@ -69,16 +80,22 @@ impl Block {
         Ok(u32::try_from(written).unwrap_or(u32::MAX))
     }
 
-    fn carry_out(&mut self, chain: &Chain<'_>, writable: u64, written: &mut u64) -> Result<(), Failure> {
+    fn carry_out(
+        &self,
+        chain: &Chain<'_>,
+        piece: &mut [u8],
+        writable: u64,
+        written: &mut u64,
+    ) -> Result<(), Failure> {
         let mut header = [0; HEADER_BYTES as usize];
         chain.read(0, &mut header)?;
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
         let readable = chain.readable_bytes() - HEADER_BYTES;
         match u32::from_le_bytes([t0, t1, t2, t3]) {
-            VIRTIO_BLK_T_IN => self.read(chain, sector, writable, written),
-            VIRTIO_BLK_T_OUT => self.write(chain, sector, readable),
-            VIRTIO_BLK_T_FLUSH => Ok(lock(&self.disk).flush()?),
+            VIRTIO_BLK_T_IN => self.read(chain, piece, sector, writable, written),
+            VIRTIO_BLK_T_OUT => self.write(chain, piece, sector, readable),
+            VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush()?),
             VIRTIO_BLK_T_GET_ID if writable >= SERIAL_BYTES as u64 => {
                 chain.write(0, &self.serial)?;
                 *written = SERIAL_BYTES as u64;
@@ -97,46 +114,58 @@ impl Block {
     fn transfer(&self, sector: u64, bytes: u64) -> Result<u64, Failure> {
         let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
         let end = offset.checked_add(bytes).ok_or(Failure::Io)?;
-        if bytes > DATA_BYTES_MAX || !bytes.is_multiple_of(SECTOR_BYTES) || end > self.disk_bytes {
+        if bytes > DATA_BYTES_MAX || !bytes.is_multiple_of(SECTOR_BYTES) || end > self.disk.disk_bytes() {
             return Err(Failure::Io);
         }
         Ok(offset)
     }
 
-    fn read(&mut self, chain: &Chain<'_>, sector: u64, bytes: u64, written: &mut u64) -> Result<(), Failure> {
+    fn read(
+        &self,
+        chain: &Chain<'_>,
+        piece: &mut [u8],
+        sector: u64,
+        bytes: u64,
+        written: &mut u64,
+    ) -> Result<(), Failure> {
         let offset = self.transfer(sector, bytes)?;
-        let disk = lock(&self.disk);
         while *written < bytes {
-            let part = (bytes - *written).min(PIECE_BYTES as u64);
-            let piece = self.piece.get_mut(..part as usize).ok_or(Failure::Io)?;
-            disk.read_at(piece, offset + *written)?;
+            let part = (bytes - *written).min(piece.len() as u64);
+            let piece = piece.get_mut(..part as usize).ok_or(Failure::Io)?;
+            self.disk.read_at(piece, offset + *written)?;
             chain.write(*written, piece)?;
             *written += part;
         }
         Ok(())
     }
 
-    fn write(&mut self, chain: &Chain<'_>, sector: u64, bytes: u64) -> Result<(), Failure> {
+    fn write(&self, chain: &Chain<'_>, piece: &mut [u8], sector: u64, bytes: u64) -> Result<(), Failure> {
         let offset = self.transfer(sector, bytes)?;
-        // A driver that did not take FLUSH may expect every write to be stable (clause 5.2.5.2). It is as stable as
-        // this disk gets: an overlay lives as long as its VM, whether synced or not, and a freeze copies what is there.
-        let mut disk = lock(&self.disk);
-        if disk.read_only() {
+        if self.disk.read_only() {
             return Err(Failure::Io);
         }
         let mut done = 0;
         while done < bytes {
-            let part = (bytes - done).min(PIECE_BYTES as u64);
-            let piece = self.piece.get_mut(..part as usize).ok_or(Failure::Io)?;
+            let part = (bytes - done).min(piece.len() as u64);
+            let piece = piece.get_mut(..part as usize).ok_or(Failure::Io)?;
             chain.read(HEADER_BYTES + done, piece)?;
-            disk.write_at(piece, offset + done)?;
+            self.disk.write_at(piece, offset + done)?;
             done += part;
         }
-        Ok(())
+        self.write_through()
+    }
+
+    /// A driver that did not take FLUSH has every write stable when it is given back (clause 5.2.6.2). An overlay is as
+    /// stable as it gets: it ends with its VM, and a freeze copies what is there.
+    fn write_through(&self) -> Result<(), Failure> {
+        match self.disk.direct() && !self.acked(VIRTIO_BLK_F_FLUSH) {
+            true => Ok(self.disk.flush()?),
+            false => Ok(()),
+        }
     }
 
     /// Discard and write-zeroes: the data is a list of ranges.
-    fn zero(&mut self, chain: &Chain<'_>, bytes: u64, discard: bool) -> Result<(), Failure> {
+    fn zero(&self, chain: &Chain<'_>, bytes: u64, discard: bool) -> Result<(), Failure> {
         if bytes == 0 || !bytes.is_multiple_of(RANGE_BYTES) || bytes / RANGE_BYTES > u64::from(RANGES_MAX) {
             return Err(Failure::Io);
         }
@@ -157,9 +186,11 @@ impl Block {
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Failure::Io)?;
             let bytes = u64::from(sectors) * SECTOR_BYTES;
-            let mut disk = lock(&self.disk);
-            if discard { disk.discard(offset, bytes)? } else { disk.write_zeroes(offset, bytes)? }
+            match discard {
+                true => self.disk.discard(offset, bytes)?,
+                false => self.disk.write_zeroes(offset, bytes)?,
+            }
         }
-        Ok(())
+        self.write_through()
     }
 }

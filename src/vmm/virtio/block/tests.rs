@@ -22,12 +22,16 @@ fn file() -> File {
 }
 
 fn shared(overlay: Option<File>) -> SharedDisk {
-    Arc::new(Mutex::new(LayeredDisk::open(None, vec![], overlay, DISK_BYTES).unwrap()))
+    Arc::new(LayeredDisk::open(None, vec![], overlay, DISK_BYTES).unwrap())
+}
+
+fn block(disk: SharedDisk, serial: &str) -> Block {
+    Block::new(disk, serial, Pool::new()).unwrap()
 }
 
 fn started() -> (Machine, SharedDisk) {
     let disk = shared(Some(file()));
-    (Machine::started(Box::new(Block::new(disk.clone(), "serial-of-a-disk-that-is-long")), 16, 0), disk)
+    (Machine::started(Box::new(block(disk.clone(), "serial-of-a-disk-that-is-long")), 16, 0), disk)
 }
 
 /// Sends one request in the usual three parts and returns its status and used length.
@@ -63,7 +67,7 @@ fn what_is_written_is_read() {
     machine.write_bytes(DATA, &pattern);
     assert_eq!(request(&mut machine, VIRTIO_BLK_T_OUT, 9, &[(DATA, 8192, false)]), (OK, 1));
     let mut on_disk = vec![0; 8192];
-    lock(&disk).read_at(&mut on_disk, 9 * 512).unwrap();
+    disk.read_at(&mut on_disk, 9 * 512).unwrap();
     assert_eq!(on_disk, pattern);
     let parts = [(DATA + 0x10000, 512, true), (DATA + 0x20000, 7680, true)];
     assert_eq!(request(&mut machine, VIRTIO_BLK_T_IN, 9, &parts), (OK, 8193));
@@ -114,7 +118,7 @@ fn the_configuration_space_tells_the_disk() {
 
 #[test]
 fn a_read_only_disk_says_so_and_refuses_writes() {
-    let mut machine = Machine::started(Box::new(Block::new(shared(None), "x")), 16, 0);
+    let mut machine = Machine::started(Box::new(block(shared(None), "x")), 16, 0);
     let offered = machine.offered();
     assert_ne!(offered & (1 << VIRTIO_BLK_F_RO), 0);
     assert_eq!(offered & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES), 0);
@@ -153,10 +157,10 @@ fn wrong_requests_get_an_error_status_and_the_device_goes_on() {
 #[test]
 fn zeroes_and_discards() {
     let (mut machine, disk) = started();
-    let fill = |value: u8| lock(&disk).write_at(&[value; 65536], 0).unwrap();
+    let fill = |value: u8| disk.write_at(&[value; 65536], 0).unwrap();
     let byte = |offset: u64| {
         let mut byte = [0xee];
-        lock(&disk).read_at(&mut byte, offset).unwrap();
+        disk.read_at(&mut byte, offset).unwrap();
         byte[0]
     };
     fill(7);
@@ -189,7 +193,7 @@ fn zeroes_and_discards() {
 #[test]
 fn discard_without_its_feature_is_unsupported() {
     let without = 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
-    let mut machine = Machine::started(Box::new(Block::new(shared(Some(file())), "x")), 16, without);
+    let mut machine = Machine::started(Box::new(block(shared(Some(file())), "x")), 16, without);
     put_range(&machine, DATA, 0, 8, 0);
     assert_eq!(request(&mut machine, VIRTIO_BLK_T_DISCARD, 0, &[(DATA, 16, false)]).0, UNSUPP);
     assert_eq!(request(&mut machine, VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(DATA, 16, false)]).0, UNSUPP);
@@ -278,7 +282,7 @@ fn a_chain_that_cannot_be_answered_stops_the_device_until_reset() {
 #[test]
 fn the_ring_goes_round_with_and_without_event_indices() {
     for without in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
-        let mut machine = Machine::started(Box::new(Block::new(shared(Some(file())), "x")), 4, without);
+        let mut machine = Machine::started(Box::new(block(shared(Some(file())), "x")), 4, without);
         for round in 0..70_000u32 {
             let (status, _) = request(&mut machine, VIRTIO_BLK_T_FLUSH, 0, &[]);
             assert_eq!(status, OK, "round {round}");
@@ -287,31 +291,105 @@ fn the_ring_goes_round_with_and_without_event_indices() {
     }
 }
 
-#[test]
-fn a_call_has_a_limit_and_the_rest_follows_by_itself() {
-    let disk = shared(Some(file()));
-    let mut machine = Machine::started(Box::new(Block::new(disk, "x")), 64, 0);
-    put_header(&machine, HEADER, VIRTIO_BLK_T_IN, 0);
-    // 20 requests of 1 MiB in one notification: more than one call may carry.
-    for at in 0..20 {
-        machine.add(0, at * 3, &[(HEADER, 16, false), (DATA, 1 << 20, true), (STATUS, 1, true)]);
+/// Makes `count` reads of a sector available without waiting for them.
+fn add_reads(machine: &mut Machine, count: u16, size: u16) {
+    put_header(machine, HEADER, VIRTIO_BLK_T_IN, 0);
+    for at in 0..count {
+        let head = at * 3 % size;
+        machine.add(0, head, &[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
     }
+}
+
+#[test]
+fn several_requests_are_under_way_and_a_pause_waits_for_them() {
+    let (mut machine, disk) = started();
+    machine.edges.take();
+    let held = disk.hold();
+    add_reads(&mut machine, 5, 16);
     machine.transport.lock().notify(0, &machine.memory);
-    let first = machine.used_index(0);
-    assert!((1..20).contains(&first), "{first} in one call");
+    assert_eq!((machine.used_index(0), machine.edges.take()), (0, 0), "taken off the ring, not given back");
+    drop(held);
+    machine.transport.lock().quiesce(&machine.memory);
+    assert_eq!(machine.used_index(0), 5);
+    assert_eq!(machine.edges.take(), 1, "one interrupt for all");
+    let saved = machine.transport.lock().save().unwrap();
+    assert_eq!((saved.queues[0].next_available, saved.queues[0].next_used), (5, 5));
+    // What was given back before is not given back again after.
+    let mut copy = machine.copy_with(Box::new(block(disk, "x")));
+    copy.transport.lock().restore(&saved, false, &copy.memory).unwrap();
+    copy.transport.lock().kick_after_restore();
+    copy.run();
+    assert_eq!(copy.used_index(0), 5);
+    assert_eq!(request(&mut machine, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]), (OK, 513));
+}
+
+#[test]
+fn a_driver_that_piles_up_requests_waits_and_none_is_lost() {
+    let disk = shared(Some(file()));
+    let mut machine = Machine::started(Box::new(block(disk.clone(), "x")), 256, 0);
+    let held = disk.hold();
+    // The ring is filled again before anything was given back: 200 and 200, of 256 at most.
+    for _ in 0..2 {
+        add_reads(&mut machine, 200, 240);
+        machine.transport.lock().notify(0, &machine.memory);
+    }
+    let state = machine.transport.lock().save().unwrap();
+    assert_eq!(state.queues[0].next_available, IN_FLIGHT_MAX as u16);
+    drop(held);
     machine.run();
-    assert_eq!(machine.used_index(0), 20);
+    assert_eq!(machine.used_index(0), 400);
+    assert!(!machine.broken());
+}
+
+#[test]
+fn a_reset_ends_what_is_under_way() {
+    let (mut machine, disk) = started();
+    for _ in 0..20 {
+        std::thread::scope(|scope| {
+            let (held, wait) = std::sync::mpsc::channel();
+            let (go, gate) = std::sync::mpsc::channel::<()>();
+            let disk = &disk;
+            scope.spawn(move || {
+                let _held = disk.hold();
+                held.send(()).unwrap();
+                let _ = gate.recv();
+            });
+            wait.recv().unwrap();
+            add_reads(&mut machine, 5, 16);
+            machine.transport.lock().notify(0, &machine.memory);
+            drop(go);
+            machine.start(16, 0);
+        });
+        assert_eq!(machine.used_index(0), 0, "nothing of before the reset reaches the new rings");
+        assert_eq!(request(&mut machine, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]), (OK, 513));
+    }
+}
+
+#[test]
+fn a_direct_disk_has_every_write_in_its_file() {
+    let handle = file();
+    handle.set_len(DISK_BYTES).unwrap();
+    for without in [0, 1 << VIRTIO_BLK_F_FLUSH] {
+        let disk = Arc::new(LayeredDisk::open_direct(handle.try_clone().unwrap(), DISK_BYTES).unwrap());
+        let mut machine = Machine::started(Box::new(block(disk, "x")), 16, without);
+        machine.write_bytes(DATA, &[without as u8 | 1; 1024]);
+        assert_eq!(request(&mut machine, VIRTIO_BLK_T_OUT, 4, &[(DATA, 1024, false)]), (OK, 1));
+        assert_eq!(request(&mut machine, VIRTIO_BLK_T_FLUSH, 0, &[]), (OK, 1));
+        let mut bytes = [0; 1024];
+        std::os::unix::fs::FileExt::read_exact_at(&handle, &mut bytes, 2048).unwrap();
+        assert_eq!(bytes, [without as u8 | 1; 1024]);
+    }
 }
 
 #[test]
 fn state_is_taken_over_only_for_the_same_disk() {
-    let saved = Block::new(shared(Some(file())), "x").save().unwrap();
-    assert!(Block::new(shared(Some(file())), "y").restore(&saved).is_ok());
-    assert!(matches!(Block::new(shared(None), "x").restore(&saved), Err(DeviceError::Mismatch { .. })));
-    let other = Arc::new(Mutex::new(LayeredDisk::open(None, vec![], Some(file()), 512).unwrap()));
-    let error = Block::new(other, "x").restore(&saved).unwrap_err().to_string();
+    let saved = block(shared(Some(file())), "x").save().unwrap();
+    assert!(block(shared(Some(file())), "y").restore(&saved).is_ok());
+    assert!(matches!(block(shared(None), "x").restore(&saved), Err(DeviceError::Mismatch { .. })));
+    let other = Arc::new(LayeredDisk::open(None, vec![], Some(file()), 512).unwrap());
+    let error = block(other, "x").restore(&saved).unwrap_err().to_string();
     assert!(error.contains("1048576") && error.contains("512"), "{error}");
-    assert!(matches!(Block::new(shared(None), "x").restore(&[9, 9]), Err(DeviceError::Codec { .. })));
+    assert!(matches!(block(shared(None), "x").restore(&[9, 9]), Err(DeviceError::Codec { .. })));
 }
 
 proptest! {
@@ -331,7 +409,7 @@ proptest! {
         if write {
             bytes.extend_from_slice(&pattern);
         } else {
-            lock(&disk).write_at(&pattern, 1024).unwrap();
+            disk.write_at(&pattern, 1024).unwrap();
             bytes.extend_from_slice(&[0xee; 1024]);
         }
         bytes.push(0xee);
@@ -356,7 +434,7 @@ proptest! {
         }
         prop_assert_eq!(after[1040], OK);
         let mut on_disk = vec![0; 1024];
-        lock(&disk).read_at(&mut on_disk, 1024).unwrap();
+        disk.read_at(&mut on_disk, 1024).unwrap();
         prop_assert_eq!(&on_disk, &pattern);
         prop_assert_eq!(&after[16..1040], &pattern[..]);
     }

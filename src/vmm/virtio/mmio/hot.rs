@@ -1,6 +1,6 @@
 //! The registers that a driver touches all the time, without a lock.
 //!
-//! While the device thread works on a queue it holds the transport's lock, for as long as the disk takes. An interrupt
+//! While the device thread works on a queue it holds the transport's lock. An interrupt
 //! handler that reads and acknowledges the interrupt status must not wait for that, nor a driver that notifies. So
 //! these three registers (`QueueNotify`, `InterruptStatus`, `InterruptACK`) and the list of notified queues live here,
 //! in atomics; vCPU threads ask [`HotRegisters`] first and take the lock only for what it does not know.

@@ -1,0 +1,153 @@
+//! The writable top of a disk: the overlay's file with its bitmap, and what bringing a file to stable storage needs.
+//!
+//! Every method but [`Overlay::seal`] may be called by several threads at once. Order that others rely on: a block's
+//! data is in the file before its bit is set, and a write is noted for the next flush before it returns.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::LayerError;
+use super::format::{self, BLOCK_BYTES, Bitmap, FrozenBitmap, Layout};
+
+/// Whether a file was written since it was synced.
+#[derive(Debug, Default)]
+pub struct Sync {
+    dirty: AtomicBool,
+    /// Held while syncing: a second flush must not return before the first, which took its writes along, has ended.
+    syncing: Mutex<()>,
+}
+
+impl Sync {
+    /// A write has been done (not: is about to be).
+    pub fn touched(&self) {
+        self.dirty.store(true, Ordering::Release);
+    }
+
+    /// Brings what was written to stable storage, with what is needed to find it again.
+    pub fn flush(&self, file: &File) -> Result<(), LayerError> {
+        let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.dirty.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        file.sync_data().map_err(|source| {
+            self.touched();
+            LayerError::Io { what: "flush the disk", source }
+        })
+    }
+}
+
+/// The overlay.
+#[derive(Debug)]
+pub struct Overlay {
+    file: File,
+    bitmap: Bitmap,
+    /// The file has the disk's length (it gets it with the first change, not at restore).
+    sized: AtomicBool,
+    sync: Sync,
+}
+
+impl Overlay {
+    /// An overlay in `file`, which must be empty.
+    pub fn new(file: File, layout: &Layout) -> Result<Self, LayerError> {
+        let bytes = format::length(&file)?;
+        if bytes != 0 {
+            return Err(LayerError::OverlayNotEmpty(bytes));
+        }
+        Ok(Self { file, bitmap: Bitmap::new(layout), sized: AtomicBool::new(false), sync: Sync::default() })
+    }
+
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub fn into_file(self) -> File {
+        self.file
+    }
+
+    /// Blocks in it.
+    pub fn present(&self) -> u64 {
+        self.bitmap.present()
+    }
+
+    pub fn contains(&self, block: u64) -> bool {
+        self.bitmap.contains(block)
+    }
+
+    /// Gives the file the disk's length, once, so that holes up to the end can be read. Twice at the same time does no
+    /// harm: the length is the same, and nothing is written behind it.
+    fn size(&self, disk_bytes: u64) -> Result<(), LayerError> {
+        if !self.sized.load(Ordering::Acquire) {
+            self.file
+                .set_len(disk_bytes)
+                .map_err(|source| LayerError::Io { what: "size the disk's overlay", source })?;
+            self.sized.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Writes, and marks every block that the range touches as present.
+    pub fn write(&self, buffer: &[u8], offset: u64, disk_bytes: u64) -> Result<(), LayerError> {
+        self.size(disk_bytes)?;
+        let written = self.file.write_all_at(buffer, offset);
+        self.sync.touched();
+        written.map_err(|source| LayerError::Io { what: "write the disk's overlay", source })?;
+        self.bitmap.insert(offset / BLOCK_BYTES, (offset + buffer.len() as u64).div_ceil(BLOCK_BYTES));
+        Ok(())
+    }
+
+    /// Makes the blocks `first..end` zero.
+    pub fn zero(&self, first: u64, end: u64, disk_bytes: u64) -> Result<(), LayerError> {
+        self.size(disk_bytes)?;
+        let punched = punch(&self.file, first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes));
+        self.sync.touched();
+        punched?;
+        self.bitmap.insert(first, end);
+        Ok(())
+    }
+
+    pub fn flush(&self) -> Result<(), LayerError> {
+        self.sync.flush(&self.file)
+    }
+
+    /// Makes the file a frozen layer, number `index` from the lowest.
+    pub fn seal(&mut self, layout: &Layout, index: usize) -> Result<FrozenBitmap, LayerError> {
+        // Whatever length it gets, it is not the disk's any more, should the seal fail.
+        self.sized.store(false, Ordering::Release);
+        format::seal(&self.file, layout, &self.bitmap)?;
+        format::open(&self.file, layout, index)
+    }
+}
+
+/// Makes `from..to` of a file zero and gives its room back where the file system can do that. Both are at most
+/// `DISK_BYTES_MAX`.
+pub fn punch(file: &File, from: u64, to: u64) -> Result<(), LayerError> {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    loop {
+        // SAFETY: fallocate touches no memory of this process; the descriptor is open for as long as `file`. Both
+        // numbers are at most DISK_BYTES_MAX, so they fit off_t.
+        let done = unsafe { libc::fallocate(file.as_raw_fd(), mode, from as i64, (to - from) as i64) };
+        if done == 0 {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        match source.raw_os_error() {
+            Some(libc::EINTR) => {}
+            Some(libc::EOPNOTSUPP | libc::ENOSYS) => break,
+            _ => return Err(LayerError::Io { what: "free a range of the disk", source }),
+        }
+    }
+    let zeros = [0u8; 64 << 10];
+    let mut position = from;
+    while position < to {
+        let bytes = (to - position).min(zeros.len() as u64);
+        let part = zeros.get(..bytes as usize).unwrap_or(&zeros);
+        file.write_all_at(part, position)
+            .map_err(|source| LayerError::Io { what: "write zeros to the disk", source })?;
+        position += bytes;
+    }
+    Ok(())
+}
