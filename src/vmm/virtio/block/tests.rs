@@ -320,6 +320,9 @@ fn several_requests_are_under_way_and_a_pause_waits_for_them() {
     copy.transport.lock().kick_after_restore();
     copy.run();
     assert_eq!(copy.used_index(0), 5);
+    let mut heads: Vec<u16> = (0..5).map(|_| machine.take_used(0).unwrap().0).collect();
+    heads.sort_unstable();
+    assert_eq!(heads, [0, 3, 6, 9, 12]);
     assert_eq!(request(&mut machine, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]), (OK, 513));
 }
 
