@@ -1,7 +1,7 @@
 //! Saved state of the virtio devices and of the transport in front of them.
 //!
 //! [`TransportState`] is what every device has in common (virtio 1.2 clauses 2.1, 2.2, 2.7 and 4.2.2);
-//! [`TransportState::device`] holds the encoded [`BlockState`], [`ConsoleState`] or [`RngState`]. The enums are
+//! [`TransportState::device`] holds the encoded [`BlockState`], [`ConsoleState`], [`NetState`] or [`RngState`]. The enums are
 //! versions: an old variant stays readable, a changed layout gets a new variant at the end.
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ pub const TRANSPORT_STATE_VERSION: u16 = 1;
 /// A virtio-mmio transport with its device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
-    /// virtio device id (2 block, 3 console, 4 rng).
+    /// virtio device id (1 net, 2 block, 3 console, 4 rng).
     pub device_id: u32,
     /// Device status register, without interpretation.
     pub status: u32,
@@ -78,4 +78,37 @@ pub enum ConsoleState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum RngState {
     V1,
+}
+
+/// virtio-net. The frames that wait in the host's TAP or in the rings are not here: the former stay with the VM that was
+/// frozen, the latter are in guest memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NetState {
+    V1 {
+        /// The address that the device was made with, and shows again after a reset.
+        permanent_mac: [u8; 6],
+        /// The address now: as made, or as the driver set it.
+        mac: [u8; 6],
+        /// The MTU that the device tells, if it tells one.
+        mtu: Option<u16>,
+        /// Device features that were offered to the driver.
+        offered: u64,
+        /// Receive offloads in force, as feature bits (`VIRTIO_NET_F_GUEST_*`).
+        receive_offloads: u64,
+        /// The driver was told that the link is up.
+        link_up: bool,
+        promiscuous: bool,
+        all_multicast: bool,
+        /// Addresses received besides `mac`. `None`: the driver gave more than the device keeps, all are received.
+        unicast: Option<Vec<[u8; 6]>>,
+        multicast: Option<Vec<[u8; 6]>>,
+        /// VLANs received, ascending. `None`: not filtered.
+        vlans: Option<Vec<u16>>,
+        /// A transmitted chain waits for the host to take more.
+        transmit_blocked: bool,
+        /// The guest had given receive buffers.
+        receive_buffers: bool,
+        /// A frame taken from the host, header included, for which the guest had no room yet; empty: none.
+        frame: Vec<u8>,
+    },
 }

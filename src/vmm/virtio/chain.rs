@@ -98,6 +98,11 @@ impl<'m> Chain<'m> {
         self.buffers.head
     }
 
+    /// Number of its descriptors.
+    pub fn descriptors(&self) -> usize {
+        self.buffers.segments.len()
+    }
+
     pub fn readable_bytes(&self) -> u64 {
         self.buffers.readable_bytes
     }

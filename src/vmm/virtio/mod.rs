@@ -11,13 +11,14 @@
 //! May touch: guest memory, the files and sockets a device was built with, [`crate::vmm::irq`], and
 //! [`crate::snapshot`]'s `state`, `codec` and `layers`.
 //!
-//! Facts: virtio 1.2, clauses 2.1 (status), 2.2 (features), 2.7 (split rings), 4.2 (mmio), 5.2 (block), 5.3 (console),
+//! Facts: virtio 1.2, clauses 2.1 (status), 2.2 (features), 2.7 (split rings), 4.2 (mmio), 5.1 (net), 5.2 (block), 5.3 (console),
 //! 5.4 (entropy); FreeBSD's `sys/dev/virtio` for what its drivers need.
 
 pub mod block;
 pub mod chain;
 pub mod console;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -42,7 +43,7 @@ pub trait VirtioDevice: Send {
     /// Device id, virtio 1.2 clause 5.
     fn device_id(&self) -> u32;
 
-    /// "block", "console", "rng".
+    /// "block", "console", "rng", "net".
     fn name(&self) -> &'static str;
 
     /// Largest size of each queue, in the order of their numbers; powers of two.
@@ -89,6 +90,12 @@ pub trait VirtioDevice: Send {
         Ok(Progress::default())
     }
 
+    /// What the device wants of its transport besides, told once. Asked after every call to it, and when a restored VM
+    /// is let go.
+    fn take_wishes(&mut self) -> Wishes {
+        Wishes::default()
+    }
+
     /// The device's own state, encoded. Called after [`Self::quiesce`], while no vCPU runs and no event is being handled.
     fn save(&self) -> Result<Vec<u8>, DeviceError>;
 
@@ -103,6 +110,15 @@ pub struct Progress {
     pub interrupt: bool,
     /// The call stopped at its limit; the queue wants another call, without a new notification.
     pub more: bool,
+}
+
+/// What a device wants of its transport.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Wishes {
+    /// The configuration space changed by itself: the driver is to be told.
+    pub config_changed: bool,
+    /// Queues that the device thread is to look at; bit = number.
+    pub queues: u32,
 }
 
 /// A host descriptor and what to wait for.

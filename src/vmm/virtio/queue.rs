@@ -1,12 +1,12 @@
 //! Working through a virtqueue: the loop every device shares, and the decision to interrupt.
 //!
-//! Built on `virtio-queue`, which checks indices and addresses on each access. Two things it leaves to its user: the
-//! flag by which a driver without event indices asks for no interrupt, and the end of the work on a ring that the
-//! guest keeps filling.
+//! Built on `virtio-queue`, which checks indices and addresses on each access. Three things it leaves to its user: the
+//! flag by which a driver without event indices asks for no interrupt, chains that must become visible together, and
+//! the end of the work on a ring that the guest keeps filling.
 //!
 //! Facts: virtio 1.2 clauses 2.7.7 (used buffer notification suppression), 2.7.10 (available buffer notifications).
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -15,6 +15,12 @@ use vm_memory::{Bytes, GuestAddress};
 use super::chain::Chain;
 use super::{DeviceError, Progress};
 use crate::vmm::memory::GuestMemory;
+
+/// Layout of the rings, clauses 2.7.6 and 2.7.8.
+const AVAILABLE_HEADER_BYTES: u64 = 4;
+const AVAILABLE_ELEMENT_BYTES: u64 = 2;
+const USED_HEADER_BYTES: u64 = 4;
+const USED_ELEMENT_BYTES: u64 = 8;
 
 /// What a device did with a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +51,7 @@ pub fn work(
     mut handle: impl FnMut(&Chain<'_>) -> Result<Outcome, DeviceError>,
 ) -> Result<Worked, DeviceError> {
     let mut worked = Worked::default();
-    let mut used = false;
+    let used_before = queue.next_used();
     let mut budget = queue.size();
     queue.disable_notification(memory)?;
     loop {
@@ -69,7 +75,6 @@ pub fn work(
         match handle(&chain)? {
             Outcome::Used(bytes) => {
                 queue.add_used(memory, chain.head(), bytes)?;
-                used = true;
             }
             Outcome::Taken => {}
             Outcome::Keep => {
@@ -79,7 +84,7 @@ pub fn work(
             }
         }
     }
-    worked.progress.interrupt = used && wants_interrupt(queue, memory)?;
+    worked.progress.interrupt = wants_interrupt(queue, memory, used_before)?;
     Ok(worked)
 }
 
@@ -89,25 +94,53 @@ pub fn give_back(
     memory: &GuestMemory,
     chains: impl IntoIterator<Item = (u16, u32)>,
 ) -> Result<bool, DeviceError> {
-    let mut used = false;
+    let used_before = queue.next_used();
     for (head, bytes) in chains {
         queue.add_used(memory, head, bytes)?;
-        used = true;
     }
-    Ok(used && wants_interrupt(queue, memory)?)
+    wants_interrupt(queue, memory, used_before)
 }
 
-/// Whether the driver wants an interrupt for what was just used.
-fn wants_interrupt(queue: &mut Queue, memory: &GuestMemory) -> Result<bool, DeviceError> {
-    // Its fence also orders the read of the flags below after the write of the used index.
-    if !queue.needs_notification(memory)? {
+/// Gives several chains, each with the bytes written to it, back at once: the driver sees all of them or none.
+pub fn add_used_together(
+    queue: &mut Queue,
+    memory: &GuestMemory,
+    used: &[(u16, u32)],
+) -> Result<(), DeviceError> {
+    let Some(((last_head, last_bytes), before)) = used.split_last() else { return Ok(()) };
+    let mut next = queue.next_used();
+    for (head, bytes) in before {
+        let slot = u64::from(next % queue.size());
+        let address = queue.used_ring().checked_add(USED_HEADER_BYTES + USED_ELEMENT_BYTES * slot);
+        let element = [u32::from(*head).to_le(), bytes.to_le()];
+        let address = address.ok_or(virtio_queue::Error::AddressOverflow)?;
+        memory.write_obj(element, GuestAddress(address)).map_err(virtio_queue::Error::GuestMemory)?;
+        next = next.wrapping_add(1);
+    }
+    queue.set_next_used(next);
+    // It writes the last one and, after it, the index that shows them all.
+    Ok(queue.add_used(memory, *last_head, *last_bytes)?)
+}
+
+/// Whether the driver wants an interrupt for what was used since the used index was `before`. To be asked once for each
+/// run of used entries.
+pub fn wants_interrupt(queue: &Queue, memory: &GuestMemory, before: u16) -> Result<bool, DeviceError> {
+    let now = queue.next_used();
+    if now == before {
         return Ok(false);
     }
+    // Orders the reads below after the write of the used index.
+    fence(Ordering::SeqCst);
+    let load = |offset: u64| -> Result<u16, DeviceError> {
+        let address = queue.avail_ring().checked_add(offset).ok_or(virtio_queue::Error::AddressOverflow)?;
+        let value: u16 = memory
+            .load(GuestAddress(address), Ordering::Relaxed)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(u16::from_le(value))
+    };
     if queue.event_idx_enabled() {
-        return Ok(true);
+        let used_event = load(AVAILABLE_HEADER_BYTES + AVAILABLE_ELEMENT_BYTES * u64::from(queue.size()))?;
+        return Ok(now.wrapping_sub(used_event).wrapping_sub(1) < now.wrapping_sub(before));
     }
-    let flags: u16 = memory
-        .load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)
-        .map_err(virtio_queue::Error::GuestMemory)?;
-    Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
+    Ok(load(0)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0)
 }

@@ -255,6 +255,23 @@ impl Transport {
             }
             Err(error) => self.fail(&error),
         }
+        self.grant_wishes();
+    }
+
+    /// Does what the device wants of its transport.
+    fn grant_wishes(&mut self) {
+        let wishes = self.device.take_wishes();
+        if !self.running() {
+            return;
+        }
+        if wishes.config_changed {
+            self.config_generation = self.config_generation.wrapping_add(1);
+            self.signal.changed();
+        }
+        match wishes.queues & self.doorbell.queues() {
+            0 => {}
+            queues => self.doorbell.kick(queues),
+        }
     }
 
     /// Stops the device until the driver resets it (clause 2.1.2).

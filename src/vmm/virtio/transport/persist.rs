@@ -22,7 +22,7 @@ pub enum RestoreError {
     #[error("the saved {name} device has {saved} queues, not {here}")]
     QueueCount { name: &'static str, saved: usize, here: usize },
     #[error(
-        "the saved {name} device uses features {missing:#x} that are not offered here; use the version that took the snapshot"
+        "the saved {name} device uses features {missing:#x} that are not offered here; use the version that took the snapshot, and for a net device a link that can do as much (a TAP, not a wire)"
     )]
     Features { name: &'static str, missing: u64 },
     #[error("the saved {name} device's {what} cannot be; the snapshot is damaged")]
@@ -86,6 +86,7 @@ impl Transport {
     /// pending, and an interrupt that was not acknowledged is raised again. Touches no guest memory. Harmless at any
     /// time.
     pub fn kick_after_restore(&mut self) {
+        self.grant_wishes();
         if self.doorbell.pending() != 0 {
             self.doorbell.kick(0);
         }
