@@ -47,6 +47,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         steps: steps(status.steps),
         worker_pid: if ended { 0 } else { vm.process.pid() },
         restarts: status.restarts,
+        panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
     }
 }
 

@@ -9,6 +9,7 @@ mod doctor;
 mod image;
 mod output;
 mod private;
+mod run;
 mod serve;
 mod snapshot;
 mod tiny;
@@ -48,6 +49,9 @@ enum Command {
     /// See it work: cold boot, snapshot, clones that answer, checked and timed. Needs nothing but /dev/kvm.
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Arguments),
+    /// Boot a kernel, run one command on its console and end with its status: for kernel developers' loops.
+    #[command(after_help = run::EXAMPLES)]
+    Run(run::Arguments),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -100,6 +104,7 @@ pub fn main() -> ExitCode {
         Command::Vm(command) => run(vm::run(command)),
         Command::Snapshot(command) => run(snapshot::run(command)),
         Command::Demo(arguments) => run(demo::run(arguments)),
+        Command::Run(arguments) => run(run::run(arguments)),
         Command::Bench(command) => run(bench::run(command)),
         Command::Doctor(arguments) => doctor::run(arguments),
     };

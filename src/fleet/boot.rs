@@ -154,6 +154,7 @@ impl Fleet {
             folder: start.folder,
             again: start.again,
             restarts: VecDeque::new(),
+            panics: 0,
         };
         tokio::spawn(owner.run());
         // From here the guard ends the VM: also when the registry refuses it.
@@ -241,6 +242,12 @@ impl Fleet {
                     result = &mut boot => break result?,
                     reason = vm.ended() => {
                         return Err(FleetError::EndedEarly { reason, last_lines: vm.console.last_lines() });
+                    }
+                    panic = vm.console.panicked() => {
+                        return Err(FleetError::EndedEarly {
+                            reason: format!("the guest's kernel panicked ({panic})"),
+                            last_lines: vm.console.last_lines(),
+                        });
                     }
                     () = progress.closed() => {
                         return Err(FleetError::WrongState("the caller went away before the VM was ready".into()));

@@ -14,6 +14,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{broadcast, mpsc, watch};
 
 use super::error::FleetError;
+use super::kernel_words::{Ear, KernelWords};
 use super::limits::*;
 
 /// One VM's console.
@@ -22,6 +23,7 @@ pub struct Console {
     kept: Mutex<Kept>,
     input: mpsc::Sender<Bytes>,
     seen: watch::Receiver<bool>,
+    words: watch::Receiver<KernelWords>,
 }
 
 /// The backlog, and the way to those who listen.
@@ -56,10 +58,11 @@ impl Console {
         let (listeners, _) = broadcast::channel(CONSOLE_PIECES_MAX);
         let (input, typed) = mpsc::channel(CONSOLE_INPUTS_MAX);
         let (seen_in, seen) = watch::channel(false);
+        let (words_in, words) = watch::channel(KernelWords::default());
         let kept = Kept { backlog: VecDeque::new(), total: 0, listeners: Some(listeners) };
-        let console = Arc::new(Self { kept: Mutex::new(kept), input, seen });
+        let console = Arc::new(Self { kept: Mutex::new(kept), input, seen, words });
         tokio::spawn(write(writer, typed));
-        tokio::spawn(read(Arc::clone(&console), reader, Finder::new(pattern), seen_in));
+        tokio::spawn(read(Arc::clone(&console), reader, Finder::new(pattern), seen_in, words_in));
         console
     }
 
@@ -90,6 +93,26 @@ impl Console {
     /// Waits until the pattern has been seen; `false` when the console ended without it.
     pub async fn pattern_seen(&self) -> bool {
         self.seen.clone().wait_for(|seen| *seen).await.is_ok()
+    }
+
+    /// What the guest's kernel has said.
+    pub fn words(&self) -> watch::Receiver<KernelWords> {
+        self.words.clone()
+    }
+
+    /// Waits until the guest's kernel has panicked and has printed its trace; gives the panic's line. Comes back for nothing else.
+    pub async fn panicked(&self) -> String {
+        let mut words = self.words.clone();
+        let heard = words.wait_for(|words| words.panic.is_some()).await;
+        let line = heard.ok().and_then(|words| words.panic.clone());
+        let Some(line) = line else { return std::future::pending().await };
+        // Nothing says that a trace is at its end but that no more comes.
+        let printed = async {
+            let mut listener = self.listen(false);
+            while let Ok(Some(_)) = tokio::time::timeout(TRACE_PAUSE, listener.next()).await {}
+        };
+        let _ = tokio::time::timeout(TRACE_WITHIN, printed).await;
+        line
     }
 
     /// The last lines for an error message, as one sentence part.
@@ -174,7 +197,9 @@ async fn read(
     mut socket: OwnedReadHalf,
     mut finder: Finder,
     seen: watch::Sender<bool>,
+    words: watch::Sender<KernelWords>,
 ) {
+    let mut ear = Ear::default();
     let mut buffer = vec![0u8; CONSOLE_READ_BYTES];
     loop {
         let bytes = match socket.read(&mut buffer).await {
@@ -184,6 +209,9 @@ async fn read(
         console.take_in(bytes);
         if finder.look(bytes) {
             let _ = seen.send(true);
+        }
+        if let Some(heard) = ear.hear(bytes) {
+            words.send_replace(heard);
         }
     }
     console.lock().listeners = None;

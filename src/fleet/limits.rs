@@ -46,6 +46,9 @@ pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
 pub const CONSOLE_INPUTS_MAX: usize = 16;
 /// Console streams over all VMs.
 pub const CONSOLE_STREAMS_MAX: usize = 1024;
+/// A panic's trace has ended when the console is silent for this long, or after that long whatever comes.
+pub const TRACE_PAUSE: Duration = Duration::from_millis(500);
+pub const TRACE_WITHIN: Duration = Duration::from_secs(10);
 /// Lines of a worker's stderr shown in an error.
 pub const LAST_WORDS_MAX: usize = 12;
 /// Console shown in an error: it travels in a header, of which there is room for about 4 KiB.

@@ -24,6 +24,7 @@ pub mod disks;
 pub mod error;
 pub mod id;
 pub mod images;
+pub mod kernel_words;
 pub mod limits;
 pub mod link;
 pub mod owner;

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
+use super::kernel_words::KernelWords;
 use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN};
 use super::link::{Events, Link};
 use super::shells::Socket;
@@ -46,6 +47,8 @@ pub struct Owner {
     pub again: Option<Again>,
     /// When it was booted again, the last few.
     pub restarts: VecDeque<Instant>,
+    /// Panics before the last reset.
+    pub panics: u32,
 }
 
 /// What a VM was cold-booted from, to do it again.
@@ -166,8 +169,13 @@ fn exit_text(reason: &ExitReason) -> String {
 impl Owner {
     /// Until the VM's end.
     pub async fn run(mut self) {
+        let mut words = self.vm.console.words();
         loop {
             tokio::select! {
+                Ok(()) = words.changed() => {
+                    let words = words.borrow_and_update().clone();
+                    self.heed(&words);
+                }
                 event = self.ears.events.recv(), if !self.ears.deaf => {
                     self.ears.hear(event);
                 }
@@ -270,9 +278,25 @@ impl Owner {
         }
     }
 
+    /// The guest's kernel said something on the console.
+    fn heed(&self, words: &KernelWords) {
+        if let Some(panic) = &words.panic {
+            tracing::warn!(vm = %self.vm.id, panic, "the guest's kernel panicked");
+        }
+        if words.halted {
+            // Without ACPI a kernel can say "power off" in no other way.
+            self.vm.kill("the guest has halted");
+        }
+    }
+
     /// After a guest's reset: boots the VM again, or ends it.
     async fn restart(&mut self, how: &str) {
-        let reason = format!("the guest reset itself ({how})");
+        let words = self.vm.console.words().borrow().clone();
+        let reason = match words.panic.filter(|_| words.panics > self.panics) {
+            Some(panic) => format!("the guest's kernel panicked ({panic}) and it reset itself ({how})"),
+            None => format!("the guest reset itself ({how})"),
+        };
+        self.panics = words.panics;
         // Before its ready point whoever waits for that is told at once.
         let Some(again) = self.again.as_ref().filter(|_| self.vm.state() != State::Booting) else {
             return self.vm.kill(&reason);

@@ -6,10 +6,11 @@ use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
+use tonic::Code;
 
-use crate::client::{Client, ImageFiles, console_pattern};
+use crate::client::{Client, ImageFiles, console_pattern, expect_status};
 use crate::console::Console;
-use crate::daemon::{Daemon, eventually};
+use crate::daemon::{self, Daemon, eventually};
 use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
@@ -23,6 +24,8 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("linux/pvh/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Pvh)),
         trial("linux/bzimage/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Linux)),
+        trial("linux/panic", NEEDS, 60, panics),
+        trial("linux/run-command", NEEDS, 120, run_command),
     ]
 }
 
@@ -59,6 +62,72 @@ async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm>
     client.import(spec, files).await?;
     let request = CreateVmRequest { source: Some(Source::Image("linux".into())), ..Default::default() };
     Ok(client.boot(request).await?.vm)
+}
+
+/// A kernel that panics for want of a root file system: said at once, with its trace, long before the ready point's timeout.
+async fn panics(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let folder = host::linux_guest().map_err(anyhow::Error::msg)?;
+    let spec = ImageSpec {
+        name: "rootless".into(),
+        boot: Some(BootSettings {
+            command_line: "console=ttyS0 panic=0".into(),
+            vcpus: 1,
+            memory_bytes: 256 << 20,
+            ready: console_pattern("LINUX-READY"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let files = ImageFiles { kernel: Some(fs::read(folder.join("bzImage"))?), ..Default::default() };
+    client.import(spec, files).await?;
+    let request = CreateVmRequest {
+        source: Some(Source::Image("rootless".into())),
+        ready_timeout_ms: 3_600_000,
+        ..Default::default()
+    };
+    let message = expect_status("a kernel that panics", client.boot(request).await, &[Code::Aborted])?;
+    for words in ["panicked", "Kernel panic - not syncing: VFS", "Call Trace"] {
+        ensure!(message.contains(words), "{words:?} is not in: {message}");
+    }
+    ensure!(client.list_vms().await?.is_empty(), "the VM stayed");
+    Ok(())
+}
+
+/// `coldspark run`: a command's output and its status come back, and nothing else on standard output.
+async fn run_command(_: Stage) -> anyhow::Result<()> {
+    let folder = host::linux_guest().map_err(anyhow::Error::msg)?;
+    let run = |command: &'static [&'static str]| {
+        let mut program = tokio::process::Command::new(daemon::program());
+        program.arg("run").arg("--kernel").arg(folder.join("bzImage"));
+        program.arg("--initrd").arg(folder.join("initramfs.cpio"));
+        program.args([
+            "--cmdline",
+            "console=ttyS0 quiet",
+            "--mem",
+            "256M",
+            "--ready",
+            "LINUX-READY",
+            "--timeout",
+            "600",
+        ]);
+        program.arg("--").args(command).kill_on_drop(true);
+        program
+    };
+    let done = run(&["seq", "1", "2000;", "echo", "last;", "exit", "42"]).output().await?;
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    ensure!(done.status.code() == Some(42), "status {:?}; stdout: {out}; stderr: {err}", done.status);
+    let lines: Vec<&str> = out.lines().map(str::trim_end).collect();
+    let right: Vec<String> = (1..=2000).map(|n| n.to_string()).chain(["last".into()]).collect();
+    ensure!(lines == right, "stdout: {out}");
+    ensure!(err.contains("LINUX-READY"), "the console is not shown on stderr: {err}");
+
+    let done = run(&["reboot", "-f"]).output().await?;
+    let err = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.code() == Some(125), "status {:?}; stderr: {err}", done.status);
+    ensure!(err.contains("ended before the command did"), "{err}");
+    Ok(())
 }
 
 async fn write_sector(console: &mut Console, sector: u32, words: &str) -> anyhow::Result<()> {
@@ -136,7 +205,16 @@ async fn road(stage: Stage, protocol: BootProtocol) -> anyhow::Result<()> {
     let faults = shell(&mut source, "dmesg | grep -ciE 'BUG:|Oops|rcu.*stall'").await?;
     ensure!(faults == "0", "the kernel complained {faults} times");
 
-    // One reboots: the VM ends and says how.
+    // The source reboots in place, with its disk and its console.
+    source.type_line("reboot -f").await?;
+    source.expect("LINUX-READY ").await.context("after a reboot")?;
+    source.expect(PROMPT).await?;
+    let seen = shell(&mut source, "dd if=/dev/vda bs=512 skip=8 count=1 2>/dev/null | head -n 1").await?;
+    ensure!(seen == "before", "after a reboot sector 8 is {seen:?}");
+    let now = client.vm(&vm.id).await?;
+    ensure!(now.restarts == 1 && now.state() == VmState::Ready, "{now:?}");
+
+    // A clone reboots: it ends and says how.
     consoles[0].type_line("reboot -f").await?;
     let id = &clones[0].id;
     eventually("the clone ends", 20, async || Ok(client.vm(id).await?.state() == VmState::Exited)).await?;

@@ -245,6 +245,9 @@ async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
         ]);
     }
     output::print(&table.text())?;
+    for vm in vms.iter().filter(|vm| !vm.panic.is_empty()) {
+        output::note(&format!("{} panicked: {}", vm.id, vm.panic));
+    }
     for vm in vms.iter().filter(|vm| !vm.exit_reason.is_empty()) {
         output::note(&format!("{} ended: {}", vm.id, vm.exit_reason));
     }
@@ -285,6 +288,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "steps": steps(&vm.steps),
         "worker_pid": vm.worker_pid,
         "restarts": vm.restarts,
+        "panic": vm.panic,
     })
 }
 
