@@ -17,6 +17,7 @@ use crate::fleet::Fleet;
 use crate::fleet::boot::{CreateVm, Progress};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
+use crate::fleet::disk_files::{DiskFile, DiskMode};
 use crate::fleet::limits::{CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT};
 use crate::fleet::vm::Vm;
 
@@ -227,12 +228,25 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             0 => READY_TIMEOUT_DEFAULT,
             ms => Duration::from_millis(ms.into()),
         },
+        disks: request.disks.into_iter().map(disk_file).collect::<Result<_, _>>()?,
         restart_on_reset: match proto::OnReset::try_from(request.on_reset) {
             Ok(proto::OnReset::Unspecified | proto::OnReset::Restart) => true,
             Ok(proto::OnReset::End) => false,
             Err(_) => return Err(invalid("an unknown `on_reset`; it is RESTART or END")),
         },
     })
+}
+
+fn disk_file(disk: proto::DiskFile) -> Result<DiskFile, Status> {
+    let mode = match proto::DiskMode::try_from(disk.mode) {
+        Ok(proto::DiskMode::Unspecified | proto::DiskMode::Overlay) => DiskMode::Overlay,
+        Ok(proto::DiskMode::ReadOnly) => DiskMode::ReadOnly,
+        Ok(proto::DiskMode::Persist) => DiskMode::Persist,
+        Err(_) => {
+            return Err(invalid("an unknown `mode` of a disk; it is OVERLAY, READ_ONLY or PERSIST"));
+        }
+    };
+    Ok(DiskFile { path: disk.path.into(), mode })
 }
 
 fn event(event: proto::create_vm_event::Event) -> proto::CreateVmEvent {

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::agent::AgentClient;
 use super::console::{Console, Output};
+use super::disk_files::{self, DiskFile};
 use super::disks::{VmDisk, VmFolder};
 use super::error::FleetError;
 use super::images::Bootable;
@@ -20,6 +21,7 @@ use super::link::Link;
 use super::owner::{Again, Ears, Faults, Owner, Phase};
 use super::registry::Guard;
 use super::shells::Shell;
+use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id};
 use crate::agent::Hello;
@@ -58,6 +60,8 @@ pub struct CreateVm {
     pub command_line: String,
     pub ready: Option<ReadyPoint>,
     pub ready_timeout: Duration,
+    /// Disks by path, after the image's.
+    pub disks: Vec<DiskFile>,
     /// Boot it again when the guest resets itself; otherwise that is its end.
     pub restart_on_reset: bool,
 }
@@ -174,9 +178,20 @@ impl Fleet {
         names.iter().try_for_each(|name| id::check_name("a VM", name))?;
         self.registry.check_room(1, &names)?;
         let bootable = self.images.bootable(request.image.as_deref()).await?;
-        let plan = Plan::new(&request, &bootable)?;
+        let mut plan = Plan::new(&request, &bootable)?;
         let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
-        let disks = bootable.disks(&mut folder)?;
+        let mut disks = bootable.disks(&mut folder)?;
+        if !request.disks.is_empty() {
+            let (files, before) = (request.disks.clone(), disks.len());
+            let (opened, back) = blocking(move || {
+                let opened = disk_files::open(&files, before, &mut folder);
+                (opened, folder)
+            })
+            .await?;
+            folder = back;
+            disks.extend(opened?);
+        }
+        plan.spec.disks = disks.iter().map(VmDisk::spec).collect();
         let shell = self.shells.take().await?;
         let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
         let pattern = match &plan.ready {
@@ -387,7 +402,8 @@ impl Plan {
             protocol: request.protocol.unwrap_or(settings.protocol),
             module: bootable.module_kind,
             command_line,
-            disks: bootable.specs(),
+            // Known when their files are open.
+            disks: Vec::new(),
             ready_port: match ready {
                 ReadyPoint::Port(port) => Some(port),
                 _ => None,

@@ -17,19 +17,23 @@ pub struct FrozenFile {
     pub file: Arc<File>,
     /// Its sum, where it is known, so that a snapshot need not read it again.
     pub known: Option<FileEntry>,
+    /// It belongs to somebody who may write to it after the VM's end: a snapshot takes a copy.
+    pub foreign: bool,
 }
 
 /// One disk of a VM.
 #[derive(Debug, Clone)]
 pub struct VmDisk {
     pub read_only: bool,
+    /// Writes go into the base itself.
+    pub direct: bool,
     /// As the guest sees it.
     pub bytes: u64,
     pub serial: String,
     pub base: FrozenFile,
     /// From the lowest.
     pub layers: Vec<FrozenFile>,
-    /// `None` if read-only.
+    /// `None` if read-only or direct.
     pub overlay: Option<Arc<File>>,
 }
 
@@ -84,6 +88,7 @@ impl VmDisk {
     pub fn spec(&self) -> DiskSpec {
         DiskSpec {
             read_only: self.read_only,
+            direct: self.direct,
             bytes: self.bytes,
             layers: u8::try_from(self.layers.len()).unwrap_or(u8::MAX),
             serial: self.serial.clone(),
@@ -101,13 +106,18 @@ impl VmDisk {
         if let Some(old) = self.overlay.replace(new)
             && became_layer
         {
-            self.layers.push(FrozenFile { file: old, known: None });
+            self.layers.push(FrozenFile { file: old, known: None, foreign: false });
         }
     }
 }
 
 /// Whether one more layer may come onto every writable disk.
 pub fn check_room_for_a_layer(disks: &[VmDisk]) -> Result<(), FleetError> {
+    if let Some(disk) = disks.iter().position(|disk| disk.direct) {
+        return Err(FleetError::WrongState(format!(
+            "disk {disk} is written directly to its file, so there is nothing that stands still for a snapshot; start the VM without `persist` to take snapshots of it"
+        )));
+    }
     match disks.iter().position(|disk| !disk.read_only && disk.layers.len() >= LAYERS_MAX) {
         None => Ok(()),
         Some(disk) => Err(FleetError::WrongState(format!(
@@ -121,7 +131,10 @@ pub fn link_into(draft: &mut Draft, disks: &[VmDisk]) -> Result<Vec<Disk>, Store
     let mut lines = Vec::with_capacity(disks.len());
     for (n, disk) in disks.iter().enumerate() {
         let base = format!("disk-{n}.base");
-        draft.link_disk(&disk.base.file, &base, disk.base.known.as_ref())?;
+        match disk.base.foreign {
+            true => draft.copy_disk(&disk.base.file, &base)?,
+            false => draft.link_disk(&disk.base.file, &base, disk.base.known.as_ref())?,
+        }
         let mut layers = Vec::with_capacity(disk.layers.len());
         for (k, layer) in disk.layers.iter().enumerate() {
             let name = format!("disk-{n}.layer-{k}");

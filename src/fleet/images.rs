@@ -19,7 +19,7 @@ use super::snapshots::{blocking, unix_ms};
 use crate::agent::testguest::TEST_GUEST;
 use crate::snapshot::images::{self as store, Image, ImageDraft, ImageStore, Listed, OpenImage, Part, Ready};
 use crate::snapshot::manifest::Protocol;
-use crate::worker::protocol::{BootProtocol, DiskSpec, ModuleKind};
+use crate::worker::protocol::{BootProtocol, ModuleKind};
 
 /// What the embedded test guest is called where an image's name would be.
 pub const EMBEDDED_TITLE: &str = "embedded test guest";
@@ -112,10 +112,6 @@ impl Bootable {
         }
         Ok(disks)
     }
-
-    pub fn specs(&self) -> Vec<DiskSpec> {
-        self.disks.iter().map(VmDisk::spec).collect()
-    }
 }
 
 /// The image store.
@@ -167,7 +163,8 @@ fn bootable(open: &OpenImage) -> Result<Bootable, FleetError> {
             read_only: facts.read_only,
             bytes: known.as_ref().map_or(0, |entry| entry.bytes),
             serial: facts.serial.clone(),
-            base: FrozenFile { file: Arc::clone(file), known },
+            direct: false,
+            base: FrozenFile { file: Arc::clone(file), known, foreign: false },
             layers: Vec::new(),
             overlay: None,
         });

@@ -20,6 +20,7 @@ pub mod agent;
 pub mod boot;
 pub mod clones;
 pub mod console;
+pub mod disk_files;
 pub mod disks;
 pub mod error;
 pub mod id;

@@ -368,7 +368,7 @@ impl Owner {
         };
         let mut overlays = Vec::with_capacity(self.disks.len());
         for (n, disk) in self.disks.iter().enumerate() {
-            overlays.push(if disk.read_only { None } else { Some(self.folder.overlay(n)?) });
+            overlays.push(if disk.overlay.is_none() { None } else { Some(self.folder.overlay(n)?) });
         }
         let resume = !stop_after && before != State::Paused;
         self.set_state(State::Snapshotting);

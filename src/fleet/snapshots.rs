@@ -102,11 +102,13 @@ impl Source {
             let frozen = |name: &String, file: &std::fs::File| -> Result<FrozenFile, FleetError> {
                 let file =
                     file.try_clone().map_err(FleetError::io("cannot duplicate a disk's descriptor"))?;
-                Ok(FrozenFile { file: Arc::new(file), known: manifest.disk_file(name).cloned() })
+                let known = manifest.disk_file(name).cloned();
+                Ok(FrozenFile { file: Arc::new(file), known, foreign: false })
             };
             let layers = facts.layers.iter().zip(&files.layers);
             disks.push(VmDisk {
                 read_only: facts.read_only,
+                direct: false,
                 bytes: facts.bytes,
                 serial: facts.serial.clone(),
                 base: frozen(&facts.base, &files.base)?,

@@ -145,6 +145,16 @@ impl Draft {
         name: &str,
         known: Option<&FileEntry>,
     ) -> Result<(), StoreError> {
+        self.take_disk(source, name, known, transfer::link_or_copy)
+    }
+
+    fn take_disk(
+        &mut self,
+        source: &File,
+        name: &str,
+        known: Option<&FileEntry>,
+        take: impl FnOnce(&File, &Path) -> std::io::Result<()>,
+    ) -> Result<(), StoreError> {
         let refused = |problem: String| StoreError::Content { kind: KIND, problem };
         manifest::check_file_name(name)
             .map_err(|problem| refused(format!("disk file name {name:?} {problem}")))?;
@@ -152,12 +162,18 @@ impl Draft {
             return Err(refused("it has too many disk files".to_string()));
         }
         let path = self.temporary.path().join(DISKS_FOLDER).join(name);
-        transfer::link_or_copy(source, &path).map_err(failed(&path, "created"))?;
+        take(source, &path).map_err(failed(&path, "created"))?;
         let file = folder::open_file(&path)?;
         let bytes = file.metadata().map_err(failed(&path, "read"))?.len();
         let known = known.filter(|known| known.bytes == bytes).cloned();
         self.disks.insert(name.to_string(), DraftDisk { file, known });
         Ok(())
+    }
+
+    /// Takes a copy of a disk file in under `name`, sharing its blocks where the file system can: for one that somebody
+    /// may write to later.
+    pub fn copy_disk(&mut self, source: &File, name: &str) -> Result<(), StoreError> {
+        self.take_disk(source, name, None, transfer::copy_to_new)
     }
 
     /// [`link_disk`](Self::link_disk) for a file that is known by its path.

@@ -47,7 +47,8 @@ fn link(source: &File, path: &Path) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-fn copy_to_new(source: &File, path: &Path) -> io::Result<()> {
+/// Copies `source` to `path`, which must not exist; holes stay holes.
+pub fn copy_to_new(source: &File, path: &Path) -> io::Result<()> {
     let to = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
     let extents = Extents::of_file(source)?;
     to.set_len(extents.file_bytes())?;

@@ -36,7 +36,7 @@ pub struct ToWorker {
 #[allow(clippy::large_enum_variant)] // Sent a handful of times in a VM's life.
 pub enum Request {
     /// Cold boot. Descriptors: console socket, agent socket, kernel, then the module if `module`, then for each
-    /// disk its base, its frozen layers from the lowest, and (unless read-only) its empty writable overlay.
+    /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay.
     /// Answered when the vCPUs have been told to run.
     Boot(BootSpec),
     /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then the disks as in
@@ -100,6 +100,8 @@ pub struct BootSpec {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DiskSpec {
     pub read_only: bool,
+    /// Writes go into the base itself, which is open for writing; no layers, no overlay, no snapshots.
+    pub direct: bool,
     /// Bytes of the disk as the guest sees it (a multiple of 512).
     pub bytes: u64,
     /// Frozen layers between base and overlay.

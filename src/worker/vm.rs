@@ -129,8 +129,17 @@ impl Descriptors {
         }
         let base = self.file()?;
         let layers = (0..spec.layers).map(|_| self.file()).collect::<Result<_, _>>()?;
-        let overlay = if spec.read_only { None } else { Some(self.file()?) };
-        let disk = LayeredDisk::open(Some(base), layers, overlay, spec.bytes)?;
+        let disk = if spec.direct {
+            if spec.layers != 0 || spec.read_only {
+                return Err(fault::descriptors(
+                    "a disk that is written directly, but has layers or is read-only",
+                ));
+            }
+            LayeredDisk::open_direct(base, spec.bytes)?
+        } else {
+            let overlay = if spec.read_only { None } else { Some(self.file()?) };
+            LayeredDisk::open(Some(base), layers, overlay, spec.bytes)?
+        };
         Ok(DiskPart { disk, serial: spec.serial.clone() })
     }
 

@@ -10,6 +10,7 @@
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
 //! | `death` | workers and daemons that are killed |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
+//! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
 
@@ -18,6 +19,7 @@ mod client;
 mod console;
 mod daemon;
 mod death;
+mod disks;
 mod embedded;
 mod freebsd;
 mod host;
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         embedded::trials(),
         death::trials(),
         bad_input::trials(),
+        disks::trials(),
         linux::trials(),
         freebsd::trials(),
     ];

@@ -95,6 +95,10 @@ pub struct Arguments {
     /// Added to the image's command line
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
+    /// A raw disk file or block device beside the image's disks (may be given again); `ro`: read-only, `persist`: the
+    /// guest's writes go into the file, otherwise they end with the VM
+    #[arg(long = "disk", value_name = "path=FILE[,ro|,persist]", value_parser = disk_file)]
+    disks: Vec<proto::DiskFile>,
     #[command(flatten)]
     ready: ReadyArguments,
     /// Seconds to wait for the ready point
@@ -149,6 +153,19 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// `path=FILE[,ro|,persist]`, or without `path=`.
+pub fn disk_file(text: &str) -> Result<proto::DiskFile, String> {
+    let (path, mode) = match text.rsplit_once(',') {
+        Some((path, "ro")) => (path, proto::DiskMode::ReadOnly),
+        Some((path, "persist")) => (path, proto::DiskMode::Persist),
+        _ => (text, proto::DiskMode::Overlay),
+    };
+    let path = path.strip_prefix("path=").unwrap_or(path);
+    let path = std::path::absolute(path).map_err(|error| format!("give a file's path: {error}"))?;
+    let path = path.to_str().ok_or("its path is not UTF-8; rename it")?.to_owned();
+    Ok(proto::DiskFile { path, mode: mode.into() })
+}
+
 fn request(arguments: &Arguments) -> proto::CreateVmRequest {
     use proto::create_vm_request::Source;
     proto::CreateVmRequest {
@@ -168,5 +185,6 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
             OnReset::End => proto::OnReset::End,
         }
         .into(),
+        disks: arguments.disks.clone(),
     }
 }
