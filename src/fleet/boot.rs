@@ -400,6 +400,7 @@ impl Plan {
             vcpus,
             memory_bytes,
             protocol: request.protocol.unwrap_or(settings.protocol),
+            hardware: crate::worker::protocol::Hardware::Auto,
             module: bootable.module_kind,
             command_line,
             // Known when their files are open.

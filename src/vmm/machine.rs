@@ -24,34 +24,41 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::boot::{self, BootError, BootInput, BootProtocol, DiskView, Loaded, MmioSlot, ModuleKind, ReadAt};
-use super::bus::{Bus, SharedBus, lock};
+use super::boot::{
+    self, BootError, BootInput, BootProtocol, DiskView, Hardware, HardwareWish, Loaded, MmioSlot, ModuleKind,
+    ReadAt,
+};
+use super::bus::{Bus, Pc, SharedBus, lock};
+use super::chipset::pci::{Function, PciBus, intx_pin};
+use super::chipset::power::{self, Power};
 use super::chipset::{Chipset, ioapic};
 use super::devices::{DeviceThread, DevicesError};
 use super::host::Host;
-use super::irq::Interrupt;
+use super::irq::{Interrupt, KvmMessages, Messages};
 use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
 use super::vcpu::{EventSink, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
-use super::virtio::DeviceError;
 use super::virtio::block::pool::Pool;
 use super::virtio::block::{Block, SharedDisk};
 use super::virtio::console::Console;
 use super::virtio::mmio::MmioTransport;
+use super::virtio::pci::{VirtioFunction, Wires};
 use super::virtio::rng::Rng;
 use super::virtio::transport::{RestoreError, TransportError};
+use super::virtio::{DeviceError, VirtioDevice};
 use super::x86::cpuid;
 use crate::snapshot::codec::CodecError;
 use crate::snapshot::layers::{Freeze, LayerError, LayeredDisk};
 use crate::snapshot::state::chipset::ChipsetState;
 use crate::snapshot::state::file::{StateError, StateFile};
 use crate::snapshot::state::machine::MachineState;
+use crate::snapshot::state::pc::{PcState, VirtioPciState};
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::snapshot::state::virtio::TransportState;
 
 /// Most vCPUs.
 pub const VCPUS_MAX: u8 = 32;
-/// I/O APIC pins of the virtio-mmio slots: those without a legacy owner.
+/// I/O APIC pins of the virtio-mmio slots: those without a legacy owner. (A PC's are in `chipset::pci`.)
 const SLOT_PINS: [u8; 16] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
 /// Most disks: the slots, less console and rng.
 pub const DISKS_MAX: usize = SLOT_PINS.len() - 2;
@@ -100,6 +107,8 @@ pub enum MachineError {
     State(#[from] StateError),
     #[error("the state {0}")]
     Encode(#[from] CodecError),
+    #[error("{0}; end the VM, or ask its agent")]
+    NoPowerButton(&'static str),
     #[error("the snapshot does not fit what was given: {0}")]
     Mismatch(String),
     #[error("descriptors: {0}; raise the limit of open files")]
@@ -189,6 +198,7 @@ pub struct BootOptions<'a> {
     pub kernel: &'a File,
     pub module: Option<(ModuleKind, &'a File)>,
     pub protocol: BootProtocol,
+    pub hardware: HardwareWish,
     pub command_line: &'a str,
 }
 
@@ -223,7 +233,7 @@ struct Frame {
 }
 
 impl Frame {
-    fn new(shell: &Shell, parts: Parts) -> Result<Self, MachineError> {
+    fn new(shell: &Shell, parts: Parts, hardware: Hardware) -> Result<Self, MachineError> {
         if parts.disks.len() > DISKS_MAX {
             return Err(MachineError::Disks(parts.disks.len()));
         }
@@ -232,32 +242,39 @@ impl Frame {
         let told = changed.try_clone().map_err(MachineError::Descriptors)?;
         let chipset = Chipset::new(shell.vm.clone(), parts.console, told, parts.ready_port)
             .map_err(call("the chipset's lines and timer"))?;
-        let mut virtio = Vec::new();
+        let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let (mut disks, mut serials) = (Vec::new(), Vec::new());
         let pool = Pool::new();
-        let mut add = |device: Box<dyn super::virtio::VirtioDevice>| -> Result<(), MachineError> {
-            let pin = SLOT_PINS.get(virtio.len()).copied().unwrap_or(0);
-            let line: Arc<dyn Interrupt> =
-                chipset.ioapic.line(usize::from(pin)).map_err(call("KVM_IRQFD"))?;
-            virtio.push(MmioTransport::new(device, line)?);
-            Ok(())
-        };
         for part in parts.disks {
             let disk: SharedDisk = Arc::new(part.disk);
             let block = Block::new(disk.clone(), &part.serial, Arc::clone(&pool));
-            add(Box::new(block.map_err(MachineError::Descriptors)?))?;
+            virtio.push(Box::new(block.map_err(MachineError::Descriptors)?));
             disks.push(disk);
             serials.push(part.serial);
         }
-        add(Box::new(Console::new(parts.agent)))?;
-        add(Box::new(Rng::new()))?;
+        virtio.push(Box::new(Console::new(parts.agent)));
+        virtio.push(Box::new(Rng::new()));
         let memory = shell.ram.memory().clone();
-        let bus = Arc::new(Bus::new(chipset, virtio, memory));
+        let bus = match hardware {
+            Hardware::Microvm => {
+                let windows = mmio_windows(&chipset, virtio)?;
+                Bus::new(chipset, windows, memory)
+            }
+            Hardware::Pc { transitional } => {
+                let pc = pc(shell, &chipset, virtio, transitional)?;
+                Bus::with_pc(chipset, pc, memory)
+            }
+        };
+        let bus = Arc::new(bus);
         let devices = DeviceThread::start(bus.clone(), changed)?;
         Ok(Frame { bus, devices, disks, serials, events: parts.events })
     }
 
+    /// The virtio-mmio windows, for the tables.
     fn slots(&self) -> Vec<MmioSlot> {
+        if self.bus.pc.is_some() {
+            return Vec::new();
+        }
         let slot = |(n, irq): (usize, &u8)| MmioSlot {
             base: VIRTIO_MMIO_START + n as u64 * VIRTIO_MMIO_BYTES,
             bytes: VIRTIO_MMIO_BYTES,
@@ -287,6 +304,38 @@ impl Frame {
     }
 }
 
+/// Each device in a virtio-mmio window with a line of its own.
+fn mmio_windows(
+    chipset: &Chipset,
+    devices: Vec<Box<dyn VirtioDevice>>,
+) -> Result<Vec<MmioTransport>, MachineError> {
+    let window = |(device, pin): (Box<dyn VirtioDevice>, &u8)| {
+        let line: Arc<dyn Interrupt> = chipset.ioapic.line(usize::from(*pin)).map_err(call("KVM_IRQFD"))?;
+        Ok(MmioTransport::new(device, line)?)
+    };
+    devices.into_iter().zip(&SLOT_PINS).map(window).collect()
+}
+
+/// PCI with each device as a function, and the power block.
+fn pc(
+    shell: &Shell,
+    chipset: &Chipset,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    transitional: bool,
+) -> Result<Pc, MachineError> {
+    let messages: Arc<dyn Messages> = Arc::new(KvmMessages(shell.vm.clone()));
+    let level = |pin: u8| chipset.ioapic.level_line(pin.into()).map(Box::new).map_err(call("KVM_IRQFD"));
+    let mut functions = Vec::new();
+    for (slot, device) in (1..).zip(devices) {
+        let wires = Wires { messages: messages.clone(), intx: level(intx_pin(slot))? };
+        let memory = shell.ram.memory().clone();
+        functions.push(Arc::new(VirtioFunction::new(device, slot, transitional, wires, memory)?));
+    }
+    let power = Power::new(level(power::SCI)?);
+    let pci = PciBus::new(functions.iter().map(|function| function.clone() as Arc<dyn Function>).collect());
+    Ok(Pc { pci, power, functions, transitional })
+}
+
 impl Machine {
     /// Puts a kernel into a new machine. It stands at its first instruction.
     pub fn boot(
@@ -299,7 +348,8 @@ impl Machine {
         if !(1..=VCPUS_MAX).contains(&count) {
             return Err(MachineError::Vcpus(count));
         }
-        let frame = Frame::new(&shell, parts)?;
+        let (hardware, mut choices) = boot::hardware(options.kernel, options.hardware)?;
+        let frame = Frame::new(&shell, parts, hardware)?;
         let readers: Vec<DiskReader<'_>> = frame.disks.iter().map(|disk| DiskReader(disk)).collect();
         let views: Vec<DiskView<'_>> = readers
             .iter()
@@ -309,16 +359,19 @@ impl Machine {
                 read_only: reader.0.read_only(),
             })
             .collect();
-        let loaded = boot::load(&BootInput {
+        let mut loaded = boot::load(&BootInput {
             memory: shell.ram.memory(),
             kernel: options.kernel,
             module: options.module,
             protocol: options.protocol,
+            hardware,
             command_line: options.command_line,
             vcpus: count,
             disks: &views,
             mmio: &frame.slots(),
         })?;
+        choices.append(&mut loaded.choices);
+        loaded.choices = choices;
         // The tables say: the first id after the vCPUs'.
         frame.bus.chipset.ioapic.set_id(count);
         let mut vcpus = Vec::new();
@@ -354,7 +407,12 @@ impl Machine {
         if !shell.ram.regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
             return Err(MachineError::Mismatch("other memory regions".into()));
         }
-        let frame = Frame::new(&shell, parts)?;
+        let pc: Option<PcState> = state.get_if_there(0)?;
+        let hardware = match &pc {
+            Some(pc) => Hardware::Pc { transitional: pc.transitional },
+            None => Hardware::Microvm,
+        };
+        let frame = Frame::new(&shell, parts, hardware)?;
         let names: Vec<&str> = frame.bus.virtio.iter().map(|device| lock(device).device_name()).collect();
         if names != machine.devices {
             return Err(MachineError::Mismatch(format!(
@@ -378,8 +436,17 @@ impl Machine {
             vcpu_state::restore(vcpu, saved).map_err(|source| MachineError::VcpuState { index, source })?;
         }
         frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
-        for (slot, device) in frame.bus.virtio.iter().enumerate() {
-            lock(device).restore(&state.get::<TransportState>(slot as u32)?, false, &frame.bus.memory)?;
+        match (&frame.bus.pc, &pc) {
+            (Some(here), Some(saved)) => restore_pc(here, saved, state)?,
+            _ => {
+                for (slot, device) in frame.bus.virtio.iter().enumerate() {
+                    lock(device).restore(
+                        &state.get::<TransportState>(slot as u32)?,
+                        false,
+                        &frame.bus.memory,
+                    )?;
+                }
+            }
         }
         frame.into_machine(host, shell, vcpus)
     }
@@ -420,7 +487,30 @@ impl Machine {
         for (slot, device) in self.bus.virtio.iter().enumerate() {
             file.push(slot as u32, &lock(device).save()?)?;
         }
+        if let Some(pc) = &self.bus.pc {
+            let (config_address, bridge) = pc.pci.save();
+            let power = pc.power.save();
+            file.push(0, &PcState { transitional: pc.transitional, config_address, bridge, power })?;
+            for (slot, function) in pc.functions.iter().enumerate() {
+                file.push(slot as u32, &function.save())?;
+            }
+        }
         Ok(file)
+    }
+
+    /// Presses the machine's power button: the guest is asked to power itself off.
+    ///
+    /// # Errors
+    /// [`MachineError::NoPowerButton`] on a machine without ACPI, or while the guest does not listen to it (a kernel that
+    /// has not come that far sees it when it does).
+    pub fn press_power_button(&self) -> Result<(), MachineError> {
+        let pc = self.bus.pc.as_ref().ok_or(MachineError::NoPowerButton(
+            "this machine has no ACPI (hardware microvm), so no power button",
+        ))?;
+        match pc.power.press_button() {
+            true => Ok(()),
+            false => Err(MachineError::NoPowerButton("the guest does not listen to its power button")),
+        }
     }
 
     /// Freezes the writable disks of a paused machine: each goes on with a new empty overlay, taken from `overlays` in
@@ -473,6 +563,19 @@ impl Machine {
     pub fn exits(&self) -> u64 {
         self.bus.exits.load(Ordering::Relaxed)
     }
+}
+
+/// Sets functions, host bridge and power block to their saved states.
+fn restore_pc(here: &Pc, saved: &PcState, state: &StateFile) -> Result<(), MachineError> {
+    for (slot, function) in here.functions.iter().enumerate() {
+        let slot = slot as u32;
+        function.restore(&state.get::<VirtioPciState>(slot)?, &state.get::<TransportState>(slot)?)?;
+    }
+    here.pci.restore(saved.config_address, &saved.bridge).map_err(|differs| {
+        MachineError::Mismatch(format!("its host bridge is another, at byte {:#x}", differs.0))
+    })?;
+    here.power.restore(&saved.power);
+    Ok(())
 }
 
 /// What firmware would have set and kernels take for granted.

@@ -35,7 +35,7 @@ pub enum VcpuEvent {
     Ready(u32),
     /// The guest reset itself; by which door. The vCPU stands still.
     Reset(&'static str),
-    /// KVM was asked to power the machine off.
+    /// The guest powered itself off.
     PowerOff,
     /// KVM cannot run the guest any further; what, with registers.
     Failed(String),
@@ -293,15 +293,16 @@ impl Runner {
         match exit {
             VcpuExit::IoIn(port, data) => {
                 for access in data.chunks_mut(page.port_access_bytes()) {
-                    self.bus.chipset.port_read(port, access);
+                    self.bus.port_read(port, access);
                 }
             }
             VcpuExit::IoOut(port, data) => {
                 for access in data.chunks(page.port_access_bytes()) {
-                    match self.bus.chipset.port_write(port, access) {
+                    match self.bus.port_write(port, access) {
                         PortEffect::None => {}
                         PortEffect::Ready(value) => return Step::Event(VcpuEvent::Ready(value)),
                         PortEffect::Reset(how) => return Step::Event(VcpuEvent::Reset(how)),
+                        PortEffect::PowerOff => return Step::Event(VcpuEvent::PowerOff),
                     }
                 }
             }
@@ -318,8 +319,8 @@ impl Runner {
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
                 return Step::Event(VcpuEvent::Reset("KVM system event"));
             }
-            // Lines are edges: the end of an interrupt changes nothing here.
-            VcpuExit::IoapicEoi(_) | VcpuExit::Intr | VcpuExit::Hlt => {}
+            VcpuExit::IoapicEoi(vector) => self.bus.chipset.ioapic.end_of_interrupt(vector),
+            VcpuExit::Intr | VcpuExit::Hlt => {}
             VcpuExit::InternalError => {
                 let detail = self.internal_error();
                 return Step::Event(self.failed(detail));

@@ -107,6 +107,7 @@ impl From<MachineError> for Fault {
             | MachineError::Disks(_)
             | MachineError::Memory(_)
             | MachineError::Boot(_) => FaultKind::InvalidInput,
+            MachineError::NoPowerButton(_) => FaultKind::WrongState,
             MachineError::Mismatch(_) => FaultKind::Damaged,
             MachineError::State(StateError::Format { .. } | StateError::Version { .. }) => {
                 FaultKind::Unsupported

@@ -57,6 +57,9 @@ pub enum Request {
     Kill,
     /// Counters for `vm ls` and the bench.
     Stats,
+    /// Press the power button; answered at once. The guest then powers itself off, or not. Refused by a machine that has
+    /// none, and while the guest does not listen to it.
+    PowerButton,
 }
 
 /// How the guest is entered.
@@ -70,6 +73,18 @@ pub enum BootProtocol {
     Pvh,
     /// Linux's bzImage, 64-bit entry.
     Linux,
+}
+
+/// The kind of machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hardware {
+    /// Look into the kernel file for the drivers it has.
+    #[default]
+    Auto,
+    /// virtio-mmio and MPTable.
+    Microvm,
+    /// ACPI and virtio-pci: for unmodified kernels.
+    Pc,
 }
 
 /// What the optional module file is.
@@ -87,6 +102,7 @@ pub struct BootSpec {
     pub vcpus: u8,
     pub memory_bytes: u64,
     pub protocol: BootProtocol,
+    pub hardware: Hardware,
     pub module: Option<ModuleKind>,
     /// Kernel command line (PVH, Linux), or `name=value` words for FreeBSD's kernel environment. Added after what
     /// the builder chooses, so it wins.

@@ -12,7 +12,7 @@ use userfaultfd::Uffd;
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
-    Frozen, HostReport, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored,
+    Frozen, Hardware, HostReport, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored,
     SnapshotSpec, Stats, Step,
 };
 use super::{Daemon, duplicate};
@@ -244,6 +244,7 @@ impl Shell {
             kernel: &kernel,
             module: module.as_ref().map(|(kind, file)| (module_kind(*kind), file)),
             protocol: to_boot(spec.protocol),
+            hardware: to_wish(spec.hardware),
             command_line: &spec.command_line,
         };
         let (machine, loaded) = Machine::boot(&host, shell, parts, &options)?;
@@ -492,6 +493,10 @@ impl Vm {
         })
     }
 
+    pub fn press_power_button(&self) -> Result<(), Fault> {
+        Ok(self.machine.press_power_button()?)
+    }
+
     pub fn stats(&self) -> Stats {
         let (minor_faults, major_faults) = faults();
         Stats {
@@ -527,6 +532,14 @@ fn module_kind(kind: ModuleKind) -> boot::ModuleKind {
     match kind {
         ModuleKind::MemoryDisk => boot::ModuleKind::MemoryDisk,
         ModuleKind::Initrd => boot::ModuleKind::Initrd,
+    }
+}
+
+fn to_wish(hardware: Hardware) -> boot::HardwareWish {
+    match hardware {
+        Hardware::Auto => boot::HardwareWish::Auto,
+        Hardware::Microvm => boot::HardwareWish::Microvm,
+        Hardware::Pc => boot::HardwareWish::Pc,
     }
 }
 

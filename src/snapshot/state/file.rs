@@ -63,6 +63,16 @@ impl Section for super::virtio::TransportState {
     const VERSION: u16 = super::virtio::TRANSPORT_STATE_VERSION;
 }
 
+impl Section for super::pc::PcState {
+    const TAG: &'static str = "pc";
+    const VERSION: u16 = 1;
+}
+
+impl Section for super::pc::VirtioPciState {
+    const TAG: &'static str = "virtio-pci";
+    const VERSION: u16 = 1;
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct RawSection {
     tag: String,
@@ -96,6 +106,14 @@ impl StateFile {
             return Err(StateError::Version { tag: T::TAG, found: section.version, known: T::VERSION });
         }
         codec::decode(&section.bytes).map_err(|source| StateError::Section { tag: T::TAG, instance, source })
+    }
+
+    /// Decodes a section that not every machine has.
+    pub fn get_if_there<T: Section>(&self, instance: u32) -> Result<Option<T>, StateError> {
+        match self.get(instance) {
+            Err(StateError::Missing { .. }) => Ok(None),
+            result => result.map(Some),
+        }
     }
 
     /// The sections' tags and versions, for the manifest: `virtio.1 v1`.

@@ -7,5 +7,6 @@
 pub mod chipset;
 pub mod file;
 pub mod machine;
+pub mod pc;
 pub mod vcpu;
 pub mod virtio;

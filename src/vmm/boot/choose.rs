@@ -1,7 +1,8 @@
-//! What kind of kernel a file is, and which boot protocol goes with it.
+//! What kind of kernel a file is, and which boot protocol and which machine go with it.
 //!
 //! Reads the beginning of the file (and, for ELF, what [`super::elf`] reads). Facts: the magic numbers of the formats named;
-//! Linux `Documentation/arch/x86/boot.rst` (bzImage header).
+//! Linux `Documentation/arch/x86/boot.rst` (bzImage header); what FreeBSD's drivers say of themselves in
+//! `sys/dev/virtio/{mmio,pci}` and `sys/x86/x86/mptable.c`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use super::elf::{Addressing, Elf};
 use super::error::BootError;
 use super::linux::BzImage;
-use super::{BootProtocol, file_bytes};
+use super::{BootProtocol, Hardware, HardwareWish, file_bytes};
 
 /// A kernel file, looked into.
 #[derive(Debug)]
@@ -30,6 +31,83 @@ const COMPRESSED: &[(&[u8], &str)] = &[
     (b"\x89LZO", "lzo"),
     (b"PK\x03\x04", "zip"),
 ];
+
+/// The smallest FreeBSD kernels are several times this large.
+const FREEBSD_BYTES_MIN: u64 = 4 << 20;
+
+/// Drivers in a FreeBSD kernel that decide about its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drivers {
+    pub virtio_mmio: bool,
+    pub mptable: bool,
+    /// The modern one.
+    pub virtio_pci: bool,
+    /// FreeBSD 12 and before have no other.
+    pub virtio_pci_legacy: bool,
+}
+
+/// Looks for the drivers in a FreeBSD kernel; `None`: too small to be FreeBSD itself.
+pub fn freebsd_drivers(file: &File, elf: &Elf) -> Result<Option<Drivers>, BootError> {
+    let range = elf.range(Addressing::Physical)?;
+    if range.end.saturating_sub(range.start) < FREEBSD_BYTES_MIN {
+        return Ok(None);
+    }
+    let texts: [&[u8]; 5] = [
+        b"VirtIO MMIO adapter",
+        b"MPTable: <",
+        b"VirtIO PCI (modern) ",
+        b"VirtIO PCI (legacy) ",
+        b"VirtIO PCI %s adapter", // 12 and before.
+    ];
+    let found = elf.contains(file, &texts)?;
+    let has = |index: usize| found.get(index).copied().unwrap_or(false);
+    Ok(Some(Drivers {
+        virtio_mmio: has(0),
+        mptable: has(1),
+        virtio_pci: has(2),
+        virtio_pci_legacy: has(3) || has(4),
+    }))
+}
+
+/// The machine to make, with a line for each choice and each driver that the kernel will miss there: it would stop at
+/// its mountroot prompt, or earlier, with no hint of why.
+pub fn hardware(drivers: Option<Drivers>, wish: HardwareWish) -> (Hardware, Vec<String>) {
+    let legacy_only = drivers.is_some_and(|drivers| drivers.virtio_pci_legacy && !drivers.virtio_pci);
+    let pc = Hardware::Pc { transitional: legacy_only };
+    let (hardware, why) = match (wish, drivers) {
+        (HardwareWish::Microvm, _) => (Hardware::Microvm, "as asked"),
+        (HardwareWish::Pc, _) => (pc, "as asked"),
+        (HardwareWish::Auto, Some(Drivers { virtio_mmio: true, .. })) => {
+            (Hardware::Microvm, "the kernel has a virtio_mmio driver")
+        }
+        (HardwareWish::Auto, Some(drivers)) if drivers.virtio_pci || drivers.virtio_pci_legacy => {
+            (pc, "the kernel has a virtio_pci driver and no virtio_mmio")
+        }
+        (HardwareWish::Auto, _) => (Hardware::Microvm, "the default"),
+    };
+    let what = match hardware {
+        Hardware::Microvm => "microvm (virtio-mmio",
+        Hardware::Pc { transitional: false } => "pc (ACPI, virtio-pci",
+        Hardware::Pc { transitional: true } => "pc (ACPI, virtio-pci with the legacy interface",
+    };
+    let mut choices = vec![format!("hardware: {what}; {why})")];
+    let missing: &[(bool, &str, &str)] = match (drivers, hardware) {
+        (None, _) => &[],
+        (Some(d), Hardware::Microvm) => &[
+            (d.virtio_mmio, "virtio_mmio", "it will find no disk, console or network device"),
+            (d.mptable, "mptable", "it will find one CPU and no interrupts"),
+        ],
+        (Some(d), Hardware::Pc { .. }) => &[(
+            d.virtio_pci || d.virtio_pci_legacy,
+            "virtio_pci",
+            "it will find no disk, console or network device",
+        )],
+    };
+    choices.extend(missing.iter().filter(|(found, ..)| !found).map(|(_, device, what)| {
+        format!("warning: this kernel has no {device} driver, so {what}; add: device {device}")
+    }));
+    (hardware, choices)
+}
 
 /// Looks into the file.
 pub fn identify(file: &File) -> Result<Kernel, BootError> {
@@ -108,4 +186,45 @@ pub fn describe(kernel: &Kernel, used: BootProtocol, asked: BootProtocol) -> Str
     };
     let why = if asked == BootProtocol::Auto { "found in the file" } else { "as asked" };
     format!("protocol: {} ({what}, {why})", name(used))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: Drivers =
+        Drivers { virtio_mmio: false, mptable: false, virtio_pci: false, virtio_pci_legacy: false };
+
+    fn auto(drivers: Drivers) -> Hardware {
+        hardware(Some(drivers), HardwareWish::Auto).0
+    }
+
+    #[test]
+    fn the_machine_has_what_the_kernel_can_drive() {
+        let firecracker = Drivers { virtio_mmio: true, mptable: true, ..NONE };
+        assert_eq!(auto(firecracker), Hardware::Microvm);
+        let generic = Drivers { virtio_pci: true, virtio_pci_legacy: true, ..NONE };
+        assert_eq!(auto(generic), Hardware::Pc { transitional: false });
+        let old = Drivers { virtio_pci_legacy: true, mptable: true, ..NONE };
+        assert_eq!(auto(old), Hardware::Pc { transitional: true });
+        assert_eq!(auto(Drivers { virtio_mmio: true, ..generic }), Hardware::Microvm, "the faster one");
+        assert_eq!(hardware(None, HardwareWish::Auto).0, Hardware::Microvm);
+        assert_eq!(hardware(None, HardwareWish::Pc).0, Hardware::Pc { transitional: false });
+        assert_eq!(hardware(Some(old), HardwareWish::Pc).0, Hardware::Pc { transitional: true });
+        assert_eq!(hardware(Some(generic), HardwareWish::Microvm).0, Hardware::Microvm);
+    }
+
+    #[test]
+    fn a_missing_driver_is_told() {
+        let warnings = |drivers, wish| {
+            let lines = hardware(Some(drivers), wish).1;
+            lines.into_iter().filter(|line| line.starts_with("warning")).collect::<Vec<_>>()
+        };
+        let generic = Drivers { virtio_pci: true, ..NONE };
+        assert!(warnings(generic, HardwareWish::Auto).is_empty());
+        let two = warnings(generic, HardwareWish::Microvm);
+        assert!(two.len() == 2 && two[0].contains("virtio_mmio") && two[1].contains("mptable"), "{two:?}");
+        let one = warnings(Drivers { virtio_mmio: true, mptable: true, ..NONE }, HardwareWish::Pc);
+        assert!(one.len() == 1 && one[0].contains("virtio_pci"), "{one:?}");
+    }
 }

@@ -12,7 +12,7 @@ use super::elf::{self, Addressing, Elf, KERNBASE};
 use super::error::BootError;
 use super::layout::{self, MapEntry, STACK_TOP};
 use super::words::Environment;
-use super::{BootInput, Entry, MmioSlot, ModuleKind};
+use super::{BootInput, Entry, Hardware, MmioSlot, ModuleKind};
 use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::paging;
 
@@ -35,7 +35,7 @@ const ENTROPY_BYTES: usize = 4096;
 const EARLY_BYTES: u64 = 4 << 20;
 
 /// The variables that make a kernel find this machine's devices, and spare it waiting for those that are not there.
-pub fn default_environment(mmio: &[MmioSlot], root: Option<&str>) -> Environment {
+pub fn default_environment(hardware: Hardware, mmio: &[MmioSlot], root: Option<&str>) -> Environment {
     let mut environment = Environment::default();
     for (name, value) in [
         ("kernelname", "/boot/kernel/kernel"),
@@ -60,12 +60,14 @@ pub fn default_environment(mmio: &[MmioSlot], root: Option<&str>) -> Environment
         ("hint.atkbdc.0.disabled", "1"),
         ("hint.atkbd.0.disabled", "1"),
         ("hint.psm.0.disabled", "1"),
-        ("hint.acpi.0.disabled", "1"),
-        ("hint.pcib.0.disabled", "1"),
         // "Power off" waits this long for hardware that would do it.
         ("kern.shutdown.poweroff_delay", "0"),
     ] {
         environment.set(name, value);
+    }
+    if hardware == Hardware::Microvm {
+        environment.set("hint.acpi.0.disabled", "1");
+        environment.set("hint.pcib.0.disabled", "1");
     }
     for (i, slot) in mmio.iter().enumerate() {
         let name = if i == 0 { "virtio_mmio.device".to_owned() } else { format!("virtio_mmio.device_{i}") };

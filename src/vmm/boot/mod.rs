@@ -6,7 +6,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `choose` | what kind of kernel a file is, and which protocol goes with it |
+//! | `choose` | what kind of kernel a file is, and which protocol and machine go with it |
 //! | `elf` | reader and loader of ELF kernels |
 //! | `freebsd`, `pvh`, `linux` | one entry protocol each |
 //! | `disk` | where a FreeBSD root file system is |
@@ -38,9 +38,6 @@ use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::{acpi, mptable};
 use choose::Kernel;
 
-/// The smallest FreeBSD kernels are several times this large.
-const FREEBSD_BYTES_MIN: u64 = 4 << 20;
-
 /// How the guest is entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootProtocol {
@@ -52,6 +49,27 @@ pub enum BootProtocol {
     Pvh,
     /// Linux's bzImage, 64-bit entry.
     Linux,
+}
+
+/// The kind of machine asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HardwareWish {
+    /// Look into the kernel file for the drivers it has.
+    Auto,
+    Microvm,
+    Pc,
+}
+
+/// The kind of machine: what the guest's hardware is described by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hardware {
+    /// virtio-mmio devices; MPTable, kernel environment and (Linux) the smallest ACPI.
+    Microvm,
+    /// PCI with virtio functions, ACPI with its fixed hardware: for unmodified kernels.
+    Pc {
+        /// The functions have the legacy interface, too.
+        transitional: bool,
+    },
 }
 
 /// What the optional module file is.
@@ -99,11 +117,13 @@ pub struct BootInput<'a> {
     pub kernel: &'a File,
     pub module: Option<(ModuleKind, &'a File)>,
     pub protocol: BootProtocol,
+    /// As [`hardware`] found it.
+    pub hardware: Hardware,
     /// Added after what is chosen here, so it wins. FreeBSD: `name=value` words and flags such as `-s`. Linux: as it is.
     pub command_line: &'a str,
     pub vcpus: u8,
     pub disks: &'a [DiskView<'a>],
-    /// The block devices first, in the order of `disks`.
+    /// The block devices first, in the order of `disks`. None on a [`Hardware::Pc`].
     pub mmio: &'a [MmioSlot],
 }
 
@@ -159,14 +179,14 @@ pub fn load(input: &BootInput) -> Result<Loaded, BootError> {
 
     let entry = match (&kernel, protocol) {
         (Kernel::Elf(elf), BootProtocol::FreeBsd) => {
-            freebsd_drivers(input, elf, &mut choices)?;
+            // Found by its mark, where a BIOS would have it.
+            freebsd_acpi(input)?;
             let environment = freebsd_environment(input, &mut choices)?;
             freebsd::load(input, elf, &environment)?
         }
         (Kernel::Elf(elf), BootProtocol::Pvh) if elf.freebsd => {
-            freebsd_drivers(input, elf, &mut choices)?;
             let environment = freebsd_environment(input, &mut choices)?;
-            pvh::load(input, elf, &pvh::freebsd_command_line(&environment)?, None)?
+            pvh::load(input, elf, &pvh::freebsd_command_line(&environment)?, freebsd_acpi(input)?)?
         }
         (Kernel::Elf(elf), BootProtocol::Pvh) => {
             pvh::load(input, elf, &linux_line(input, &mut choices)?, Some(linux_acpi(input)?))?
@@ -180,30 +200,33 @@ pub fn load(input: &BootInput) -> Result<Loaded, BootError> {
             return Err(BootError::Protocol { protocol: choose::name(protocol), reason });
         }
     };
-    let lines: Vec<u8> = input.mmio.iter().map(|slot| slot.irq).collect();
-    mptable::write(input.memory, input.vcpus, &lines)?;
+    if input.hardware == Hardware::Microvm {
+        let lines: Vec<u8> = input.mmio.iter().map(|slot| slot.irq).collect();
+        mptable::write(input.memory, input.vcpus, &lines)?;
+    }
     Ok(Loaded { protocol, choices, entry })
 }
 
-/// Says so when a FreeBSD kernel lacks a driver that this machine needs, as GENERIC does: it would stop at its mountroot
-/// prompt, or earlier, with no hint of why.
-fn freebsd_drivers(input: &BootInput, elf: &elf::Elf, choices: &mut Vec<String>) -> Result<(), BootError> {
-    let range = elf.range(elf::Addressing::Physical)?;
-    if range.end.saturating_sub(range.start) < FREEBSD_BYTES_MIN {
-        return Ok(()); // Too small to be FreeBSD itself.
+/// The machine for a kernel, and a line for each choice. FreeBSD's GENERIC has no virtio-mmio and reads no MPTable, its
+/// FIRECRACKER has ACPI off: each finds nothing, and says nothing, on the other's machine.
+///
+/// # Errors
+/// Those of reading the kernel file.
+pub fn hardware(kernel: &File, wish: HardwareWish) -> Result<(Hardware, Vec<String>), BootError> {
+    let identified = choose::identify(kernel)?;
+    let drivers = match &identified {
+        Kernel::Elf(elf) if elf.freebsd => choose::freebsd_drivers(kernel, elf)?,
+        _ => None,
+    };
+    Ok(choose::hardware(drivers, wish))
+}
+
+/// ACPI tables for FreeBSD: on a [`Hardware::Pc`] only. Returns the root pointer's address.
+fn freebsd_acpi(input: &BootInput) -> Result<Option<u64>, BootError> {
+    match input.hardware {
+        Hardware::Microvm => Ok(None),
+        Hardware::Pc { .. } => Ok(Some(acpi::write_pc(input.memory, input.vcpus)?)),
     }
-    let found = elf.contains(input.kernel, &[b"VirtIO MMIO adapter", b"MPTable: <"])?;
-    for (found, device, what) in [
-        (found.first(), "virtio_mmio", "it will find no disk, console or network device"),
-        (found.get(1), "mptable", "it will find one CPU and no interrupts"),
-    ] {
-        if found == Some(&false) {
-            choices.push(format!(
-                "warning: this kernel has no {device} driver, so {what}; add: device {device}"
-            ));
-        }
-    }
-    Ok(())
 }
 
 fn freebsd_environment(
@@ -219,7 +242,7 @@ fn freebsd_environment(
         choices.extend(found.choices);
         found.mount_from
     };
-    let mut environment = freebsd::default_environment(input.mmio, root.as_deref());
+    let mut environment = freebsd::default_environment(input.hardware, input.mmio, root.as_deref());
     environment.add_line(input.command_line)?;
     if let Some(given) = environment.get("vfs.root.mountfrom").filter(|given| root.as_deref() != Some(*given))
     {
@@ -242,7 +265,7 @@ fn linux_line(input: &BootInput, choices: &mut Vec<String>) -> Result<String, Bo
     if !given("reboot=") {
         words.push("reboot=k".to_owned()); // By the keyboard controller: at once, without trying ACPI and EFI.
     }
-    if !given("pci=") {
+    if input.hardware == Hardware::Microvm && !given("pci=") {
         words.push("pci=off".to_owned()); // There is no PCI; probing for it is slow and ends in an error line.
     }
     words.extend(input.mmio.iter().map(|slot| format!("virtio_mmio.device={}", slot.to_words())));
@@ -253,6 +276,9 @@ fn linux_line(input: &BootInput, choices: &mut Vec<String>) -> Result<String, Bo
 /// ACPI tables for Linux: distributions build it without MPTable and without devices on the command line. Returns the
 /// root pointer's address.
 fn linux_acpi(input: &BootInput) -> Result<u64, BootError> {
+    if input.hardware != Hardware::Microvm {
+        return Ok(acpi::write_pc(input.memory, input.vcpus)?);
+    }
     let devices: Vec<_> = input
         .mmio
         .iter()

@@ -146,6 +146,7 @@ pub(super) fn input<'a>(memory: &'a GuestMemory, kernel: &'a File) -> BootInput<
         kernel,
         module: None,
         protocol: BootProtocol::Auto,
+        hardware: Hardware::Microvm,
         command_line: "",
         vcpus: 2,
         disks: &[],
@@ -271,14 +272,34 @@ fn linux_line_has_our_words_first() {
 
 #[test]
 fn missing_drivers_are_told() {
-    let memory = memory(64);
     for (text, warnings) in
         [("", 2), ("VirtIO MMIO adapter", 1), ("MPTable: <", 1), ("MPTable: <%s and VirtIO MMIO adapter", 0)]
     {
         let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text.as_bytes().to_vec(), 5 << 20)];
         let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() }.file();
-        let loaded = load(&input(&memory, &kernel)).expect("loads");
-        let told = loaded.choices.iter().filter(|c| c.starts_with("warning: this kernel has no")).count();
-        assert_eq!(told, warnings, "{:?}", loaded.choices);
+        let choices = hardware(&kernel, HardwareWish::Microvm).expect("readable").1;
+        let told = choices.iter().filter(|c| c.starts_with("warning: this kernel has no")).count();
+        assert_eq!(told, warnings, "{choices:?}");
     }
+}
+
+#[test]
+fn a_pc_is_told_by_acpi_and_nothing_else() {
+    let memory = memory(64);
+    let text = b"MPTable: < VirtIO PCI %s adapter".to_vec();
+    let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text, 5 << 20)];
+    let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() }.file();
+    let found = hardware(&kernel, HardwareWish::Auto).expect("readable").0;
+    assert_eq!(found, Hardware::Pc { transitional: true });
+    for protocol in [BootProtocol::FreeBsd, BootProtocol::Pvh] {
+        load(&BootInput { protocol, hardware: found, mmio: &[], ..input(&memory, &kernel) }).expect("loads");
+        let root: [u8; 8] = memory.read_obj(GuestAddress(0xe0000)).expect("RAM");
+        assert_eq!(&root, b"RSD PTR ");
+        let table: [u8; 4] = memory.read_obj(GuestAddress(0x9fc00)).expect("RAM");
+        assert_eq!(table, [0; 4], "no interrupt table that contradicts ACPI");
+    }
+    assert!(!c_string(&memory, layout::COMMAND_LINE_START).contains("acpi.0.disabled"));
+    let kernel = ElfBuilder::linux().file();
+    load(&BootInput { hardware: found, mmio: &[], ..input(&memory, &kernel) }).expect("loads");
+    assert_eq!(c_string(&memory, layout::COMMAND_LINE_START), "console=ttyS0 reboot=k");
 }

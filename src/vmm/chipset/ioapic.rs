@@ -6,6 +6,9 @@
 //!
 //! An edge that meets a masked entry is kept and delivered on unmasking. The data sheet would drop it; a guest that
 //! masks a line to move it to another CPU would then hang on a virtio device that signals once.
+//!
+//! Level-triggered inputs ([`LevelLine`]: PCI's INTx and the SCI) are delivered once and again after each end of
+//! interrupt (KVM_EXIT_IOAPIC_EOI) until no source asserts the pin any more; remote IRR stands for "delivered, not ended".
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +22,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::snapshot::state::chipset::IoApicState;
-use crate::vmm::irq::Interrupt;
+use crate::vmm::irq::{Interrupt, Level};
 
 /// Where the guest sees it, and how many bytes.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
@@ -38,8 +41,9 @@ const VERSION: u32 = 0x0017_0011;
 
 const ENTRY_MASKED: u64 = 1 << 16;
 const ENTRY_LEVEL: u64 = 1 << 15;
+const ENTRY_REMOTE_IRR: u64 = 1 << 14;
 /// Delivery status and remote IRR are read-only.
-const ENTRY_READ_ONLY: u64 = 1 << 12 | 1 << 14;
+const ENTRY_READ_ONLY: u64 = 1 << 12 | ENTRY_REMOTE_IRR;
 const ENTRY_WRITABLE: u64 = 0xff00_0000_0001_ffff & !ENTRY_READ_ONLY;
 const DELIVERY_LOWEST: u64 = 1;
 const DELIVERY_EXTINT: u64 = 7;
@@ -49,6 +53,10 @@ struct Registers {
     select: u8,
     id: u8,
     entries: [u64; PINS],
+    /// Level sources that assert each pin; bit = source.
+    asserted: [u32; PINS],
+    /// Level sources that each pin has.
+    sources: [u32; PINS],
 }
 
 /// Which pins are masked, and which masked ones have an edge waiting; shared with the lines.
@@ -79,7 +87,7 @@ impl IoApic {
         let gate = Gate { masked: AtomicU32::new((1 << PINS) - 1), ..Default::default() };
         IoApic {
             vm,
-            registers: Mutex::new(Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS] }),
+            registers: Mutex::new(Registers::default()),
             gate: Arc::new(gate),
             lines: Mutex::new(vec![None; PINS]),
         }
@@ -101,6 +109,27 @@ impl IoApic {
         let line = Arc::new(Line { pin, irqfd, gate: self.gate.clone() });
         *slot = Some(line.clone());
         Ok(line)
+    }
+
+    /// One more level-triggered source of `pin`: at most 32 share one.
+    pub fn level_line(self: &Arc<Self>, pin: usize) -> Result<LevelLine, errno::Error> {
+        let line = self.line(pin)?;
+        let mut r = self.lock();
+        let sources = r.sources.get_mut(pin).ok_or(errno::Error::new(libc::EINVAL))?;
+        let source = 1u32.checked_shl(*sources).ok_or(errno::Error::new(libc::ENOSPC))?;
+        *sources += 1;
+        drop(r);
+        Ok(LevelLine { ioapic: self.clone(), line, source })
+    }
+
+    /// The guest's end of interrupt for `vector`, of a level-triggered entry.
+    pub fn end_of_interrupt(&self, vector: u8) {
+        let mut r = self.lock();
+        for pin in 0..PINS {
+            if r.ended(pin, vector) && r.deliverable(pin) {
+                self.signal(pin);
+            }
+        }
     }
 
     /// A guest read of 1, 2, 4 or 8 bytes at `offset` into the window; registers are 32 bits.
@@ -129,7 +158,7 @@ impl IoApic {
             REGISTER_SELECT => r.select = value as u8,
             REGISTER_WINDOW => {
                 if let Some(pin) = r.write_selected(value) {
-                    self.entry_changed(&r, pin)?;
+                    self.entry_changed(&mut r, pin)?;
                 }
             }
             _ => {}
@@ -143,7 +172,7 @@ impl IoApic {
         self.lock().id = id;
     }
 
-    fn entry_changed(&self, r: &Registers, pin: usize) -> Result<(), errno::Error> {
+    fn entry_changed(&self, r: &mut Registers, pin: usize) -> Result<(), errno::Error> {
         let bit = 1u32 << pin;
         let was_masked = self.gate.masked.load(Ordering::SeqCst) & bit != 0;
         let masked = r.entries[pin] & ENTRY_MASKED != 0;
@@ -157,17 +186,17 @@ impl IoApic {
         }
         self.set_routes(r)?;
         self.gate.masked.fetch_and(!bit, Ordering::SeqCst);
-        self.deliver_pending(pin);
+        let edge = self.gate.pending.fetch_and(!bit, Ordering::SeqCst) & bit != 0;
+        if r.deliverable(pin) || edge {
+            self.signal(pin);
+        }
         Ok(())
     }
 
-    fn deliver_pending(&self, pin: usize) {
-        let bit = 1u32 << pin;
-        if self.gate.pending.fetch_and(!bit, Ordering::SeqCst) & bit != 0 {
-            let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(Some(line)) = lines.get(pin) {
-                line.signal();
-            }
+    fn signal(&self, pin: usize) {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Some(line)) = lines.get(pin) {
+            line.signal();
         }
     }
 
@@ -196,7 +225,8 @@ impl IoApic {
         r.id = state.id;
         let mut masked = 0;
         for (pin, (to, from)) in r.entries.iter_mut().zip(&state.entries).enumerate() {
-            *to = from & ENTRY_WRITABLE;
+            let in_service = if from & ENTRY_LEVEL != 0 { ENTRY_REMOTE_IRR } else { 0 };
+            *to = from & (ENTRY_WRITABLE | in_service);
             masked |= u32::from(*to & ENTRY_MASKED != 0) << pin;
         }
         self.set_routes(&r)?;
@@ -231,7 +261,45 @@ fn route(pin: usize, entry: u64) -> Option<kvm_irq_routing_entry> {
 
 // === impl Registers ===
 
+impl Default for Registers {
+    fn default() -> Self {
+        Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS], asserted: [0; PINS], sources: [0; PINS] }
+    }
+}
+
 impl Registers {
+    /// Sets or clears a level source of `pin`; true if an interrupt is to be delivered now.
+    fn set_source(&mut self, pin: usize, source: u32, asserted: bool) -> bool {
+        let before = self.asserted[pin];
+        self.asserted[pin] = if asserted { before | source } else { before & !source };
+        if self.entries[pin] & ENTRY_LEVEL == 0 {
+            // A guest that takes the pin for an edge gets the rising one.
+            return before == 0 && asserted;
+        }
+        self.deliverable(pin)
+    }
+
+    /// True, once, if a level-triggered entry is to be delivered: then it is in service.
+    fn deliverable(&mut self, pin: usize) -> bool {
+        let entry = &mut self.entries[pin];
+        let ready = *entry & (ENTRY_LEVEL | ENTRY_MASKED | ENTRY_REMOTE_IRR) == ENTRY_LEVEL
+            && self.asserted[pin] != 0;
+        if ready {
+            *entry |= ENTRY_REMOTE_IRR;
+        }
+        ready
+    }
+
+    /// Ends the service of `pin` if it is in service with `vector`.
+    fn ended(&mut self, pin: usize, vector: u8) -> bool {
+        let entry = &mut self.entries[pin];
+        let ended = *entry & ENTRY_REMOTE_IRR != 0 && *entry as u8 == vector;
+        if ended {
+            *entry &= !ENTRY_REMOTE_IRR;
+        }
+        ended
+    }
+
     fn read_selected(&self) -> u32 {
         match self.select {
             INDEX_ID | INDEX_ARBITRATION => u32::from(self.id) << 24,
@@ -256,7 +324,9 @@ impl Registers {
         } else {
             old & !0xffff_ffff | u64::from(value)
         };
-        self.entries[pin] = new & ENTRY_WRITABLE;
+        // Old guests end a level interrupt by making the entry an edge for a moment.
+        let in_service = if new & ENTRY_LEVEL != 0 { old & ENTRY_REMOTE_IRR } else { 0 };
+        self.entries[pin] = new & ENTRY_WRITABLE | in_service;
         (self.entries[pin] != old).then_some(pin)
     }
 
@@ -291,6 +361,27 @@ impl Interrupt for Line {
     }
 }
 
+/// One device's level-triggered input to a pin.
+pub struct LevelLine {
+    ioapic: Arc<IoApic>,
+    line: Arc<Line>,
+    source: u32,
+}
+
+impl Level for LevelLine {
+    fn set(&self, asserted: bool) {
+        let mut r = self.ioapic.lock();
+        let edge = r.entries[self.line.pin] & ENTRY_LEVEL == 0;
+        if r.set_source(self.line.pin, self.source, asserted) {
+            // An edge waits for the unmasking; a level is delivered only when it is not masked.
+            match edge {
+                true => self.line.raise(),
+                false => self.line.signal(),
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,7 +402,7 @@ mod tests {
 
     #[test]
     fn every_register_index_is_safe() {
-        let mut r = Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS] };
+        let mut r = Registers::default();
         for select in 0..=255 {
             r.select = select;
             r.write_selected(0xffff_ffff);
@@ -320,6 +411,34 @@ mod tests {
         assert_eq!(r.entries[23], ENTRY_WRITABLE);
         r.select = INDEX_VERSION;
         assert_eq!(r.read_selected(), VERSION);
+    }
+
+    #[test]
+    fn a_level_is_delivered_until_no_source_asserts_it() {
+        let mut r = Registers::default();
+        r.entries[17] = ENTRY_LEVEL | 0x41;
+        assert!(r.set_source(17, 1, true), "delivered");
+        assert!(!r.set_source(17, 2, true), "in service already");
+        assert!(!r.ended(17, 0x40), "another vector");
+        assert!(!r.set_source(17, 1, false));
+        assert!(r.ended(17, 0x41) && r.deliverable(17), "the other source still asserts it");
+        r.set_source(17, 2, false);
+        assert!(r.ended(17, 0x41) && !r.deliverable(17));
+        assert_eq!(r.entries[17] & ENTRY_REMOTE_IRR, 0);
+    }
+
+    #[test]
+    fn a_masked_level_waits_and_an_edge_write_ends_its_service() {
+        let mut r = Registers::default();
+        r.entries[16] = ENTRY_LEVEL | ENTRY_MASKED | 0x50;
+        assert!(!r.set_source(16, 1, true));
+        r.select = INDEX_ENTRIES + 32;
+        assert_eq!(r.write_selected(ENTRY_LEVEL as u32 | 0x50), Some(16));
+        assert!(r.deliverable(16));
+        r.write_selected((ENTRY_LEVEL | ENTRY_MASKED) as u32 | 0x50);
+        assert_ne!(r.read_selected() as u64 & ENTRY_REMOTE_IRR, 0, "masking does not end it");
+        r.write_selected(0x50);
+        assert_eq!(r.read_selected() as u64 & ENTRY_REMOTE_IRR, 0);
     }
 
     #[test]

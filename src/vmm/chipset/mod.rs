@@ -10,12 +10,15 @@
 //! | 0x3f8-0x3ff | [`serial`]: COM1 |
 //! | the ready port | chosen by the caller; any write is the ready point |
 //!
-//! All other ports read as ones and ignore writes, as an empty bus does.
+//! The machine kind with ACPI and PCI has two more rooms, reached before these ports ([`crate::vmm::bus`]): [`pci`] and
+//! [`power`]. All other ports read as ones and ignore writes, as an empty bus does.
 
 pub mod cmos;
 pub mod ioapic;
+pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod power;
 pub mod serial;
 
 use std::cell::Cell;
@@ -40,6 +43,8 @@ pub enum PortEffect {
     None,
     /// The guest resets itself; by which door.
     Reset(&'static str),
+    /// The guest powers itself off.
+    PowerOff,
     /// The guest wrote this to the ready port.
     Ready(u32),
 }
@@ -96,6 +101,11 @@ impl Chipset {
                 _ => 0xff,
             };
         }
+    }
+
+    /// The caller's ready port comes before whatever else may be there.
+    pub fn is_ready_port(&self, port: u16) -> bool {
+        Some(port) == self.ready_port
     }
 
     /// A guest `out` of `data.len()` bytes (1, 2 or 4) to `port`.

@@ -1,7 +1,7 @@
 //! virtio devices and the transport in front of them.
 //!
 //! A [`transport::Transport`] owns the status and the queues of one device and the device itself, a [`VirtioDevice`]; a
-//! front ([`mmio`]) gives the guest registers for it. Everything a guest puts into registers, rings and buffers is hostile: whatever it says,
+//! front ([`mmio`], [`pci`]) gives the guest registers for it. Everything a guest puts into registers, rings and buffers is hostile: whatever it says,
 //! a device answers with an error status, or the transport marks it as needing a reset; work for one call is bounded.
 //!
 //! Threads: registers are read and written by vCPU threads, queues are worked on by the device thread only, which
@@ -11,14 +11,15 @@
 //! May touch: guest memory, the files and sockets a device was built with, [`crate::vmm::irq`], and
 //! [`crate::snapshot`]'s `state`, `codec` and `layers`.
 //!
-//! Facts: virtio 1.2, clauses 2.1 (status), 2.2 (features), 2.7 (split rings), 4.2 (mmio), 5.1 (net), 5.2 (block), 5.3 (console),
-//! 5.4 (entropy); FreeBSD's `sys/dev/virtio` for what its drivers need.
+//! Facts: virtio 1.2, clauses 2.1 (status), 2.2 (features), 2.7 (split rings), 4.1 (pci), 4.2 (mmio), 5.1 (net), 5.2
+//! (block), 5.3 (console), 5.4 (entropy); FreeBSD's `sys/dev/virtio` for what its drivers need.
 
 pub mod block;
 pub mod chain;
 pub mod console;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -151,7 +152,7 @@ pub enum DeviceError {
 }
 
 /// Copies `data.len()` bytes at `offset` of `space`; what lies outside reads zero.
-fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+pub(super) fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let tail = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or(&[]);
     for (to, from) in data.iter_mut().zip(tail) {

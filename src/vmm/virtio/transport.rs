@@ -325,7 +325,6 @@ impl Transport {
     }
 
     /// The selected word of the features that the driver has written.
-    #[expect(dead_code, reason = "the PCI front comes next")]
     pub(super) fn driver_features_word(&self) -> u32 {
         word(self.driver_features, self.driver_features_select)
     }
@@ -380,7 +379,6 @@ impl Transport {
 
     /// A legacy driver has no FEATURES_OK: what it has written when it first gives a queue, or says DRIVER_OK, counts,
     /// less what was not offered (clauses 3.1.2 and 2.2.3).
-    #[expect(dead_code, reason = "the PCI front comes next")]
     pub(super) fn agree_as_legacy(&mut self) {
         if self.status & VIRTIO_CONFIG_S_FEATURES_OK == 0 {
             self.legacy = true;

@@ -1,18 +1,24 @@
-//! The smallest ACPI that a Linux of a distribution needs to find its CPUs and its virtio-mmio devices.
+//! ACPI tables: how a guest finds its CPUs, its devices and its power switch where it reads no MPTable.
 //!
-//! Debian's kernels are built without MPTable support and without `virtio_mmio.device=` on the command line, so the
-//! MADT and a DSDT are the only way to tell them. FreeBSD's FIRECRACKER kernels have ACPI off and read the MPTable
-//! ([`super::mptable`]); these tables are written for Linux guests only.
+//! Two descriptions, one for each kind of machine:
 //!
-//! The machine is told to be hardware-reduced ACPI: no SCI, no PM timer, no fixed events, so that the VMM needs no
-//! port of ACPI's. In that mode Linux wires no legacy interrupt by itself, which is why COM1 is a DSDT device too.
+//! * [`write`]: the smallest ACPI that a Linux of a distribution needs to find its CPUs and its virtio-mmio devices, told
+//!   to be hardware-reduced: no SCI, no PM timer, no fixed events. (Debian's kernels are built without MPTable support and
+//!   without `virtio_mmio.device=`. FreeBSD's FIRECRACKER kernels have ACPI off and read the MPTable, [`super::mptable`].)
+//!   In that mode Linux wires no legacy interrupt by itself, which is why COM1 is a DSDT device too.
+//! * [`write_pc`]: a PC with PCI and ACPI's fixed hardware, for unmodified kernels such as FreeBSD's GENERIC.
+//!
 //! Touches guest memory only in [`TABLES_START`]..[`TABLES_END`]: the BIOS area, where an RSDP is also searched for.
 //!
-//! Facts: ACPI 6.4 (5.2.5 RSDP, 5.2.8 XSDT, 5.2.9 FADT, 5.2.12 MADT, 6.4 resource data, 20.2 AML grammar);
-//! Linux `drivers/virtio/virtio_mmio.c` (HID LNRO0005), `arch/x86/kernel/acpi/boot.c`.
+//! Facts: ACPI 6.4 (5.2.5 RSDP, 5.2.8 XSDT, 5.2.9 FADT, 5.2.10 FACS, 5.2.12 MADT); PCI Firmware 3.2, 4.1.2 (MCFG);
+//! Linux `arch/x86/kernel/acpi/boot.c`; FreeBSD `sys/x86/acpica/madt.c`, `sys/dev/acpica`.
+
+mod dsdt;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START};
+use crate::vmm::chipset::power;
 use crate::vmm::memory::GuestMemory;
 
 /// First byte of the tables: the RSDP.
@@ -28,14 +34,35 @@ const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
 const LAPIC_ADDRESS: u32 = 0xfee0_0000;
 /// The interval timer (ISA interrupt 0) arrives at this pin, as the MPTable says.
 const TIMER_PIN: u32 = 2;
-const SERIAL_PORT: u16 = 0x3f8;
-const SERIAL_PIN: u32 = 4;
 const RESET_PORT: u64 = 0xcf9;
 const RESET_VALUE: u8 = 0x06;
 
 const RSDP_BYTES: usize = 36;
 const HEADER_BYTES: usize = 36;
 const FADT_BYTES: usize = 276;
+const FACS_BYTES: usize = 64;
+
+/// Fixed feature flags of the FADT (table 5.10).
+mod flag {
+    pub const WBINVD: u32 = 1;
+    /// C1 on all CPUs.
+    pub const PROC_C1: u32 = 1 << 2;
+    /// No fixed sleep button. (The bit for the power button is clear: that one is there.)
+    pub const NO_SLEEP_BUTTON: u32 = 1 << 5;
+    /// The clock's alarm does not wake by a fixed event.
+    pub const NO_FIXED_RTC: u32 = 1 << 6;
+    /// The PM timer has 32 bits.
+    pub const TIMER_32_BITS: u32 = 1 << 8;
+    pub const RESET_REGISTER: u32 = 1 << 10;
+    pub const HARDWARE_REDUCED: u32 = 1 << 20;
+}
+
+/// Boot architecture flags of the FADT (table 5.11).
+mod boot_flag {
+    pub const LEGACY_DEVICES: u16 = 1;
+    pub const VGA_NOT_PRESENT: u16 = 1 << 2;
+    pub const PCIE_ASPM_OFF: u16 = 1 << 4;
+}
 
 /// What is wrong with the machine that was to be described.
 #[derive(Debug, thiserror::Error)]
@@ -65,49 +92,89 @@ pub struct MmioDevice {
 /// Writes the tables for `vcpus` CPUs (APIC ids 0..vcpus), one I/O APIC with id `vcpus`, COM1 and `devices`.
 /// Returns the RSDP's address: for `hvm_start_info.rsdp_paddr` or Linux's `boot_params.acpi_rsdp_addr`.
 pub fn write(memory: &GuestMemory, vcpus: u8, devices: &[MmioDevice]) -> Result<u64, AcpiError> {
-    let tables = build(vcpus, devices)?;
+    put(memory, &build(vcpus, devices)?)
+}
+
+/// Writes the tables of a PC for `vcpus` CPUs (APIC ids 0..vcpus) and one I/O APIC with id `vcpus`. Returns the RSDP's
+/// address.
+pub fn write_pc(memory: &GuestMemory, vcpus: u8) -> Result<u64, AcpiError> {
+    put(memory, &build_pc(vcpus)?)
+}
+
+fn put(memory: &GuestMemory, tables: &[u8]) -> Result<u64, AcpiError> {
     if tables.len() as u64 > TABLES_END - TABLES_START {
         return Err(AcpiError::TooLarge(tables.len()));
     }
-    memory.write_slice(&tables, GuestAddress(TABLES_START))?;
+    memory.write_slice(tables, GuestAddress(TABLES_START))?;
     Ok(TABLES_START)
+}
+
+fn check_vcpus(vcpus: u8) -> Result<(), AcpiError> {
+    match (1..=VCPUS_MAX).contains(&vcpus) {
+        true => Ok(()),
+        false => Err(AcpiError::Vcpus(vcpus)),
+    }
 }
 
 /// All tables in one piece, to lie at [`TABLES_START`].
 fn build(vcpus: u8, devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
-    if vcpus == 0 || vcpus > VCPUS_MAX {
-        return Err(AcpiError::Vcpus(vcpus));
-    }
+    check_vcpus(vcpus)?;
     if devices.len() > DEVICES_MAX {
         return Err(AcpiError::Devices(devices.len()));
     }
-    let mut tables = vec![0; RSDP_BYTES.next_multiple_of(16)];
-    let mut place = |table: Vec<u8>| {
-        let address = TABLES_START + tables.len() as u64;
-        tables.extend(table);
-        tables.resize(tables.len().next_multiple_of(16), 0);
-        address
-    };
-    let dsdt = place(dsdt(devices)?);
-    let fadt = place(fadt(dsdt));
-    let madt = place(madt(vcpus));
-    let mut entries = Vec::new();
-    for address in [fadt, madt] {
-        entries.extend(address.to_le_bytes());
-    }
-    let xsdt = place(table(b"XSDT", 1, entries));
+    let mut tables = Tables::new();
+    let dsdt = tables.place(table(b"DSDT", 2, dsdt::reduced(devices)?));
+    let fadt = tables.place(fadt_reduced(dsdt));
+    let madt = tables.place(madt(vcpus, false));
+    Ok(tables.finish(&[fadt, madt]))
+}
 
-    let mut rsdp = Vec::with_capacity(RSDP_BYTES);
-    rsdp.extend(b"RSD PTR \0COLDSP\x02"); // Checksum 0 for now, OEM id, revision 2.
-    rsdp.extend(0u32.to_le_bytes()); // No RSDT.
-    rsdp.extend((RSDP_BYTES as u32).to_le_bytes());
-    rsdp.extend(xsdt.to_le_bytes());
-    rsdp.extend([0; 4]);
-    // The first checksum covers the 20 bytes of revision 0, the second all of it.
-    rsdp[8] = checksum(&rsdp[..20]);
-    rsdp[32] = checksum(&rsdp);
-    tables[..RSDP_BYTES].copy_from_slice(&rsdp);
-    Ok(tables)
+fn build_pc(vcpus: u8) -> Result<Vec<u8>, AcpiError> {
+    check_vcpus(vcpus)?;
+    let mut tables = Tables::new();
+    let facs = tables.place(facs());
+    let dsdt = tables.place(table(b"DSDT", 2, dsdt::pc()));
+    let fadt = tables.place(fadt_pc(facs, dsdt));
+    let madt = tables.place(madt(vcpus, true));
+    let mcfg = tables.place(mcfg());
+    Ok(tables.finish(&[fadt, madt, mcfg]))
+}
+
+/// Tables one after the other, behind the room for the RSDP.
+struct Tables(Vec<u8>);
+
+impl Tables {
+    /// What the FACS wants, and the others do not mind.
+    const ALIGNMENT: usize = 64;
+
+    fn new() -> Self {
+        Tables(vec![0; RSDP_BYTES.next_multiple_of(Self::ALIGNMENT)])
+    }
+
+    /// Returns the table's address.
+    fn place(&mut self, table: Vec<u8>) -> u64 {
+        let address = TABLES_START + self.0.len() as u64;
+        self.0.extend(table);
+        self.0.resize(self.0.len().next_multiple_of(Self::ALIGNMENT), 0);
+        address
+    }
+
+    /// With an XSDT of `entries`, and the RSDP.
+    fn finish(mut self, entries: &[u64]) -> Vec<u8> {
+        let xsdt =
+            self.place(table(b"XSDT", 1, entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()));
+        let mut rsdp = Vec::with_capacity(RSDP_BYTES);
+        rsdp.extend(b"RSD PTR \0COLDSP\x02"); // Checksum 0 for now, OEM id, revision 2.
+        rsdp.extend(0u32.to_le_bytes()); // No RSDT.
+        rsdp.extend((RSDP_BYTES as u32).to_le_bytes());
+        rsdp.extend(xsdt.to_le_bytes());
+        rsdp.extend([0; 4]);
+        // The first checksum covers the 20 bytes of revision 0, the second all of it.
+        rsdp[8] = checksum(&rsdp[..20]);
+        rsdp[32] = checksum(&rsdp);
+        self.0[..RSDP_BYTES].copy_from_slice(&rsdp);
+        self.0
+    }
 }
 
 /// The byte that makes the sum of all bytes zero.
@@ -131,38 +198,88 @@ fn table(signature: &[u8; 4], revision: u8, body: Vec<u8>) -> Vec<u8> {
     table
 }
 
-// --- FADT, MADT ---
+/// The fields of a FADT by their offsets in ACPI 6.4 table 5.9, counted from the start of the header.
+struct Fadt(Vec<u8>);
 
-fn fadt(dsdt: u64) -> Vec<u8> {
-    const VGA_NOT_PRESENT: u16 = 1 << 2;
-    const PCIE_ASPM_OFF: u16 = 1 << 4;
-    const WBINVD: u32 = 1;
-    const RESET_REGISTER: u32 = 1 << 10;
-    const HARDWARE_REDUCED: u32 = 1 << 20;
-    const SYSTEM_IO: u8 = 1;
-    const BYTE_ACCESS: u8 = 1;
+impl Fadt {
+    /// What both descriptions have: the reset register, no VGA, no 8042 (kernels then do not look for a keyboard).
+    fn new(flags: u32, boot_flags: u16, dsdt: u64) -> Self {
+        let mut fadt = Fadt(vec![0u8; FADT_BYTES - HEADER_BYTES]);
+        let boot_flags = boot_flags | boot_flag::VGA_NOT_PRESENT | boot_flag::PCIE_ASPM_OFF;
+        fadt.put(109, &boot_flags.to_le_bytes());
+        fadt.put(112, &(flags | flag::WBINVD | flag::RESET_REGISTER).to_le_bytes());
+        fadt.put(116, &io_register(RESET_PORT, 8, 1));
+        fadt.put(128, &[RESET_VALUE]);
+        fadt.put(131, &[4]); // Minor version.
+        fadt.put(140, &dsdt.to_le_bytes());
+        fadt.put(268, b"COLDSPRK"); // Hypervisor vendor.
+        fadt
+    }
 
-    // Offsets are those of ACPI 6.4 table 5.9, counted from the start of the header.
-    let mut body = vec![0u8; FADT_BYTES - HEADER_BYTES];
-    let mut put = |offset: usize, bytes: &[u8]| {
-        body[offset - HEADER_BYTES..][..bytes.len()].copy_from_slice(bytes);
-    };
-    // No LEGACY_DEVICES, no 8042 flag: Linux then does not spend time looking for a keyboard.
-    put(109, &(VGA_NOT_PRESENT | PCIE_ASPM_OFF).to_le_bytes());
-    put(112, &(WBINVD | RESET_REGISTER | HARDWARE_REDUCED).to_le_bytes());
-    put(116, &[SYSTEM_IO, 8, 0, BYTE_ACCESS]);
-    put(120, &RESET_PORT.to_le_bytes());
-    put(128, &[RESET_VALUE]);
-    put(131, &[4]); // Minor version.
-    put(140, &dsdt.to_le_bytes());
-    put(268, b"COLDSPRK"); // Hypervisor vendor.
-    table(b"FACP", 6, body)
+    fn put(&mut self, offset: usize, bytes: &[u8]) {
+        self.0[offset - HEADER_BYTES..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn finish(self) -> Vec<u8> {
+        table(b"FACP", 6, self.0)
+    }
 }
 
-fn madt(vcpus: u8) -> Vec<u8> {
+/// Generic address of ports: `access` 0 says nothing, 1 bytes.
+fn io_register(port: u64, bits: u8, access: u8) -> [u8; 12] {
+    const SYSTEM_IO: u8 = 1;
+    let mut register = [0; 12];
+    register[..4].copy_from_slice(&[SYSTEM_IO, bits, 0, access]);
+    register[4..].copy_from_slice(&port.to_le_bytes());
+    register
+}
+
+fn fadt_reduced(dsdt: u64) -> Vec<u8> {
+    Fadt::new(flag::HARDWARE_REDUCED, 0, dsdt).finish()
+}
+
+fn fadt_pc(facs: u64, dsdt: u64) -> Vec<u8> {
+    let flags = flag::PROC_C1 | flag::NO_SLEEP_BUTTON | flag::NO_FIXED_RTC | flag::TIMER_32_BITS;
+    let mut fadt = Fadt::new(flags, boot_flag::LEGACY_DEVICES, dsdt);
+    // Tables lie below 1 MiB, so the 32-bit fields hold their addresses.
+    fadt.put(36, &(facs as u32).to_le_bytes());
+    fadt.put(40, &(dsdt as u32).to_le_bytes());
+    fadt.put(46, &u16::from(power::SCI).to_le_bytes());
+    // No SMI command: ACPI is on from the start. Each block twice: as a port, and as a generic address.
+    for (offset, wide_offset, length_offset, port, bytes) in [
+        (56, 148, 88, power::PM1_EVENT, power::PM1_EVENT_BYTES),
+        (64, 172, 89, power::PM1_CONTROL, power::PM1_CONTROL_BYTES),
+        (76, 208, 91, power::PM_TIMER, power::PM_TIMER_BYTES),
+    ] {
+        fadt.put(offset, &u32::from(port).to_le_bytes());
+        fadt.put(length_offset, &[bytes]);
+        fadt.put(wide_offset, &io_register(port.into(), bytes * 8, 0));
+    }
+    // Latencies that mean: no C2, no C3.
+    fadt.put(96, &101u16.to_le_bytes());
+    fadt.put(98, &1001u16.to_le_bytes());
+    fadt.put(108, &[0x32]); // The clock's century.
+    fadt.finish()
+}
+
+/// Firmware's and the kernel's shared words; the kernel writes to them (the global lock).
+fn facs() -> Vec<u8> {
+    let mut facs = b"FACS".to_vec();
+    facs.extend((FACS_BYTES as u32).to_le_bytes());
+    facs.resize(FACS_BYTES, 0);
+    facs[32] = 2; // Version.
+    facs
+}
+
+fn madt(vcpus: u8, pc: bool) -> Vec<u8> {
+    /// The 8259s are there (and masked).
+    const PCAT_COMPATIBLE: u32 = 1;
+    /// Active high, level-triggered.
+    const LEVEL_HIGH: u16 = 0b1101;
+
     let mut body = Vec::new();
     body.extend(LAPIC_ADDRESS.to_le_bytes());
-    body.extend(0u32.to_le_bytes()); // No 8259s.
+    body.extend(if pc { PCAT_COMPATIBLE } else { 0 }.to_le_bytes());
     for id in 0..vcpus {
         // Local APIC: processor uid, APIC id, enabled.
         body.extend([0, 8, id, id]);
@@ -171,92 +288,27 @@ fn madt(vcpus: u8) -> Vec<u8> {
     body.extend([1, 12, vcpus, 0]);
     body.extend(IOAPIC_ADDRESS.to_le_bytes());
     body.extend(0u32.to_le_bytes()); // First interrupt.
-    // Source override: ISA interrupt 0 at the timer's pin.
-    body.extend([2, 10, 0, 0]);
-    body.extend(TIMER_PIN.to_le_bytes());
-    body.extend(0u16.to_le_bytes());
+    // Source overrides: ISA interrupt 0 at the timer's pin; the SCI is no edge.
+    let mut source = |isa: u8, pin: u32, flags: u16| {
+        body.extend([2, 10, 0, isa]);
+        body.extend(pin.to_le_bytes());
+        body.extend(flags.to_le_bytes());
+    };
+    source(0, TIMER_PIN, 0);
+    if pc {
+        source(power::SCI, power::SCI.into(), LEVEL_HIGH);
+    }
     // NMI at LINT1 of all CPUs.
     body.extend([4, 6, 0xff, 0, 0, 1]);
     table(b"APIC", 5, body)
 }
 
-// --- DSDT: a little AML ---
-
-fn dsdt(devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
-    let mut scope = Vec::new();
-    let mut resources = io_port(SERIAL_PORT, 8);
-    resources.extend(interrupt(SERIAL_PIN));
-    // PNP0501, a 16550, as a compressed EISA id.
-    scope.extend(device(b"COM1", &[0x0c, 0x41, 0xd0, 0x05, 0x01], 0, resources));
-    for (index, mmio) in devices.iter().enumerate() {
-        let address = u32::try_from(mmio.address).map_err(|_| AcpiError::Window(mmio.address))?;
-        let digit = |value: usize| b"0123456789ABCDEF"[value & 0xf];
-        let mut resources = memory_window(address, mmio.bytes);
-        resources.extend(interrupt(mmio.line));
-        let name = [b'V', b'M', digit(index >> 4), digit(index)];
-        scope.extend(device(&name, b"\x0dLNRO0005\0", index as u8, resources));
-    }
-    let mut aml = vec![0x10]; // Scope(\_SB_)
-    aml.extend(package(&[b"\\_SB_".as_slice(), &scope].concat()));
-    Ok(table(b"DSDT", 2, aml))
-}
-
-/// Device(NAME) { Name(_HID, hid) Name(_UID, uid) Name(_CCA, 1) Name(_CRS, ResourceTemplate) }.
-fn device(name: &[u8; 4], hid: &[u8], uid: u8, mut resources: Vec<u8>) -> Vec<u8> {
-    resources.extend([0x79, 0]); // End tag; a checksum of 0 is taken as right.
-    let mut body = name.to_vec();
-    body.extend(b"\x08_HID");
-    body.extend(hid);
-    body.extend(b"\x08_UID\x0a");
-    body.push(uid);
-    body.extend(b"\x08_CCA\x01");
-    body.extend(b"\x08_CRS\x11");
-    let mut buffer = vec![0x0b]; // Word constant: the buffer's size.
-    buffer.extend((resources.len() as u16).to_le_bytes());
-    buffer.extend(resources);
-    body.extend(package(&buffer));
-    [b"\x5b\x82".to_vec(), package(&body)].concat()
-}
-
-/// PkgLength and the bytes it counts (itself included): 20.2.4.
-fn package(body: &[u8]) -> Vec<u8> {
-    let mut package = match body.len() {
-        length @ ..=62 => vec![length as u8 + 1],
-        length @ ..=4093 => {
-            let total = length + 2;
-            vec![0x40 | (total & 0xf) as u8, (total >> 4) as u8]
-        }
-        length => {
-            let total = length + 3;
-            vec![0x80 | (total & 0xf) as u8, (total >> 4) as u8, (total >> 12) as u8]
-        }
-    };
-    package.extend(body);
-    package
-}
-
-/// Memory32Fixed, read-write.
-fn memory_window(address: u32, bytes: u32) -> Vec<u8> {
-    let mut descriptor = vec![0x86, 9, 0, 1];
-    descriptor.extend(address.to_le_bytes());
-    descriptor.extend(bytes.to_le_bytes());
-    descriptor
-}
-
-/// Extended interrupt: consumer, edge, active high, exclusive.
-fn interrupt(line: u32) -> Vec<u8> {
-    let mut descriptor = vec![0x89, 6, 0, 0b0011, 1];
-    descriptor.extend(line.to_le_bytes());
-    descriptor
-}
-
-/// I/O port range, 16-bit decode.
-fn io_port(port: u16, bytes: u8) -> Vec<u8> {
-    let mut descriptor = vec![0x47, 1];
-    descriptor.extend(port.to_le_bytes());
-    descriptor.extend(port.to_le_bytes());
-    descriptor.extend([1, bytes]);
-    descriptor
+fn mcfg() -> Vec<u8> {
+    let mut body = vec![0; 8];
+    body.extend(ECAM_START.to_le_bytes());
+    let buses = (ECAM_BYTES >> 20) as u8;
+    body.extend([0, 0, 0, buses - 1, 0, 0, 0, 0]); // Segment 0, first and last bus.
+    table(b"MCFG", 1, body)
 }
 
 #[cfg(test)]
@@ -323,6 +375,29 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_pc_has_its_fixed_hardware_and_its_facs() {
+        let tables = build_pc(4).unwrap();
+        let xsdt = table_at(&tables, u64_at(&tables, 24));
+        let found: Vec<&[u8]> =
+            (36..xsdt.len()).step_by(8).map(|at| table_at(&tables, u64_at(xsdt, at))).collect();
+        let [fadt, madt, mcfg] = found[..] else { panic!("{} tables", found.len()) };
+        assert_eq!([&fadt[..4], &madt[..4], &mcfg[..4]], [b"FACP", b"APIC", b"MCFG"]);
+        assert_eq!(u32_at(fadt, 112) & flag::HARDWARE_REDUCED, 0);
+        assert_eq!(u32_at(fadt, 56), 0x600);
+        assert_eq!((u32_at(fadt, 64), u32_at(fadt, 76)), (0x604, 0x608));
+        assert_eq!(u64_at(fadt, 176), 0x604, "as a generic address");
+        assert_eq!(u32_at(fadt, 48), 0, "no SMI command");
+        let facs = u64::from(u32_at(fadt, 36));
+        assert!(facs.is_multiple_of(64));
+        assert_eq!(&tables[(facs - TABLES_START) as usize..][..4], b"FACS");
+        assert_eq!(u64::from(u32_at(fadt, 40)), u64_at(fadt, 140));
+        assert_eq!(&table_at(&tables, u64_at(fadt, 140))[..4], b"DSDT");
+        assert_eq!(u64_at(mcfg, 44), ECAM_START);
+        let sci = [2, 10, 0, 9, 9, 0, 0, 0, 0b1101, 0];
+        assert!(madt.windows(sci.len()).any(|window| window == sci));
+    }
+
     /// Decodes a PkgLength; returns (bytes of the length itself, length).
     fn package_length(aml: &[u8]) -> (usize, usize) {
         match aml[0] >> 6 {
@@ -336,14 +411,6 @@ mod tests {
     }
 
     #[test]
-    fn package_lengths_count_themselves_at_every_size() {
-        for length in [0, 1, 62, 63, 64, 4093, 4094, 5000, 70000] {
-            let (prefix, total) = package_length(&package(&vec![0; length]));
-            assert_eq!(total, prefix + length);
-        }
-    }
-
-    #[test]
     fn every_device_is_in_the_dsdt_with_its_window_and_line() {
         for count in [0usize, 1, 8, 40] {
             let devices: Vec<_> = (0..count as u32)
@@ -353,8 +420,7 @@ mod tests {
                     line: 5 + n,
                 })
                 .collect();
-            let table = dsdt(&devices).unwrap();
-            let aml = &table[HEADER_BYTES..];
+            let aml = dsdt::reduced(&devices).unwrap();
             assert_eq!(aml[0], 0x10);
             let (prefix, total) = package_length(&aml[1..]);
             assert_eq!(total, aml.len() - 1);
@@ -387,6 +453,8 @@ mod tests {
         assert!(matches!(build(1, &[high]), Err(AcpiError::Window(0x1_0000_0000))));
         let small = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 10)]).unwrap();
         assert!(matches!(write(&small, 1, &[DISK]), Err(AcpiError::Memory(_))));
+        assert!(matches!(write_pc(&small, 1), Err(AcpiError::Memory(_))));
+        assert!(matches!(build_pc(0), Err(AcpiError::Vcpus(0))));
     }
 
     #[test]

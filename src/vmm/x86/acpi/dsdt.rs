@@ -1,0 +1,124 @@
+//! The DSDTs: devices that announce themselves by nothing else, as AML.
+//!
+//! Facts: ACPI 6.4, 6.1.5 (_HID), 6.2.2 (_CRS), 6.2.13 (_PRT), 7.4.2.6 (\_S5); Linux `drivers/virtio/virtio_mmio.c` (HID
+//! LNRO0005); FreeBSD `sys/dev/acpica/acpi_pcib_acpi.c`, `acpi_pcib.c` (_PRT).
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
+    PackageBuilder, ResourceTemplate, Scope,
+};
+
+use super::{AcpiError, MmioDevice};
+use crate::vmm::chipset::pci::{
+    ECAM_BYTES, ECAM_START, IO_END, IO_START, MEMORY_END, MEMORY_START, SLOTS, intx_pin,
+};
+use crate::vmm::chipset::power;
+
+const SERIAL_PORT: u16 = 0x3f8;
+const SERIAL_PIN: u32 = 4;
+
+fn bytes(aml: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    aml.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+/// Device(name) { _HID, _UID, then `more` and _CRS of `resources` }.
+fn device(
+    name: &str,
+    hid: &dyn Aml,
+    uid: u8,
+    more: &[(&str, &dyn Aml)],
+    resources: Vec<&dyn Aml>,
+) -> Vec<u8> {
+    let template = ResourceTemplate::new(resources);
+    let mut names = vec![Name::new("_HID".into(), hid), Name::new("_UID".into(), &uid)];
+    names.extend(more.iter().map(|(name, value)| Name::new((*name).into(), *value)));
+    names.push(Name::new("_CRS".into(), &template));
+    bytes(&Device::new(name.into(), names.iter().map(|name| name as &dyn Aml).collect()))
+}
+
+/// An edge-triggered, active-high interrupt of its own.
+fn edge(line: u32) -> Interrupt {
+    Interrupt::new(true, true, false, false, line)
+}
+
+/// COM1, a 16550.
+fn serial() -> Vec<u8> {
+    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, 8);
+    device("COM1", &EISAName::new("PNP0501"), 0, &[], vec![&ports, &edge(SERIAL_PIN)])
+}
+
+/// COM1 and the virtio-mmio devices.
+pub fn reduced(devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
+    let mut scope = serial();
+    for (index, mmio) in devices.iter().enumerate() {
+        let address = u32::try_from(mmio.address).map_err(|_| AcpiError::Window(mmio.address))?;
+        let window = Memory32Fixed::new(true, address, mmio.bytes);
+        let name = format!("VM{index:02X}");
+        // The device is cache-coherent: without saying so Linux takes it for one that cannot do DMA.
+        let coherent: &[(&str, &dyn Aml)] = &[("_CCA", &1u8)];
+        scope.extend(device(&name, &"LNRO0005", index as u8, coherent, vec![&window, &edge(mmio.line)]));
+    }
+    Ok(Scope::raw("\\_SB_".into(), scope))
+}
+
+/// A PC: \_S5, the host bridge with its interrupt table, and what lies on the board.
+pub fn pc() -> Vec<u8> {
+    // Sleep types for PM1a and PM1b control, two reserved.
+    let off = power::SLEEP_TYPE_S5;
+    let mut aml = bytes(&Name::new("\\_S5_".into(), &Package::new(vec![&off, &off, &0u8, &0u8])));
+    let mut scope = host_bridge();
+    scope.extend(serial());
+    let clock = IO::new(0x70, 0x70, 1, 2);
+    scope.extend(device("RTC_", &EISAName::new("PNP0B00"), 0, &[], vec![&clock]));
+    let timer = IO::new(0x40, 0x40, 1, 4);
+    scope.extend(device("TIMR", &EISAName::new("PNP0100"), 0, &[], vec![&timer, &edge(0)]));
+    // Not to be given to anybody: Linux uses the memory-mapped configuration space only if it is reserved here.
+    let ecam = Memory32Fixed::new(true, ECAM_START as u32, ECAM_BYTES as u32);
+    let block = IO::new(power::PORTS_START, power::PORTS_START, 1, power::PORTS as u8);
+    scope.extend(device("MBRD", &EISAName::new("PNP0C02"), 0, &[], vec![&ecam, &block]));
+    aml.extend(Scope::raw("\\_SB_".into(), scope));
+    aml
+}
+
+fn host_bridge() -> Vec<u8> {
+    let buses = AddressSpace::new_bus_number(0u16, 0);
+    let mechanism = IO::new(0xcf8, 0xcf8, 1, 8);
+    let io = AddressSpace::new_io(IO_START as u16, (IO_END - 1) as u16, None);
+    let memory = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        MEMORY_START as u32,
+        (MEMORY_END - 1) as u32,
+        None,
+    );
+    // Device and any function, INTA, wired to this interrupt.
+    let mut routes = PackageBuilder::new();
+    for slot in 1..SLOTS {
+        let address = (slot as u32) << 16 | 0xffff;
+        routes.add_element(&Package::new(vec![&address, &0u8, &0u8, &intx_pin(slot)]));
+    }
+    let compatible = EISAName::new("PNP0A03");
+    let more: &[(&str, &dyn Aml)] =
+        &[("_CID", &compatible), ("_SEG", &0u8), ("_BBN", &0u8), ("_CCA", &1u8), ("_PRT", &routes)];
+    device("PCI0", &EISAName::new("PNP0A08"), 0, more, vec![&buses, &mechanism, &io, &memory])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pc_says_how_to_power_off_and_where_interrupts_go() {
+        let aml = pc();
+        // Name(\_S5_, Package(4) {5, 5, 0, 0})
+        assert_eq!(&aml[..14], b"\x08\\_S5_\x12\x08\x04\x0a\x05\x0a\x05\0");
+        // Package(4) {0x0001ffff, 0, 0, 17}
+        let route = b"\x12\x0b\x04\x0c\xff\xff\x01\x00\0\0\x0a\x11";
+        assert!(aml.windows(route.len()).any(|window| window == route));
+        let routes = aml.windows(5).filter(|window| window[0] == 0x0c && window[1..3] == [0xff; 2]);
+        assert_eq!(routes.count(), SLOTS - 1);
+    }
+}
