@@ -4,9 +4,10 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::{env, fs};
 
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     "coldspark/v1/common.proto",
     "coldspark/v1/images.proto",
+    "coldspark/v1/network.proto",
     "coldspark/v1/vms.proto",
     "coldspark/v1/snapshots.proto",
     "coldspark/v1/agent.proto",

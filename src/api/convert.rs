@@ -48,6 +48,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         worker_pid: if ended { 0 } else { vm.process.pid() },
         restarts: status.restarts,
         panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
+        networks: vm.networks.iter().map(super::network::network_out).collect(),
     }
 }
 

@@ -6,12 +6,13 @@
 //! | [`client`] | connecting to a service's socket |
 //! | [`server`] | the socket, the services on it, and the end |
 //! | `vms`, `snapshots`, `images`, `agent` | one service each |
-//! | `convert`, `status` | messages and errors, translated |
+//! | `convert`, `network`, `status` | messages and errors, translated |
 
 mod agent;
 pub mod client;
 mod convert;
 mod images;
+mod network;
 pub mod proto;
 pub mod server;
 mod snapshots;

@@ -14,6 +14,7 @@ impl From<FleetError> for Status {
             Kind::NotFound => Code::NotFound,
             Kind::AlreadyExists => Code::AlreadyExists,
             Kind::FailedPrecondition => Code::FailedPrecondition,
+            Kind::PermissionDenied => Code::PermissionDenied,
             Kind::ResourceExhausted => Code::ResourceExhausted,
             Kind::DataLoss => Code::DataLoss,
             Kind::DeadlineExceeded => Code::DeadlineExceeded,

@@ -10,6 +10,7 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::{self, optional};
+use super::network;
 use super::proto;
 use super::proto::vm_service_server::VmService;
 use super::status::invalid;
@@ -96,6 +97,7 @@ impl VmService for Vms {
             memory_mode: convert::memory_mode_in(request.memory_mode)?,
             managed: convert::identity_in(request.identity)?,
             name: optional(request.name),
+            networks: network::requests_in(request.networks)?,
         };
         let vms = self.fleet.clone_vm(request).await?;
         Ok(Response::new(proto::CloneVmResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
@@ -112,6 +114,14 @@ impl VmService for Vms {
     ) -> Result<Response<proto::ListVmsResponse>, Status> {
         let vms = self.fleet.vms();
         Ok(Response::new(proto::ListVmsResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
+    }
+
+    async fn get_vm_stats(
+        &self,
+        request: Request<proto::GetVmStatsRequest>,
+    ) -> Result<Response<proto::VmStats>, Status> {
+        let vm = self.fleet.vm(&request.into_inner().vm)?;
+        Ok(Response::new(network::stats_out(&vm.stats().await?)))
     }
 
     async fn delete_vm(
@@ -229,6 +239,7 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             ms => Duration::from_millis(ms.into()),
         },
         disks: request.disks.into_iter().map(disk_file).collect::<Result<_, _>>()?,
+        networks: network::requests_in(request.networks)?,
         restart_on_reset: match proto::OnReset::try_from(request.on_reset) {
             Ok(proto::OnReset::Unspecified | proto::OnReset::Restart) => true,
             Ok(proto::OnReset::End) => false,

@@ -296,7 +296,7 @@ async fn start_clone(
         count: 1,
         memory_mode,
         identity: identity.into(),
-        name: String::new(),
+        ..proto::CloneVmRequest::default()
     };
     let begin = Instant::now();
     let vms = client.vms.clone_vm(request).await?.into_inner().vms;

@@ -18,6 +18,7 @@ use super::error::FleetError;
 use super::images::Bootable;
 use super::limits::*;
 use super::link::Link;
+use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::{Again, Ears, Faults, Owner, Phase};
 use super::registry::Guard;
 use super::shells::Shell;
@@ -62,6 +63,7 @@ pub struct CreateVm {
     pub ready_timeout: Duration,
     /// Disks by path, after the image's.
     pub disks: Vec<DiskFile>,
+    pub networks: Vec<NetworkRequest>,
     /// Boot it again when the guest resets itself; otherwise that is its end.
     pub restart_on_reset: bool,
 }
@@ -93,6 +95,7 @@ pub(super) struct Start {
     pub disks: Vec<VmDisk>,
     pub folder: VmFolder,
     pub faults: Option<Faults>,
+    pub networks: Vec<VmNetwork>,
     pub again: Option<Again>,
 }
 
@@ -130,6 +133,7 @@ impl Fleet {
             memory_bytes: start.memory_bytes,
             generation: start.generation,
             memory_mode: start.memory_mode,
+            networks: start.networks,
             created_unix_ms: id::unix_ms(),
             number: self.registry.next_number(),
             console: Console::start(console.ours, &start.pattern),
@@ -192,6 +196,9 @@ impl Fleet {
             disks.extend(opened?);
         }
         plan.spec.disks = disks.iter().map(VmDisk::spec).collect();
+        let networks = network::plan(&request.networks, &folder.id())?;
+        let links = network::open(&networks).await?;
+        plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
         let shell = self.shells.take().await?;
         let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
         let pattern = match &plan.ready {
@@ -217,6 +224,7 @@ impl Fleet {
                 disks: disks.clone(),
                 folder,
                 faults: None,
+                networks,
                 again: request.restart_on_reset.then(|| Again {
                     spec: plan.spec.clone(),
                     kernel: Arc::clone(&bootable.kernel),
@@ -237,6 +245,7 @@ impl Fleet {
                 bootable.kernel,
                 bootable.module,
                 &disks,
+                links,
                 plan.ready,
                 &progress,
                 arrived,
@@ -301,6 +310,7 @@ impl Fleet {
         kernel: Arc<File>,
         module: Option<Arc<File>>,
         disks: &[VmDisk],
+        links: Vec<OpenLink>,
         ready: ReadyPoint,
         progress: &mpsc::Sender<Progress>,
         arrived: Instant,
@@ -309,6 +319,7 @@ impl Fleet {
         let mut fds = vec![started.console.as_fd(), started.agent.as_fd(), kernel.as_fd()];
         fds.extend(module.iter().map(|module| module.as_fd()));
         fds.extend(disks.iter().flat_map(VmDisk::fds));
+        fds.extend(links.iter().flat_map(OpenLink::fd));
         let before_us = micros(arrived);
         let booted = match started.link.request(Request::Boot(spec), &fds).await {
             Ok((Reply::Booted(booted), _)) => booted,
@@ -316,6 +327,8 @@ impl Fleet {
             Err(FleetError::Channel(ChannelError::Closed)) => return Err(ended_early(vm).await),
             Err(error) => return Err(error),
         };
+        // The worker has its own: from now on a link ends with it.
+        drop(links);
         vm.status.send_modify(|status| status.protocol = Some(booted.protocol));
         // The worker's own events may have come in between; these are its steps seen from the request's arrival.
         let mut reached = before_us;
@@ -405,6 +418,8 @@ impl Plan {
             command_line,
             // Known when their files are open.
             disks: Vec::new(),
+            // Known when there is an id to derive addresses from.
+            networks: Vec::new(),
             ready_port: match ready {
                 ReadyPoint::Port(port) => Some(port),
                 _ => None,

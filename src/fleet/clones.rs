@@ -13,6 +13,7 @@ use super::boot::{Start, Started, micros, step};
 use super::disks::VmFolder;
 use super::error::FleetError;
 use super::limits::*;
+use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
 use super::registry::Guard;
 use super::snapshots::Source;
@@ -32,6 +33,8 @@ pub struct CloneVm {
     /// Give each its own identity through the agent.
     pub managed: bool,
     pub name: Option<String>,
+    /// Links for the guest's interfaces, from the first.
+    pub networks: Vec<NetworkRequest>,
 }
 
 impl Fleet {
@@ -50,9 +53,10 @@ impl Fleet {
         if request.managed && source.hello.is_none() {
             return Err(FleetError::NoAgentInSnapshot);
         }
+        let networks = network::plan_clones(&request.networks, &source.networks, request.count)?;
         let mut names = names.into_iter();
         if request.count == 1 {
-            let guard = self.clone_one(source, request, names.next(), arrived).await?;
+            let guard = self.clone_one(source, request, networks, names.next(), arrived).await?;
             return Ok(guard.hand_over().into_iter().collect());
         }
         // Dropping the set, or a guard in it, ends what was started.
@@ -60,7 +64,8 @@ impl Fleet {
         for _ in 0..request.count {
             let (fleet, source, request, name) =
                 (Arc::clone(self), Arc::clone(&source), request.clone(), names.next());
-            clones.spawn(async move { fleet.clone_one(source, request, name, arrived).await });
+            let networks = networks.clone();
+            clones.spawn(async move { fleet.clone_one(source, request, networks, name, arrived).await });
         }
         let mut guards = Vec::with_capacity(request.count as usize);
         while let Some(clone) = clones.join_next().await {
@@ -77,10 +82,12 @@ impl Fleet {
         self: &Arc<Self>,
         source: Arc<Source>,
         request: CloneVm,
+        networks: Vec<VmNetwork>,
         name: Option<String>,
         arrived: Instant,
     ) -> Result<Guard, FleetError> {
         let mut clock = Clock::new(arrived);
+        let links = network::open(&networks).await?;
         let shell = self.shells.take().await?;
         clock.lap("shell");
         source.check_fits(&shell.host)?;
@@ -98,6 +105,7 @@ impl Fleet {
             memory_mode: request.memory_mode,
             generation,
             disks: disks.iter().map(|disk| disk.spec()).collect(),
+            networks: links.iter().map(|link| link.kind).collect(),
             paused: false,
             ready_port: None,
         };
@@ -120,6 +128,7 @@ impl Fleet {
                 disks: disks.clone(),
                 folder,
                 faults,
+                networks,
                 again: None,
             },
         )?;
@@ -132,8 +141,11 @@ impl Fleet {
                 source.open.memory.as_fd(),
             ];
             fds.extend(disks.iter().flat_map(|disk| disk.fds()));
+            fds.extend(links.iter().flat_map(OpenLink::fd));
             restore(&started, Request::Restore(spec), &fds).await?
         };
+        // The worker has its own: from now on a link ends with it.
+        drop(links);
         clock.lap("restore");
         clock.inside("restore", &restored.steps);
         if request.managed {

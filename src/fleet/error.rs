@@ -3,6 +3,7 @@
 use std::io;
 
 use super::limits::*;
+use super::network::NetworkError;
 use crate::agent::AgentError;
 use crate::snapshot::cause::Cause;
 use crate::worker::channel::ChannelError;
@@ -15,6 +16,7 @@ pub enum Kind {
     NotFound,
     AlreadyExists,
     FailedPrecondition,
+    PermissionDenied,
     ResourceExhausted,
     DataLoss,
     DeadlineExceeded,
@@ -61,6 +63,8 @@ pub enum FleetError {
     #[error(transparent)]
     Agent(#[from] AgentError),
     #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
     Fault(#[from] Fault),
     #[error("the worker did not answer within {0} s; delete the VM")]
     WorkerTimeout(u64),
@@ -99,6 +103,7 @@ impl FleetError {
                 ) => Kind::InvalidArgument,
                 _ => Kind::Internal,
             },
+            Self::Network(error) => error.kind(),
             Self::Fault(fault) => match fault.kind {
                 FaultKind::InvalidInput => Kind::InvalidArgument,
                 FaultKind::Damaged => Kind::DataLoss,

@@ -11,6 +11,7 @@
 //! | [`shells`], [`process`], [`link`] | worker processes and the control channel |
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
 //! | [`disks`] | files behind a VM's disks |
+//! | [`network`] | what network interfaces are plugged into |
 //! | [`error`], [`limits`], [`id`] | small things |
 //!
 //! Facts about guests come only through the control protocol, the console and the agent port, and all three are
@@ -28,6 +29,7 @@ pub mod images;
 pub mod kernel_words;
 pub mod limits;
 pub mod link;
+pub mod network;
 pub mod owner;
 pub mod process;
 pub mod registry;
@@ -49,7 +51,7 @@ use shells::Shells;
 use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
-pub use crate::worker::protocol::{BootProtocol, MemoryMode, ModuleKind, Step};
+pub use crate::worker::protocol::{BootProtocol, MemoryMode, ModuleKind, NetworkStats, Stats, Step};
 
 /// Threads that answer page faults of userfault clones.
 const PAGER_THREADS: usize = 2;

@@ -10,10 +10,11 @@ use super::boot::{micros, step};
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
 use super::error::FleetError;
 use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
+use super::network::{LinkRequest, VmNetwork, mac_from_text, mac_text};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
 use crate::agent::{FrameDecoder, Hello};
 use crate::snapshot::manifest::{
-    Cpu, Facts, Guest, HostFacts, Identity, Memory, Protocol, Refusal, Region, SnapshotId,
+    Cpu, Facts, Guest, HostFacts, Identity, Memory, Network, Protocol, Refusal, Region, SnapshotId,
 };
 use crate::snapshot::memory::pager::PagerSource;
 use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
@@ -89,6 +90,8 @@ pub struct Source {
     pub pages: Arc<PagerSource>,
     /// Without overlays.
     disks: Vec<VmDisk>,
+    /// Without links.
+    pub networks: Vec<VmNetwork>,
     /// Why this host cannot run it, if so; looked at once.
     fits: OnceLock<Option<Refusal>>,
 }
@@ -116,6 +119,7 @@ impl Source {
                 overlay: None,
             });
         }
+        let networks = manifest.facts.networks.iter().map(stored_network).collect::<Result<_, _>>()?;
         let protocol = protocol(manifest.facts.guest.protocol);
         let hello = match manifest.facts.identity.agent {
             true => Some(Arc::new(stored_hello(&manifest.facts.labels)?)),
@@ -124,7 +128,7 @@ impl Source {
         let pages = open
             .pager_source()
             .map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?;
-        Ok(Self { open, protocol, hello, pages, disks, fits: OnceLock::new() })
+        Ok(Self { open, protocol, hello, pages, disks, networks, fits: OnceLock::new() })
     }
 
     /// Refuses a host that lacks what the guest was shown.
@@ -160,6 +164,15 @@ impl Source {
         }
         Ok(disks)
     }
+}
+
+/// An interface of a snapshot's guest, which has no link until a clone is given one.
+fn stored_network(network: &Network) -> Result<VmNetwork, FleetError> {
+    let mac = mac_from_text(&network.mac).ok_or_else(|| FleetError::Store {
+        cause: crate::snapshot::cause::Cause::Damaged,
+        message: format!("the snapshot's manifest has an address {:?}; take the snapshot again", network.mac),
+    })?;
+    Ok(VmNetwork { link: LinkRequest::Down, mac, mtu: network.mtu })
 }
 
 fn protocol(protocol: Protocol) -> BootProtocol {
@@ -429,6 +442,11 @@ fn facts(
         parent,
         identity: Identity { agent: hello.is_some() },
         devices: frozen.devices.clone(),
+        networks: vm
+            .networks
+            .iter()
+            .map(|network| Network { mac: mac_text(&network.mac), mtu: network.mtu })
+            .collect(),
         disks,
     })
 }

@@ -20,6 +20,7 @@ use super::agent::AgentClient;
 use super::console::Console;
 use super::disks::VmDisk;
 use super::error::FleetError;
+use super::network::VmNetwork;
 use super::process::Process;
 use crate::snapshot::store::Draft;
 use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step};
@@ -73,6 +74,7 @@ pub struct Vm {
     pub memory_bytes: u64,
     pub generation: Option<[u8; 16]>,
     pub memory_mode: Option<MemoryMode>,
+    pub networks: Vec<VmNetwork>,
     pub created_unix_ms: u64,
     /// Order of creation.
     pub number: u64,

@@ -16,6 +16,8 @@ pub const REGIONS_MAX: usize = 8;
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// Most disks of a VM.
 pub const DISKS_MAX: usize = 8;
+/// Most network interfaces.
+pub const NETWORKS_MAX: usize = 4;
 /// Most layers under a disk, the base not counted.
 pub const LAYERS_MAX: usize = 16;
 /// Largest disk: 8 TiB.

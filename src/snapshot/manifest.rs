@@ -3,6 +3,8 @@
 //! What is read is hostile until [`Manifest::parse`] has held all of it against [`limits`]. A manifest of another
 //! format version is refused by its number, before anything else of it is looked at.
 
+mod network;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -12,6 +14,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use self::network::Network;
 use super::{
     cause::Cause,
     limits::{self, PAGE_BYTES, SECTOR_BYTES},
@@ -156,6 +159,9 @@ pub struct Facts {
     /// Devices with a section in the state file, in its order.
     pub devices: Vec<String>,
     pub disks: Vec<Disk>,
+    /// Left out if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<Network>,
 }
 
 /// What runs in the VM.
@@ -385,6 +391,7 @@ impl Facts {
         check_list("cpu.features", &self.cpu.features)?;
         check_list("kvm_capabilities", &self.kvm_capabilities)?;
         check_list("devices", &self.devices)?;
+        network::check(&self.networks)?;
         self.check_disks()
     }
 

@@ -42,6 +42,9 @@ use super::virtio::block::pool::Pool;
 use super::virtio::block::{Block, SharedDisk};
 use super::virtio::console::Console;
 use super::virtio::mmio::MmioTransport;
+use super::virtio::net::counters::{Counted, Counters};
+use super::virtio::net::link::Link;
+use super::virtio::net::{Net, NetConfig};
 use super::virtio::pci::{VirtioFunction, Wires};
 use super::virtio::rng::Rng;
 use super::virtio::transport::{RestoreError, TransportError};
@@ -60,8 +63,10 @@ use crate::snapshot::state::virtio::TransportState;
 pub const VCPUS_MAX: u8 = 32;
 /// I/O APIC pins of the virtio-mmio slots: those without a legacy owner. (A PC's are in `chipset::pci`.)
 const SLOT_PINS: [u8; 16] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
-/// Most disks: the slots, less console and rng.
-pub const DISKS_MAX: usize = SLOT_PINS.len() - 2;
+/// Most network interfaces.
+pub const NETWORKS_MAX: usize = 4;
+/// Most disks: the slots, less console, rng and network interfaces.
+pub const DISKS_MAX: usize = SLOT_PINS.len() - 2 - NETWORKS_MAX;
 
 /// Intel's KVM keeps a task state and a page table in guest space for real mode; below the I/O APIC nothing else lives.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -85,6 +90,12 @@ pub enum MachineError {
     Vcpus(u8),
     #[error("{0} disks: a VM has at most {DISKS_MAX}")]
     Disks(usize),
+    #[error("{0} network interfaces: a VM has at most {NETWORKS_MAX}")]
+    Networks(usize),
+    #[error(
+        "{given} links for a guest with {has} network interfaces; give at most as many, or take the snapshot of a VM that has more"
+    )]
+    Links { given: usize, has: usize },
     #[error(transparent)]
     Memory(#[from] MemoryError),
     #[error(transparent)]
@@ -182,6 +193,7 @@ pub struct Parts {
     /// The agent channel, non-blocking.
     pub agent: UnixStream,
     pub disks: Vec<DiskPart>,
+    pub networks: Vec<NetworkPart>,
     pub ready_port: Option<u16>,
     pub events: EventSink,
 }
@@ -190,6 +202,13 @@ pub struct Parts {
 pub struct DiskPart {
     pub disk: LayeredDisk,
     pub serial: String,
+}
+
+/// One network interface.
+pub struct NetworkPart {
+    pub link: Link,
+    /// `None` for a machine that is restored: as the guest knows it.
+    pub config: Option<NetConfig>,
 }
 
 /// A cold boot's wishes.
@@ -210,6 +229,7 @@ pub struct Machine {
     bus: SharedBus,
     disks: Vec<SharedDisk>,
     serials: Vec<String>,
+    networks: Vec<Arc<Counters>>,
     vm: Arc<VmFd>,
     ram: Ram,
 }
@@ -229,6 +249,7 @@ struct Frame {
     devices: DeviceThread,
     disks: Vec<SharedDisk>,
     serials: Vec<String>,
+    networks: Vec<Arc<Counters>>,
     events: EventSink,
 }
 
@@ -236,6 +257,9 @@ impl Frame {
     fn new(shell: &Shell, parts: Parts, hardware: Hardware) -> Result<Self, MachineError> {
         if parts.disks.len() > DISKS_MAX {
             return Err(MachineError::Disks(parts.disks.len()));
+        }
+        if parts.networks.len() > NETWORKS_MAX {
+            return Err(MachineError::Networks(parts.networks.len()));
         }
         let changed =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Descriptors)?;
@@ -254,6 +278,15 @@ impl Frame {
         }
         virtio.push(Box::new(Console::new(parts.agent)));
         virtio.push(Box::new(Rng::new()));
+        let mut networks = Vec::new();
+        for part in parts.networks {
+            let net = match part.config {
+                Some(config) => Net::new(part.link, config),
+                None => Net::for_restore(part.link),
+            };
+            networks.push(net.counters());
+            virtio.push(Box::new(net));
+        }
         let memory = shell.ram.memory().clone();
         let bus = match hardware {
             Hardware::Microvm => {
@@ -267,7 +300,7 @@ impl Frame {
         };
         let bus = Arc::new(bus);
         let devices = DeviceThread::start(bus.clone(), changed)?;
-        Ok(Frame { bus, devices, disks, serials, events: parts.events })
+        Ok(Frame { bus, devices, disks, serials, networks, events: parts.events })
     }
 
     /// The virtio-mmio windows, for the tables.
@@ -298,6 +331,7 @@ impl Frame {
             bus: self.bus,
             disks: self.disks,
             serials: self.serials,
+            networks: self.networks,
             vm: shell.vm,
             ram: shell.ram,
         })
@@ -397,7 +431,7 @@ impl Machine {
     pub fn restore(
         host: &Host,
         mut shell: Shell,
-        parts: Parts,
+        mut parts: Parts,
         state: &StateFile,
     ) -> Result<Self, MachineError> {
         let machine: MachineState = state.get(0)?;
@@ -407,6 +441,12 @@ impl Machine {
         if !shell.ram.regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
             return Err(MachineError::Mismatch("other memory regions".into()));
         }
+        let has = machine.devices.iter().filter(|name| *name == "net").count();
+        if parts.networks.len() > has {
+            return Err(MachineError::Links { given: parts.networks.len(), has });
+        }
+        // Interfaces for which nothing was given have no link. (More than there can be are refused below.)
+        parts.networks.resize_with(has.min(NETWORKS_MAX), || NetworkPart { link: Link::Down, config: None });
         let pc: Option<PcState> = state.get_if_there(0)?;
         let hardware = match &pc {
             Some(pc) => Hardware::Pc { transitional: pc.transitional },
@@ -536,7 +576,7 @@ impl Machine {
 
     /// Ends the machine and gives its disks to the next one, as they are.
     pub fn into_disks(self) -> Result<Vec<DiskPart>, MachineError> {
-        let Machine { vcpus, devices, bus, disks, serials, vm: _, ram: _ } = self;
+        let Machine { vcpus, devices, bus, disks, serials, networks: _, vm: _, ram: _ } = self;
         // Threads first: nobody uses the devices any more when they go. With the last device goes the pool, which waits
         // for the requests that its threads have begun: after that nobody uses the disks.
         drop(vcpus);
@@ -557,6 +597,11 @@ impl Machine {
     /// Number of vCPUs.
     pub fn vcpu_count(&self) -> u8 {
         self.vcpus.len() as u8
+    }
+
+    /// What went through each network interface so far.
+    pub fn networks(&self) -> Vec<Counted> {
+        self.networks.iter().map(|counters| counters.read()).collect()
     }
 
     /// Exits of all vCPUs to this process so far.

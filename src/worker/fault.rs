@@ -13,6 +13,7 @@ use crate::vmm::host::HostError;
 use crate::vmm::machine::MachineError;
 use crate::vmm::memory::MemoryError;
 use crate::vmm::vcpu_state::VcpuStateError;
+use crate::vmm::virtio::net::link::LinkError;
 
 fn fault(kind: FaultKind, message: impl ToString) -> Fault {
     Fault { kind, message: message.to_string() }
@@ -100,11 +101,19 @@ impl From<BootError> for Fault {
     }
 }
 
+impl From<LinkError> for Fault {
+    fn from(error: LinkError) -> Self {
+        fault(FaultKind::Unsupported, error)
+    }
+}
+
 impl From<MachineError> for Fault {
     fn from(error: MachineError) -> Self {
         let kind = match &error {
             MachineError::Vcpus(_)
             | MachineError::Disks(_)
+            | MachineError::Networks(_)
+            | MachineError::Links { .. }
             | MachineError::Memory(_)
             | MachineError::Boot(_) => FaultKind::InvalidInput,
             MachineError::NoPowerButton(_) => FaultKind::WrongState,

@@ -21,6 +21,8 @@ pub const FDS_MAX: usize = 64;
 pub const VCPUS_MAX: u8 = 32;
 /// Most disks of a VM.
 pub const DISKS_MAX: usize = 8;
+/// Most network interfaces of a VM.
+pub const NETWORKS_MAX: usize = 4;
 /// Most layers under a disk, the base not counted.
 pub const LAYERS_MAX: usize = 16;
 
@@ -36,14 +38,14 @@ pub struct ToWorker {
 #[allow(clippy::large_enum_variant)] // Sent a handful of times in a VM's life.
 pub enum Request {
     /// Cold boot. Descriptors: console socket, agent socket, kernel, then the module if `module`, then for each
-    /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay.
-    /// Answered when the vCPUs have been told to run.
+    /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay, then for each
+    /// network interface that is not down its link. Answered when the vCPUs have been told to run.
     Boot(BootSpec),
-    /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then the disks as in
-    /// `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
+    /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then disks and links
+    /// as in `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
-    /// Boot again after [`Event::GuestReset`], with the console, the disks and everything on them as they are. The spec's
-    /// `disks` are not looked at. Descriptors: a new agent socket, kernel, then the module if `module`. Answered like
+    /// Boot again after [`Event::GuestReset`], with the console, the disks and everything on them, and the network links as they
+    /// are. The spec's `disks` and `networks` are not looked at. Descriptors: a new agent socket, kernel, then the module if `module`. Answered like
     /// `Boot`; after an error the worker ends.
     Restart(BootSpec),
     /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
@@ -108,6 +110,7 @@ pub struct BootSpec {
     /// the builder chooses, so it wins.
     pub command_line: String,
     pub disks: Vec<DiskSpec>,
+    pub networks: Vec<NetworkSpec>,
     /// An output to this port is the ready point (reported as [`Event::ReadyPort`]).
     pub ready_port: Option<u16>,
 }
@@ -126,6 +129,27 @@ pub struct DiskSpec {
     pub serial: String,
 }
 
+/// One network interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkSpec {
+    pub link: LinkKind,
+    /// A unicast address.
+    pub mac: [u8; 6],
+    /// Told to the guest, if there is one.
+    pub mtu: Option<u16>,
+}
+
+/// What a network interface is plugged into, and what its descriptor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LinkKind {
+    /// A TAP, attached with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR` and headers of 12 bytes.
+    Tap,
+    /// One end of a packet socket pair, on which the same bytes travel.
+    Wire,
+    /// Nothing; no descriptor.
+    Down,
+}
+
 /// How a clone's memory is faulted in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryMode {
@@ -142,6 +166,8 @@ pub struct RestoreSpec {
     /// The clone's own generation id.
     pub generation: [u8; 16],
     pub disks: Vec<DiskSpec>,
+    /// Links for the guest's network interfaces, from the first; those left over have none.
+    pub networks: Vec<LinkKind>,
     /// Stay paused after the state is set.
     pub paused: bool,
     pub ready_port: Option<u16>,
@@ -243,6 +269,27 @@ pub struct Stats {
     pub minor_faults: u64,
     pub major_faults: u64,
     pub private_dirty_bytes: u64,
+    /// One for each network interface.
+    pub networks: Vec<NetworkStats>,
+}
+
+/// What went through a network interface since this VM was started. *In* is what the guest receives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStats {
+    pub frames_in: u64,
+    pub bytes_in: u64,
+    pub frames_out: u64,
+    pub bytes_out: u64,
+    /// Not for this guest, by its own filter.
+    pub filtered_in: u64,
+    /// Larger than the guest's receive buffers.
+    pub dropped_in_too_long: u64,
+    /// No sensible frame, or one that the guest's driver did not agree to.
+    pub dropped_in_bad: u64,
+    /// No sensible frame, or one that the host does not take.
+    pub dropped_out_bad: u64,
+    /// There is no link, or nobody at its other end.
+    pub dropped_out_no_link: u64,
 }
 
 /// A failure, told so that a person can act on it.

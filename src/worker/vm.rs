@@ -12,8 +12,8 @@ use userfaultfd::Uffd;
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
-    Frozen, Hardware, HostReport, LAYERS_MAX, MemoryMode, MemoryRegion, ModuleKind, RestoreSpec, Restored,
-    SnapshotSpec, Stats, Step,
+    Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
+    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
 };
 use super::{Daemon, duplicate};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
@@ -24,9 +24,12 @@ use crate::snapshot::state::machine::{MachineState, RegionState};
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, EmptyVm, Machine, Parts};
+use crate::vmm::machine::{self, BootOptions, DiskPart, EmptyVm, Machine, NetworkPart, Parts};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
+use crate::vmm::virtio::net::NetConfig;
+use crate::vmm::virtio::net::counters::Counted;
+use crate::vmm::virtio::net::link::Link;
 use crate::vmm::x86::{cpuid, features};
 
 /// Largest state file that is read.
@@ -53,9 +56,45 @@ pub struct Vm {
     /// A second descriptor of the console, for the machine that follows after a reset. Clones have none: what they were
     /// booted from is not theirs.
     console: Option<UnixStream>,
+    /// Network interfaces, likewise.
+    networks: Vec<Plug>,
     running: bool,
     /// A freeze failed between two disks: their layers are no longer what the daemon believes.
     disks_uneven: bool,
+}
+
+/// A network interface that can be made again.
+struct Plug {
+    spec: NetworkSpec,
+    fd: Option<OwnedFd>,
+}
+
+impl Plug {
+    /// The same interface, without a link if that has gone meanwhile: a guest can reboot all the same.
+    fn checked(self) -> Plug {
+        match self.part() {
+            Ok(_) => self,
+            Err(fault) => {
+                tracing::warn!(%fault, "a network interface has lost its link");
+                Plug { fd: None, ..self }
+            }
+        }
+    }
+
+    fn part(&self) -> Result<NetworkPart, Fault> {
+        let NetworkSpec { link, mac, mtu } = self.spec;
+        let fd = self.fd.as_ref().map(OwnedFd::try_clone).transpose();
+        let link = plug(link, fd.map_err(fault::io("a network link"))?)?;
+        Ok(NetworkPart { link, config: Some(NetConfig { mac, mtu }) })
+    }
+}
+
+fn plug(kind: LinkKind, fd: Option<OwnedFd>) -> Result<Link, Fault> {
+    Ok(match (kind, fd) {
+        (LinkKind::Tap, Some(fd)) => Link::tap(fd)?,
+        (LinkKind::Wire, Some(fd)) => Link::wire(fd)?,
+        _ => Link::Down,
+    })
 }
 
 /// A mapping as the machine's RAM.
@@ -143,6 +182,24 @@ impl Descriptors {
         Ok(DiskPart { disk, serial: spec.serial.clone() })
     }
 
+    /// One for each of `kinds` that has a link.
+    fn links(&mut self, kinds: &[LinkKind]) -> Result<Vec<Option<OwnedFd>>, Fault> {
+        if kinds.len() > NETWORKS_MAX {
+            return Err(Fault::from(machine::MachineError::Networks(kinds.len())));
+        }
+        let link = |kind: &LinkKind| match kind {
+            LinkKind::Down => Ok(None),
+            LinkKind::Tap | LinkKind::Wire => self.next().map(Some),
+        };
+        kinds.iter().map(link).collect()
+    }
+
+    fn plugs(&mut self, specs: &[NetworkSpec]) -> Result<Vec<Plug>, Fault> {
+        let kinds: Vec<LinkKind> = specs.iter().map(|spec| spec.link).collect();
+        let links = self.links(&kinds)?.into_iter();
+        Ok(specs.iter().zip(links).map(|(spec, fd)| Plug { spec: *spec, fd }).collect())
+    }
+
     fn end(mut self) -> Result<(), Fault> {
         match self.0.next() {
             None => Ok(()),
@@ -200,8 +257,9 @@ impl Shell {
         let (console, agent, kernel) = (fds.socket()?, fds.socket()?, fds.file()?);
         let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
         let disks = fds.disks(&spec.disks)?;
+        let networks = fds.plugs(&spec.networks)?;
         fds.end()?;
-        self.load(daemon, spec, Handed { console, agent, kernel, module, disks }, arrived)
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, networks }, arrived)
     }
 
     /// Cold boot after a guest's reset: another machine takes the place of `old`, with its console and disks.
@@ -219,7 +277,8 @@ impl Shell {
         fds.end()?;
         let console = old.console.ok_or_else(|| fault::wrong_state("a clone cannot be booted again"))?;
         let disks = old.machine.into_disks()?;
-        self.load(daemon, spec, Handed { console, agent, kernel, module, disks }, arrived)
+        let networks = old.networks.into_iter().map(Plug::checked).collect();
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, networks }, arrived)
     }
 
     fn load(
@@ -231,14 +290,21 @@ impl Shell {
     ) -> Result<(Vm, Booted), Fault> {
         let host = self.host()?;
         let mut steps = Steps::since(arrived);
-        let Handed { console, agent, kernel, module, disks } = handed;
+        let Handed { console, agent, kernel, module, disks, networks: plugs } = handed;
+        let networks = plugs.iter().map(Plug::part).collect::<Result<_, _>>()?;
         let again = console.try_clone().map_err(fault::io("the console socket"))?;
         let ram = backed(&memory::layout(spec.memory_bytes)?, |region| Mapping::anonymous(region.bytes))?;
         steps.done("memory");
         let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
         steps.done("vm");
-        let parts =
-            Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
+        let parts = Parts {
+            console,
+            agent,
+            disks,
+            networks,
+            ready_port: spec.ready_port,
+            events: sink(daemon.clone()),
+        };
         let options = BootOptions {
             vcpus: spec.vcpus,
             kernel: &kernel,
@@ -259,6 +325,7 @@ impl Shell {
             _uffd: None,
             protocol,
             console: Some(again),
+            networks: plugs,
             running: true,
             disks_uneven: false,
         };
@@ -279,7 +346,14 @@ impl Shell {
         let (console, agent) = (fds.socket()?, fds.socket()?);
         let (state, memory_file) = (fds.file()?, fds.file()?);
         let disks = fds.disks(&spec.disks)?;
+        let links = fds.links(&spec.networks)?;
         fds.end()?;
+        let networks = spec
+            .networks
+            .iter()
+            .zip(links)
+            .map(|(kind, fd)| Ok(NetworkPart { link: plug(*kind, fd)?, config: None }))
+            .collect::<Result<_, Fault>>()?;
         let state = read_state(&state)?;
         let machine_state: MachineState = state.get(0)?;
         steps.done("state");
@@ -304,8 +378,14 @@ impl Shell {
         steps.done("memory");
         let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
         steps.done("vm");
-        let parts =
-            Parts { console, agent, disks, ready_port: spec.ready_port, events: sink(daemon.clone()) };
+        let parts = Parts {
+            console,
+            agent,
+            disks,
+            networks,
+            ready_port: spec.ready_port,
+            events: sink(daemon.clone()),
+        };
         let machine = Machine::restore(&host, shell, parts, &state)?;
         steps.done("vcpus and devices");
         if !spec.paused {
@@ -320,6 +400,7 @@ impl Shell {
             // What a clone is entered by was decided when its ancestor was booted.
             protocol: BootProtocol::Auto,
             console: None,
+            networks: Vec::new(),
             running: !spec.paused,
             disks_uneven: false,
         };
@@ -334,6 +415,7 @@ struct Handed {
     kernel: File,
     module: Option<(ModuleKind, File)>,
     disks: Vec<DiskPart>,
+    networks: Vec<Plug>,
 }
 
 /// RAM with a mapping behind each region.
@@ -504,7 +586,22 @@ impl Vm {
             minor_faults,
             major_faults,
             private_dirty_bytes: private_dirty().unwrap_or(0),
+            networks: self.machine.networks().into_iter().map(network_stats).collect(),
         }
+    }
+}
+
+fn network_stats(counted: Counted) -> NetworkStats {
+    NetworkStats {
+        frames_in: counted.frames_in,
+        bytes_in: counted.bytes_in,
+        frames_out: counted.frames_out,
+        bytes_out: counted.bytes_out,
+        filtered_in: counted.filtered_in,
+        dropped_in_too_long: counted.dropped_in_too_long,
+        dropped_in_bad: counted.dropped_in_bad,
+        dropped_out_bad: counted.dropped_out_bad,
+        dropped_out_no_link: counted.dropped_out_no_link,
     }
 }
 

@@ -191,7 +191,7 @@ impl Client {
             count,
             memory_mode: mode.into(),
             identity: identity.into(),
-            name: String::new(),
+            ..Default::default()
         };
         Ok(self.vms.clone_vm(request).await?.into_inner().vms)
     }

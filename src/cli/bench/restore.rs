@@ -144,7 +144,7 @@ async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> an
         count: 1,
         memory_mode,
         identity: proto::Identity::Managed.into(),
-        name: String::new(),
+        ..proto::CloneVmRequest::default()
     };
     let word = Bytes::from_static(b"first answer");
     let begin = Instant::now();

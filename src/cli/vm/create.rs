@@ -99,6 +99,9 @@ pub struct Arguments {
     /// guest's writes go into the file, otherwise they end with the VM
     #[arg(long = "disk", value_name = "path=FILE[,ro|,persist]", value_parser = disk_file)]
     disks: Vec<proto::DiskFile>,
+    /// A network interface: tap=NAME[,mac=02:00:00:00:00:01][,mtu=1400] or down; may be given 4 times
+    #[arg(long = "net", value_name = "LINK", value_parser = super::network::parse_interface)]
+    nets: Vec<proto::NetworkInterface>,
     #[command(flatten)]
     ready: ReadyArguments,
     /// Seconds to wait for the ready point
@@ -179,6 +182,7 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         protocol: arguments.protocol.number(),
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
+        networks: arguments.nets.clone(),
         ready_timeout_ms: arguments.timeout.saturating_mul(1000),
         on_reset: match arguments.on_reset {
             OnReset::Restart => proto::OnReset::Restart,

@@ -3,6 +3,7 @@
 mod call;
 mod console;
 pub mod create;
+mod network;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,9 @@ pub enum Command {
         /// Name; several get -0, -1, ... added
         #[arg(long, default_value = "")]
         name: String,
+        /// A link for the guest's next network interface: tap=NAME or down; interfaces left over have none
+        #[arg(long = "net", value_name = "LINK", value_parser = network::parse_interface)]
+        nets: Vec<proto::NetworkInterface>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -50,6 +54,17 @@ pub enum Command {
     Ls {
         #[command(flatten)]
         socket: SocketArgument,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a VM has done so far: exits, page faults, frames
+    #[command(after_help = "Example:\n  coldspark vm stats web")]
+    Stats {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -155,7 +170,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Create(arguments) => return create::run(arguments).await,
         Command::Call(arguments) => call::run(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
-        Command::Clone { socket, snapshot, count, memory_mode, identity, name, json, steps } => {
+        Command::Clone { socket, snapshot, count, memory_mode, identity, name, nets, json, steps } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
@@ -166,6 +181,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 }
                 .into(),
                 name,
+                networks: nets,
             };
             let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
             if json {
@@ -179,6 +195,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 }
             }
         }
+        Command::Stats { socket, vm, json } => network::stats(&socket, vm, json).await?,
         Command::Ls { socket, json } => list(&socket, json).await?,
         Command::Rm { socket, mut vms, all } => {
             let mut client = socket.connect().await?.vms;
@@ -289,6 +306,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "worker_pid": vm.worker_pid,
         "restarts": vm.restarts,
         "panic": vm.panic,
+        "networks": vm.networks.iter().map(network::value).collect::<Vec<_>>(),
     })
 }
 

@@ -48,6 +48,7 @@ pub(in crate::snapshot) fn sample() -> Manifest {
                 base: "base.img".into(),
                 layers: vec!["layer-0.img".into(), "layer-1.img".into()],
             }],
+            networks: vec![Network { mac: "02:00:00:00:00:01".into(), mtu: Some(1400) }],
         },
         files: vec![
             entry(STATE_FILE, 1000),

@@ -1,0 +1,414 @@
+//! What the network interfaces of VMs are plugged into: the daemon opens TAPs and hands them to workers.
+//!
+//! A TAP is made by the host's administrator, never here: an interface that does not exist is an error, although
+//! TUNSETIFF would make one. The daemon keeps no descriptor of it: a TAP is free again when its VM has ended.
+//!
+//! Facts: Linux's `Documentation/networking/tuntap.rst` and `drivers/net/tun.c` (EBUSY: another holds the only queue; EPERM:
+//! neither CAP_NET_ADMIN nor the owner set with `ip tuntap add ... user`; EINVAL: not a TAP, or one with other flags).
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::error::{FleetError, Kind};
+use super::snapshots::blocking;
+use crate::worker::protocol::{LinkKind, NETWORKS_MAX, NetworkSpec};
+
+/// Bytes of `struct virtio_net_hdr` with the number of buffers, as workers expect it on a TAP.
+const HEADER_BYTES: libc::c_int = 12;
+/// Least and most MTU (virtio 1.2 clause 5.1.4.1; a frame of it with tags still has 16 bits of length).
+pub const MTU_MIN: u16 = 68;
+pub const MTU_MAX: u16 = 65_521;
+
+/// Why a network interface cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error("{0} network interfaces; a VM has at most {NETWORKS_MAX}")]
+    TooMany(usize),
+    #[error(
+        "{0:?} is no name of a network interface: use 1 to 15 bytes without blanks, control characters, '/', ':' and '%'"
+    )]
+    Name(String),
+    #[error("MTU {0}; give {MTU_MIN} to {MTU_MAX}")]
+    Mtu(u32),
+    #[error(
+        "{0} is no address for a VM: give 6 bytes of a unicast address that is not zero, such as 02:00:00:00:00:01"
+    )]
+    Mac(String),
+    #[error("two interfaces of the VM have the address {0}; give each its own, or leave them out")]
+    SameMac(String),
+    #[error("{0} is asked for twice; each link is for one interface")]
+    Twice(String),
+    #[error(
+        "a clone's guest has read its address and MTU already: leave them out, and change them in the guest (FreeBSD: ifconfig vtnet0 ether ...)"
+    )]
+    CloneSettings,
+    #[error("{count} clones cannot share a link; clone one at a time, or without links")]
+    Shared { count: u32 },
+    #[error("{given} links for a snapshot whose guest has {has} network interfaces; give at most as many")]
+    TooManyLinks { given: usize, has: usize },
+    #[error(
+        "this host has no network interface {0:?}; make the TAP first: `ip tuntap add dev {0} mode tap user $USER && ip link set {0} up`"
+    )]
+    Missing(String),
+    #[error("TAP {0} is taken: another VM or program has it open; end that one, or make another TAP")]
+    Taken(String),
+    #[error(
+        "this service may not open TAP {0}; give it to the service's user (`ip tuntap del dev {0} mode tap`, then `ip tuntap add dev {0} mode tap user NAME`), or give the service CAP_NET_ADMIN"
+    )]
+    Forbidden(String),
+    #[error(
+        "{0} is no TAP that a VM can use; make one with `ip tuntap add dev {0} mode tap` (not tun, and without multi_queue)"
+    )]
+    NotATap(String),
+    #[error(
+        "/dev/net/tun cannot be opened: {0}; load the kernel module tun, and let the service's user open the device"
+    )]
+    NoTun(io::Error),
+    #[error("TAP {name}: {call}: {source}")]
+    Tap { name: String, call: &'static str, source: io::Error },
+}
+
+impl NetworkError {
+    /// Sorts the failure for the API.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::TooMany(_)
+            | Self::Name(_)
+            | Self::Mtu(_)
+            | Self::Mac(_)
+            | Self::SameMac(_)
+            | Self::Twice(_)
+            | Self::CloneSettings
+            | Self::Shared { .. }
+            | Self::TooManyLinks { .. } => Kind::InvalidArgument,
+            Self::Missing(_) => Kind::NotFound,
+            Self::Taken(_) | Self::NotATap(_) => Kind::FailedPrecondition,
+            Self::Forbidden(_) => Kind::PermissionDenied,
+            Self::NoTun(source) if source.kind() == io::ErrorKind::PermissionDenied => Kind::PermissionDenied,
+            Self::NoTun(source) | Self::Tap { source, .. } => match source.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Kind::ResourceExhausted,
+                _ => Kind::FailedPrecondition,
+            },
+        }
+    }
+}
+
+/// What an interface is to be plugged into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkRequest {
+    /// A TAP of the host, by name.
+    Tap(String),
+    /// Nothing: the guest sees an interface whose link is down.
+    Down,
+}
+
+/// An interface that was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkRequest {
+    pub link: LinkRequest,
+    /// `None`: derived from the VM's id.
+    pub mac: Option<[u8; 6]>,
+    /// Told to the guest, if there is one.
+    pub mtu: Option<u16>,
+}
+
+/// An interface of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmNetwork {
+    pub link: LinkRequest,
+    /// The address that the first VM of the line was given; a guest may have chosen another since.
+    pub mac: [u8; 6],
+    pub mtu: Option<u16>,
+}
+
+/// A link as a worker is handed it.
+#[derive(Debug)]
+pub struct OpenLink {
+    pub kind: LinkKind,
+    pub fd: Option<OwnedFd>,
+}
+
+impl LinkRequest {
+    /// For people.
+    pub fn text(&self) -> String {
+        match self {
+            Self::Tap(name) => format!("TAP {name}"),
+            Self::Down => "no link".to_owned(),
+        }
+    }
+
+    fn check(&self) -> Result<(), NetworkError> {
+        match self {
+            Self::Tap(name) => check_interface_name(name),
+            Self::Down => Ok(()),
+        }
+    }
+
+    /// Opens it. Waits for the host's network configuration to be free for a moment.
+    pub fn open(&self) -> Result<OpenLink, NetworkError> {
+        match self {
+            Self::Tap(name) => Ok(OpenLink { kind: LinkKind::Tap, fd: Some(open_tap(name)?) }),
+            Self::Down => Ok(OpenLink { kind: LinkKind::Down, fd: None }),
+        }
+    }
+}
+
+impl OpenLink {
+    /// What the worker is handed.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.fd.as_ref().map(|fd| fd.as_fd())
+    }
+}
+
+/// Opens the links of a VM, all or none.
+pub async fn open(networks: &[VmNetwork]) -> Result<Vec<OpenLink>, FleetError> {
+    if networks.iter().all(|network| network.link == LinkRequest::Down) {
+        return Ok(networks.iter().map(|_| OpenLink { kind: LinkKind::Down, fd: None }).collect());
+    }
+    let links: Vec<LinkRequest> = networks.iter().map(|network| network.link.clone()).collect();
+    let opened = blocking(move || links.iter().map(LinkRequest::open).collect::<Result<_, _>>()).await?;
+    Ok(opened?)
+}
+
+impl VmNetwork {
+    /// What the worker is told.
+    pub fn spec(&self, link: &OpenLink) -> NetworkSpec {
+        NetworkSpec { link: link.kind, mac: self.mac, mtu: self.mtu }
+    }
+}
+
+/// Checks the interfaces asked for a VM that is to be booted, and fills in what was left to us.
+pub fn plan(requests: &[NetworkRequest], vm_id: &str) -> Result<Vec<VmNetwork>, NetworkError> {
+    check_links(requests)?;
+    let mut networks: Vec<VmNetwork> = Vec::with_capacity(requests.len());
+    for (index, request) in requests.iter().enumerate() {
+        let mac = request.mac.unwrap_or_else(|| derived_mac(vm_id, index));
+        if mac[0] & 1 != 0 || mac == [0; 6] {
+            return Err(NetworkError::Mac(mac_text(&mac)));
+        }
+        if networks.iter().any(|other| other.mac == mac) {
+            return Err(NetworkError::SameMac(mac_text(&mac)));
+        }
+        if let Some(mtu) = request.mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
+            return Err(NetworkError::Mtu(mtu.into()));
+        }
+        networks.push(VmNetwork { link: request.link.clone(), mac, mtu: request.mtu });
+    }
+    Ok(networks)
+}
+
+/// Checks the links asked for `count` clones whose guests have the interfaces `has`; gives the interfaces of each.
+pub fn plan_clones(
+    requests: &[NetworkRequest],
+    has: &[VmNetwork],
+    count: u32,
+) -> Result<Vec<VmNetwork>, NetworkError> {
+    check_links(requests)?;
+    if requests.iter().any(|request| request.mac.is_some() || request.mtu.is_some()) {
+        return Err(NetworkError::CloneSettings);
+    }
+    if requests.len() > has.len() {
+        return Err(NetworkError::TooManyLinks { given: requests.len(), has: has.len() });
+    }
+    if count > 1 && requests.iter().any(|request| request.link != LinkRequest::Down) {
+        return Err(NetworkError::Shared { count });
+    }
+    let links = requests.iter().map(|request| request.link.clone());
+    let links = links.chain(std::iter::repeat(LinkRequest::Down));
+    Ok(has.iter().zip(links).map(|(network, link)| VmNetwork { link, ..network.clone() }).collect())
+}
+
+fn check_links(requests: &[NetworkRequest]) -> Result<(), NetworkError> {
+    if requests.len() > NETWORKS_MAX {
+        return Err(NetworkError::TooMany(requests.len()));
+    }
+    for (index, request) in requests.iter().enumerate() {
+        request.link.check()?;
+        let before = requests.iter().take(index);
+        if request.link != LinkRequest::Down && before.clone().any(|other| other.link == request.link) {
+            return Err(NetworkError::Twice(request.link.text()));
+        }
+    }
+    Ok(())
+}
+
+/// The kernel's own rules, and no pattern: `tap%d` would make the kernel choose a number.
+fn check_interface_name(name: &str) -> Result<(), NetworkError> {
+    let good = (1..libc::IFNAMSIZ).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:%".contains(&byte));
+    if good { Ok(()) } else { Err(NetworkError::Name(name.to_owned())) }
+}
+
+/// A locally administered address from the random bytes of the VM's id, another for each interface.
+fn derived_mac(vm_id: &str, index: usize) -> [u8; 6] {
+    let digits: Vec<u8> =
+        vm_id.chars().rev().filter_map(|c| c.to_digit(16)).map(|digit| digit as u8).take(12).collect();
+    let mut mac = [0; 6];
+    for (byte, pair) in mac.iter_mut().rev().zip(digits.chunks(2)) {
+        *byte = pair.iter().rev().fold(0, |byte, digit| byte << 4 | digit);
+    }
+    mac[0] = mac[0] & 0xfc | 2;
+    mac[5] = mac[5].wrapping_add(index as u8);
+    mac
+}
+
+/// `02:00:00:00:00:01`.
+pub fn mac_text(mac: &[u8; 6]) -> String {
+    mac.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(":")
+}
+
+/// Reads what [`mac_text`] writes.
+pub fn mac_from_text(text: &str) -> Option<[u8; 6]> {
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|part| {
+            let digits = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+            u8::from_str_radix(part, 16).ok().filter(|_| digits)
+        })
+        .collect::<Option<_>>()?;
+    bytes.try_into().ok()
+}
+
+fn open_tap(name: &str) -> Result<OwnedFd, NetworkError> {
+    let named = CString::new(name).map_err(|_| NetworkError::Name(name.to_owned()))?;
+    // SAFETY: a string that ends in zero and lives through the call.
+    if unsafe { libc::if_nametoindex(named.as_ptr()) } == 0 {
+        return Err(NetworkError::Missing(name.to_owned()));
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(NetworkError::NoTun)?;
+    // SAFETY: an ifreq of zeros is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The name is shorter than the field: a zero stays at its end.
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = wanted as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes an ifreq, which lives through the call.
+    let attached = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF as _, &mut request) };
+    if attached < 0 {
+        let source = io::Error::last_os_error();
+        return Err(match source.raw_os_error() {
+            Some(libc::EBUSY) => NetworkError::Taken(name.to_owned()),
+            Some(libc::EPERM | libc::EACCES) => NetworkError::Forbidden(name.to_owned()),
+            Some(libc::EINVAL) => NetworkError::NotATap(name.to_owned()),
+            _ => NetworkError::Tap { name: name.to_owned(), call: "TUNSETIFF", source },
+        });
+    }
+    // SAFETY: TUNGETIFF writes an ifreq, which lives through the call.
+    check(name, "TUNGETIFF", unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &mut request) })?;
+    // SAFETY: TUNGETIFF filled the flags in.
+    if libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & libc::IFF_PERSIST == 0 {
+        // It went away a moment ago, and the kernel made a new one, which goes with the descriptor.
+        return Err(NetworkError::Missing(name.to_owned()));
+    }
+    set_header(name, &file)?;
+    Ok(file.into())
+}
+
+fn set_header(name: &str, file: &File) -> Result<(), NetworkError> {
+    let bytes = HEADER_BYTES;
+    // SAFETY: TUNSETVNETHDRSZ reads an int, which lives through the call.
+    check(name, "TUNSETVNETHDRSZ", unsafe {
+        libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &bytes)
+    })
+}
+
+fn check(name: &str, call: &'static str, result: libc::c_int) -> Result<(), NetworkError> {
+    match result {
+        0.. => Ok(()),
+        _ => Err(NetworkError::Tap { name: name.to_owned(), call, source: io::Error::last_os_error() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tap(name: &str) -> NetworkRequest {
+        NetworkRequest { link: LinkRequest::Tap(name.into()), mac: None, mtu: None }
+    }
+
+    fn down() -> NetworkRequest {
+        NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None }
+    }
+
+    #[test]
+    fn addresses_are_derived_for_each_vm_and_interface() {
+        let planned = plan(&[tap("a"), tap("b")], "vm-0123456789ff").unwrap();
+        assert_eq!(mac_text(&planned[0].mac), "02:23:45:67:89:ff");
+        assert_eq!(mac_text(&planned[1].mac), "02:23:45:67:89:00");
+        let other = plan(&[tap("a")], "vm-f123456789fe").unwrap();
+        assert_eq!(mac_text(&other[0].mac), "f2:23:45:67:89:fe");
+        for mac in planned.iter().chain(&other).map(|network| network.mac) {
+            assert_eq!(mac[0] & 3, 2, "locally administered, unicast");
+            assert_eq!(mac_from_text(&mac_text(&mac)), Some(mac));
+        }
+        for text in [
+            "",
+            "02:00:00:00:00",
+            "02:00:00:00:00:01:02",
+            "2:0:0:0:0:1",
+            "02:00:00:00:00:+1",
+            "zz:00:00:00:00:01",
+        ] {
+            assert_eq!(mac_from_text(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let id = "vm-0123456789ab";
+        for name in ["", ".", "..", "a b", "tap%d", "a/b", "sixteen-bytes-xx", "ä", "a\n"] {
+            assert!(matches!(plan(&[tap(name)], id), Err(NetworkError::Name(_))), "{name:?}");
+        }
+        let with = |mac, mtu| plan(&[NetworkRequest { mac, mtu, ..tap("t") }], id);
+        assert!(matches!(with(Some([1, 0, 0, 0, 0, 0]), None), Err(NetworkError::Mac(_))));
+        assert!(matches!(with(Some([0; 6]), None), Err(NetworkError::Mac(_))));
+        assert!(matches!(with(None, Some(67)), Err(NetworkError::Mtu(67))));
+        assert!(with(Some([4, 0, 0, 0, 0, 1]), Some(68)).is_ok());
+        assert!(matches!(plan(&[tap("t"), tap("t")], id), Err(NetworkError::Twice(_))));
+        assert!(plan(&[down(), down()], id).is_ok());
+        assert!(matches!(plan(&vec![down(); 5], id), Err(NetworkError::TooMany(5))));
+        let same = NetworkRequest { mac: Some([2, 0, 0, 0, 0, 1]), ..down() };
+        assert!(matches!(plan(&[same.clone(), same], id), Err(NetworkError::SameMac(_))));
+    }
+
+    #[test]
+    fn clones_get_links_and_keep_the_rest() {
+        let has =
+            plan(&[NetworkRequest { mtu: Some(1400), ..tap("a") }, tap("b")], "vm-0123456789ab").unwrap();
+        let clones = plan_clones(&[tap("c")], &has, 1).unwrap();
+        assert_eq!(clones[0], VmNetwork { link: LinkRequest::Tap("c".into()), ..has[0].clone() });
+        assert_eq!(clones[1], VmNetwork { link: LinkRequest::Down, ..has[1].clone() });
+        assert_eq!(plan_clones(&[], &has, 64).unwrap().len(), 2);
+        assert!(matches!(plan_clones(&[tap("c")], &has, 2), Err(NetworkError::Shared { count: 2 })));
+        assert!(plan_clones(&[down(), down()], &has, 2).is_ok());
+        assert!(matches!(
+            plan_clones(&[tap("c")], &[], 1),
+            Err(NetworkError::TooManyLinks { given: 1, has: 0 })
+        ));
+        let moved = NetworkRequest { mac: Some([2; 6]), ..tap("c") };
+        assert!(matches!(plan_clones(&[moved], &has, 1), Err(NetworkError::CloneSettings)));
+    }
+
+    #[test]
+    fn a_tap_that_is_not_there_is_named_with_what_to_do() {
+        let error = open_tap("cs-none-0").unwrap_err();
+        assert_eq!(error.kind(), Kind::NotFound);
+        assert!(error.to_string().contains("ip tuntap add dev cs-none-0 mode tap"), "{error}");
+        // There, but of another kind. (What is answered depends on this test's rights and on /dev/net/tun.)
+        let error = open_tap("lo").unwrap_err();
+        assert_ne!(error.kind(), Kind::NotFound);
+    }
+}
