@@ -5,7 +5,12 @@ use std::io;
 use proptest::prelude::*;
 
 use super::*;
-use crate::vmm::boot::ReadAt;
+use crate::media::ReadAt;
+use crate::media::testing::{self, UFS as FREEBSD_UFS, ZFS as FREEBSD_ZFS};
+
+const UFS2_MAGIC: u32 = 0x1954_0119;
+const UFS1_MAGIC: u32 = 0x0001_1954;
+const BSD_LABEL_MAGIC: u32 = 0x8256_4557;
 
 /// A disk that is mostly zeros.
 #[derive(Default)]
@@ -66,21 +71,15 @@ impl Image {
     }
 
     /// GPT entries: type, first MiB, number of MiB.
-    fn gpt(mut self, entries: &[(&[u8; 16], u64, u64)]) -> Self {
-        let mut header = vec![0u8; 92];
-        header[..8].copy_from_slice(b"EFI PART");
-        header[72..80].copy_from_slice(&2u64.to_le_bytes());
-        header[80..84].copy_from_slice(&128u32.to_le_bytes());
-        header[84..88].copy_from_slice(&128u32.to_le_bytes());
-        self.parts.push((512, header));
-        for (i, (kind, start, mib)) in entries.iter().enumerate() {
-            let mut entry = vec![0u8; 128];
-            entry[..16].copy_from_slice(*kind);
-            entry[32..40].copy_from_slice(&(start * 2048).to_le_bytes());
-            entry[40..48].copy_from_slice(&((start + mib) * 2048 - 1).to_le_bytes());
-            self.parts.push((1024 + i as u64 * 128, entry));
-        }
-        self.parts.push((510, vec![0x55, 0xaa]));
+    fn gpt(self, entries: &[(&[u8; 16], u64, u64)]) -> Self {
+        let named: Vec<_> = entries.iter().map(|(kind, start, mib)| (*kind, *start, *mib, "")).collect();
+        self.gpt_named(&named)
+    }
+
+    fn gpt_named(mut self, entries: &[testing::Wanted<'_>]) -> Self {
+        let wanted: Vec<testing::Wanted<'_>> =
+            entries.iter().map(|(kind, start, mib, name)| (*kind, start * MIB, mib * MIB, *name)).collect();
+        self.parts.extend(testing::gpt(self.bytes, &wanted));
         self
     }
 
@@ -141,6 +140,35 @@ fn a_label_goes_before_the_partition() {
     assert_eq!(root(disk("rootfs")), "ufs:/dev/ufs/rootfs");
     assert_eq!(root(disk("data")), "ufs:/dev/ufs/data");
     assert_eq!(root(disk("../x")), "ufs:/dev/vtbd0p1", "a name that is no plain file name");
+}
+
+#[test]
+fn a_gpt_name_goes_before_the_partition_too() {
+    let two = |first: &'static str, second: &'static str, label| {
+        Image::new(64)
+            .gpt_named(&[(&FREEBSD_UFS, 8, 16, first), (&FREEBSD_UFS, 32, 16, second)])
+            .ufs(8 * MIB, 16 * MIB, 2, "")
+            .ufs(32 * MIB, 16 * MIB, 2, label)
+    };
+    assert_eq!(root(two("data", "rootfs", "")), "ufs:/dev/gpt/rootfs");
+    assert_eq!(root(two("data", "rootfs", "mine")), "ufs:/dev/ufs/mine");
+    assert_eq!(root(two("same", "same", "")), "ufs:/dev/vtbd0p1");
+    assert_eq!(root(two("not/plain", "", "")), "ufs:/dev/vtbd0p1");
+}
+
+#[test]
+fn a_broken_table_is_told() {
+    let mut image = Image::new(64).gpt(&[(&FREEBSD_UFS, 8, 32)]).ufs(8 * MIB, 32 * MIB, 2, "");
+    // One bit of the first copy: the second counts.
+    image.parts.push((512 + 60, vec![0xff]));
+    let found = find(&[&image]);
+    assert_eq!(found.mount_from.as_deref(), Some("ufs:/dev/vtbd0p1"));
+    assert!(found.choices[0].contains("first header is damaged"), "{:?}", found.choices);
+    // Both.
+    image.parts.push((64 * MIB - 512 + 60, vec![0xff]));
+    let found = find(&[&image]);
+    assert_eq!(found.mount_from, None);
+    assert!(found.choices[0].contains("both copies"), "{:?}", found.choices);
 }
 
 #[test]

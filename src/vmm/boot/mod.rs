@@ -30,6 +30,7 @@ use std::io::{self, Seek, SeekFrom};
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
+pub use crate::media::ReadAt;
 pub use error::BootError;
 
 use crate::vmm::memory::GuestMemory;
@@ -79,12 +80,6 @@ pub enum ModuleKind {
     MemoryDisk,
     /// A Linux initial RAM disk.
     Initrd,
-}
-
-/// Something with bytes at offsets: a disk as the guest will see it.
-pub trait ReadAt {
-    /// Fills `buffer` from `offset`; an error if there are not as many bytes.
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 }
 
 /// A disk, in the order in which the guest finds it (the first is FreeBSD's vtbd0).
