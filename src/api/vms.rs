@@ -19,7 +19,9 @@ use crate::fleet::boot::{CreateVm, Progress};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
 use crate::fleet::disk_files::{DiskFile, DiskMode};
-use crate::fleet::limits::{CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT};
+use crate::fleet::limits::{
+    CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT, STOP_TIMEOUT_DEFAULT, STOP_TIMEOUT_MAX,
+};
 use crate::fleet::vm::Vm;
 
 /// Events of one cold boot that the client has not taken yet.
@@ -130,6 +132,31 @@ impl VmService for Vms {
     ) -> Result<Response<proto::DeleteVmResponse>, Status> {
         self.fleet.delete_vm(&request.into_inner().vm).await?;
         Ok(Response::new(proto::DeleteVmResponse {}))
+    }
+
+    async fn stop_vm(
+        &self,
+        request: Request<proto::StopVmRequest>,
+    ) -> Result<Response<proto::StopVmResponse>, Status> {
+        let request = request.into_inner();
+        let within = match request.timeout_ms {
+            0 => STOP_TIMEOUT_DEFAULT,
+            ms => Duration::from_millis(ms.into()),
+        };
+        if within > STOP_TIMEOUT_MAX {
+            return Err(invalid(&format!(
+                "a timeout of {} s; the most is {}",
+                within.as_secs(),
+                STOP_TIMEOUT_MAX.as_secs()
+            )));
+        }
+        let stopped = self.fleet.stop_vm(&request.vm, within).await?;
+        Ok(Response::new(proto::StopVmResponse {
+            vm: Some(convert::vm(&stopped.vm)),
+            by_itself: stopped.by_itself,
+            not_asked: stopped.not_asked.unwrap_or_default(),
+            took_us: u64::try_from(stopped.took.as_micros()).unwrap_or(u64::MAX),
+        }))
     }
 
     async fn pause_vm(&self, request: Request<proto::PauseVmRequest>) -> Result<Response<proto::Vm>, Status> {

@@ -55,6 +55,9 @@ pub const LAST_WORDS_MAX: usize = 12;
 pub const LAST_LINES_MAX: usize = 32;
 pub const LAST_LINES_BYTES_MAX: usize = 3 << 10;
 
+/// How long a guest may take to power itself off when it is asked to.
+pub const STOP_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
+pub const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(600);
 /// A guest that resets itself more often than this within that time is not booted again.
 pub const RESTARTS_MAX: usize = 5;
 pub const RESTARTS_WITHIN: Duration = Duration::from_secs(60);

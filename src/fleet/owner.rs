@@ -238,6 +238,9 @@ impl Owner {
                     self.resume_quietly().await;
                 }
             }
+            Command::PowerButton(answer) => {
+                let _ = answer.send(self.press_power_button().await);
+            }
             Command::Stop(reason) => {
                 self.vm.kill(&reason);
             }
@@ -349,6 +352,19 @@ impl Owner {
             _ => return Err(FleetError::WorkerConfused),
         }
         Ok(())
+    }
+
+    async fn press_power_button(&mut self) -> Result<(), FleetError> {
+        match self.check_started()? {
+            State::Ready | State::Running => {}
+            _ => return Err(FleetError::WrongState("it is paused".into())),
+        }
+        // Whatever the guest makes of it, it is not to come back.
+        self.again = None;
+        match self.ask(Request::PowerButton, &[]).await? {
+            Reply::Done => Ok(()),
+            _ => Err(FleetError::WorkerConfused),
+        }
     }
 
     /// After something went wrong. A VM that cannot be resumed is ended.

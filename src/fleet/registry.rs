@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::Fleet;
 use super::error::FleetError;
 use super::limits::EXITED_KEPT_MAX;
-use super::vm::{State, Vm};
+use super::vm::{Command, State, Stopped, Vm};
 
 /// The table of VMs.
 #[derive(Debug)]
@@ -167,6 +168,34 @@ impl Fleet {
     }
 
     /// Ends a VM if it runs, and forgets it. Comes back when its process is gone.
+    /// Asks the guest to power itself off, and ends the VM when it has not done so `within` that time. The VM stays in the
+    /// list, EXITED. One whose guest cannot be asked, or is paused or still booting, is ended at once.
+    pub async fn stop_vm(&self, id_or_name: &str, within: Duration) -> Result<Stopped, FleetError> {
+        let vm = self.registry.get(id_or_name)?;
+        let begin = Instant::now();
+        vm.check_lives()?;
+        let asked = match vm.command(Command::PowerButton).await {
+            Ok(()) => Ok(()),
+            Err(FleetError::Fault(fault)) => Err(fault.message),
+            Err(FleetError::WrongState(reason)) => Err(reason),
+            // It ended meanwhile.
+            Err(FleetError::Ended(_)) => Ok(()),
+            Err(error) => return Err(error),
+        };
+        let by_itself = match &asked {
+            Ok(()) => tokio::time::timeout(within, vm.ended()).await.is_ok(),
+            Err(_) => false,
+        };
+        if !by_itself {
+            vm.kill(match &asked {
+                Ok(()) => "stopped: the guest did not power itself off in time",
+                Err(_) => "stopped: the guest could not be asked to power itself off",
+            });
+            vm.ended().await;
+        }
+        Ok(Stopped { vm, by_itself, not_asked: asked.err(), took: begin.elapsed() })
+    }
+
     pub async fn delete_vm(&self, id_or_name: &str) -> Result<(), FleetError> {
         let vm = self.registry.get(id_or_name)?;
         vm.kill("deleted");

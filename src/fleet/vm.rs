@@ -13,6 +13,7 @@
 //! A guest that resets itself when READY is booted again in place, and stays READY (see `on_reset`).
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -102,9 +103,22 @@ pub enum Command {
         stop_after: bool,
         answer: Answer<FrozenVm>,
     },
+    /// Press its power button. A reset is its end from now on.
+    PowerButton(Answer<()>),
     /// End it, giving this reason.
     Stop(String),
     Stats(Answer<Stats>),
+}
+
+/// How a VM was stopped.
+#[derive(Debug)]
+pub struct Stopped {
+    pub vm: Arc<Vm>,
+    /// The guest ended by itself.
+    pub by_itself: bool,
+    /// Why the guest was not asked.
+    pub not_asked: Option<String>,
+    pub took: Duration,
 }
 
 /// A frozen VM that is not published yet.

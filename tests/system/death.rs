@@ -19,6 +19,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("death/worker-killed", NEEDS, 60, worker_killed),
         trial("death/guest-resets-itself", NEEDS, 60, guest_resets_itself),
+        trial("death/stopped", NEEDS, 60, stopped),
         trial("death/daemon-killed-while-snapshotting", NEEDS, 180, daemon_killed_while_snapshotting),
         trial("death/daemon-stopped", NEEDS, 60, daemon_stopped),
     ]
@@ -128,6 +129,25 @@ async fn guest_resets_itself(stage: Stage) -> anyhow::Result<()> {
     ask!(&mut client, &vm.id, Reset(ResetOp {}));
     let reason = exit_reason(&mut client, &vm.id).await?;
     ensure!(reason.contains("reset itself"), "{reason}");
+    Ok(())
+}
+
+/// A guest that cannot be asked is ended, and the answer says so; what cannot be stopped is refused.
+async fn stopped(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(64 << 20).await?;
+    let stop = |timeout_ms| StopVmRequest { vm: vm.id.clone(), timeout_ms };
+    let too_long = client.vms.stop_vm(stop(600_001)).await;
+    expect_status("a timeout of more than 10 minutes", too_long, &[Code::InvalidArgument])?;
+    let done = client.vms.stop_vm(stop(0)).await?.into_inner();
+    ensure!(!done.by_itself && done.not_asked.contains("no ACPI"), "{done:?}");
+    ensure!(done.vm.as_ref().is_some_and(|vm| vm.state() == VmState::Exited), "{done:?}");
+    let reason = client.vm(&vm.id).await?.exit_reason;
+    ensure!(reason.starts_with("stopped"), "{reason}");
+    expect_status("stopping it again", client.vms.stop_vm(stop(0)).await, &[Code::FailedPrecondition])?;
+    let nobody = StopVmRequest { vm: "nobody".into(), timeout_ms: 0 };
+    expect_status("stopping nobody", client.vms.stop_vm(nobody).await, &[Code::NotFound])?;
     Ok(())
 }
 

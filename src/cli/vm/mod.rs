@@ -109,6 +109,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Ask a guest to power itself off, and end its VM when it does not
+    #[command(after_help = "Example:\n  coldspark vm stop web --timeout 10")]
+    Stop {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+        /// Seconds that the guest may take
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u32,
+    },
     /// Stop a VM's CPUs and devices
     #[command(after_help = "Example:\n  coldspark vm pause web")]
     Pause {
@@ -228,6 +239,18 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                     units::us(taken.total_us)
                 ))?;
             }
+        }
+        Command::Stop { socket, vm, timeout } => {
+            // Zero is the service's default there, and "at once" here.
+            let request = proto::StopVmRequest { vm, timeout_ms: timeout.saturating_mul(1000).max(1) };
+            let stopped = socket.connect().await?.vms.stop_vm(request).await?.into_inner();
+            let id = stopped.vm.map(|vm| vm.id).unwrap_or_default();
+            let how = match (stopped.by_itself, stopped.not_asked.as_str()) {
+                (true, _) => "powered itself off".to_owned(),
+                (false, "") => "did not power itself off and was ended".to_owned(),
+                (false, reason) => format!("was ended without being asked: {reason}"),
+            };
+            output::line(&format!("{id}  {how}  {}", units::us(stopped.took_us)))?;
         }
         Command::Pause { socket, vm } => {
             let vm = socket.connect().await?.vms.pause_vm(proto::PauseVmRequest { vm }).await?.into_inner();
