@@ -49,6 +49,13 @@ impl ImageService for Images {
                 Some(File::Disk(n)) => ImageFile::Disk(n),
                 _ => return Err(invalid("a chunk must say which file it is of")),
             };
+            if chunk.zeros > 0 {
+                if !chunk.data.is_empty() {
+                    return Err(invalid("a chunk has either `data` or `zeros`"));
+                }
+                import.write_zeros(file, chunk.zeros).await?;
+                continue;
+            }
             if !(1..=CHUNK_BYTES_MAX).contains(&chunk.data.len()) {
                 return Err(invalid(format!(
                     "a chunk of {} bytes; send 1 to {CHUNK_BYTES_MAX}",
@@ -99,10 +106,11 @@ fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
         module: convert::module_in(spec.module)?,
         disks: spec
             .disks
-            .iter()
-            .map(|disk| ImportDisk { read_only: disk.read_only, bytes: disk.bytes })
+            .into_iter()
+            .map(|disk| ImportDisk { read_only: disk.read_only, bytes: disk.bytes, name: disk.name })
             .collect(),
         embedded: spec.embedded,
+        find_kernel: spec.find_kernel,
         kernel_bytes: spec.kernel_bytes,
         module_bytes: spec.module_bytes,
     })
@@ -128,5 +136,6 @@ fn image(image: Described) -> proto::Image {
         module_bytes: image.module_bytes,
         embedded: image.embedded,
         created_unix_ms: image.created_unix_ms,
+        found: image.found,
     }
 }

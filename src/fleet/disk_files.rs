@@ -14,6 +14,7 @@ use std::sync::Arc;
 use super::disks::{FrozenFile, VmDisk, VmFolder};
 use super::error::FleetError;
 use super::limits::DISKS_MAX;
+use crate::media::partitions;
 use crate::snapshot::layers::{DISK_BYTES_MAX, SECTOR_BYTES};
 
 /// What becomes of writes to a disk.
@@ -155,15 +156,21 @@ fn check_raw(file: &File, bytes: u64) -> Result<(), String> {
     if bytes > DISK_BYTES_MAX {
         return Err(format!("it has {bytes} bytes; the most is {DISK_BYTES_MAX}"));
     }
+    let mut head = [0u8; 16];
+    let some = head.len().min(usize::try_from(bytes).unwrap_or(usize::MAX));
+    file.read_exact_at(head.get_mut(..some).unwrap_or_default(), 0)
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    if let Some((_, what)) = NOT_RAW.iter().find(|(magic, _)| head.starts_with(magic)) {
+        return Err(format!("it is {what}"));
+    }
     if !bytes.is_multiple_of(SECTOR_BYTES) {
         return Err(format!(
             "it has {bytes} bytes, and a disk's size is a multiple of {SECTOR_BYTES}; was it truncated? Copy it again, or extend it with `truncate -s %{SECTOR_BYTES}`"
         ));
     }
-    let mut head = [0u8; 16];
-    file.read_exact_at(&mut head, 0).map_err(|error| format!("cannot be read: {error}"))?;
-    match NOT_RAW.iter().find(|(magic, _)| head.starts_with(magic)) {
-        Some((_, what)) => Err(format!("it is {what}")),
+    let table = partitions::table(file, bytes).map_err(|error| format!("cannot be read: {error}"))?;
+    match table.problem {
+        Some(problem) => Err(format!("{problem}; copy it again, or repair it with `gpart recover`")),
         None => Ok(()),
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -17,7 +18,9 @@ use super::id;
 use super::limits::*;
 use super::snapshots::{blocking, unix_ms};
 use crate::agent::testguest::TEST_GUEST;
+use crate::media::{inspect, kernel};
 use crate::snapshot::images::{self as store, Image, ImageDraft, ImageStore, Listed, OpenImage, Part, Ready};
+use crate::snapshot::layers::SECTOR_BYTES;
 use crate::snapshot::manifest::Protocol;
 use crate::worker::protocol::{BootProtocol, ModuleKind};
 
@@ -55,17 +58,21 @@ pub struct ImportImage {
     pub disks: Vec<ImportDisk>,
     /// The kernel is the embedded test guest.
     pub embedded: bool,
+    /// The kernel is on one of the disks.
+    pub find_kernel: bool,
     /// Lengths that will follow; 0: not said.
     pub kernel_bytes: u64,
     pub module_bytes: u64,
 }
 
 /// A disk of an import.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct ImportDisk {
     pub read_only: bool,
     /// Length that will follow; 0: not said.
     pub bytes: u64,
+    /// What people call the file; may be empty.
+    pub name: String,
 }
 
 /// A file of an image.
@@ -88,6 +95,8 @@ pub struct Described {
     pub module_bytes: u64,
     pub embedded: bool,
     pub created_unix_ms: u64,
+    /// What an import found by looking into the files.
+    pub found: Vec<String>,
 }
 
 /// Files and settings of something that can be cold-booted.
@@ -203,18 +212,41 @@ pub struct Import {
     /// Away while a piece is written.
     draft: Option<Box<ImageDraft>>,
     embedded: bool,
+    find_kernel: bool,
     /// Part, bytes that will come (0: not said), bytes that came.
     lengths: Vec<(Part, u64, u64)>,
+    /// What people call the disks.
+    names: Vec<String>,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Import {
     /// Appends to a file. After an error the import is of no more use.
     pub async fn write(&mut self, file: ImageFile, data: Bytes) -> Result<(), FleetError> {
+        let bytes = data.len() as u64;
+        self.append(file, bytes, move |draft, part| draft.write(part, &data)).await
+    }
+
+    /// Appends zeros to a file.
+    pub async fn write_zeros(&mut self, file: ImageFile, bytes: u64) -> Result<(), FleetError> {
+        self.append(file, bytes, move |draft, part| draft.write_zeros(part, bytes)).await
+    }
+
+    async fn append(
+        &mut self,
+        file: ImageFile,
+        bytes: u64,
+        write: impl FnOnce(&mut ImageDraft, Part) -> Result<(), store::StoreError> + Send + 'static,
+    ) -> Result<(), FleetError> {
         let part = match file {
             ImageFile::Kernel if self.embedded => {
                 return Err(FleetError::Invalid(
                     "an image of the embedded test guest brings its own kernel; send none".into(),
+                ));
+            }
+            ImageFile::Kernel if self.find_kernel => {
+                return Err(FleetError::Invalid(
+                    "a kernel came for an image whose kernel is to be found on its disks; send none".into(),
                 ));
             }
             ImageFile::Kernel => Part::Kernel,
@@ -222,11 +254,11 @@ impl Import {
             ImageFile::Disk(n) => Part::Disk(n as usize),
         };
         if let Some((_, _, came)) = self.lengths.iter_mut().find(|(other, _, _)| *other == part) {
-            *came = came.saturating_add(data.len() as u64);
+            *came = came.saturating_add(bytes);
         }
         let mut draft = self.draft.take().ok_or_else(given_up)?;
         let (draft, written) = blocking(move || {
-            let written = draft.write(part, &data);
+            let written = write(&mut draft, part);
             (draft, written)
         })
         .await?;
@@ -249,10 +281,91 @@ impl Import {
                 )));
             }
         }
-        let draft = self.draft.take().ok_or_else(given_up)?;
-        let image = blocking(move || draft.publish()).await??;
-        Ok(describe(&image))
+        let mut draft = self.draft.take().ok_or_else(given_up)?;
+        let (names, find_kernel, embedded) = (self.names, self.find_kernel, self.embedded);
+        blocking(move || {
+            let found = look(&mut draft, &names, find_kernel, embedded)?;
+            let image = draft.publish()?;
+            Ok(Described { found, ..describe(&image) })
+        })
+        .await?
     }
+}
+
+/// Looks through what has come: refuses disks and kernels that can never work, takes the kernel from a disk if that is
+/// wanted, and tells what it has seen. Blocks.
+fn look(
+    draft: &mut ImageDraft,
+    names: &[String],
+    find_kernel: bool,
+    embedded: bool,
+) -> Result<Vec<String>, FleetError> {
+    let mut found = Vec::new();
+    let mut kernel_found = false;
+    let mut missing = None;
+    for (n, name) in names.iter().enumerate() {
+        let Some((file, bytes)) = draft.file(Part::Disk(n)) else { continue };
+        let disk = match name.as_str() {
+            "" => format!("disk {n}"),
+            name => format!("disk {n} ({name})"),
+        };
+        if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES) {
+            return Err(FleetError::Invalid(format!(
+                "{disk} has {bytes} bytes, and a disk's size is a multiple of {SECTOR_BYTES} and not 0; was it truncated? Copy or download it again"
+            )));
+        }
+        let unreadable = || FleetError::io(format!("cannot read {disk}"));
+        let file = file.try_clone().map_err(unreadable())?;
+        // Zeros at the end may not be in the file yet.
+        file.set_len(bytes).map_err(unreadable())?;
+        let inspection = inspect::disk(&file, bytes).map_err(unreadable())?;
+        if let Some(problem) = &inspection.problem {
+            return Err(FleetError::Invalid(format!(
+                "{disk}: {problem}; copy or download it again, or repair it with `gpart recover`"
+            )));
+        }
+        found.push(format!("{disk}: {}", inspection.describe()));
+        found.extend(inspection.notes.iter().map(|note| format!("{disk}: {note}")));
+        if !find_kernel || kernel_found {
+            continue;
+        }
+        match inspect::kernel(&inspection) {
+            Err(error) => {
+                missing.get_or_insert(format!("{disk}: {error}"));
+            }
+            Ok(on_disk) => {
+                found.push(format!("kernel: {} on {} of {disk}", on_disk.path, on_disk.volume));
+                let mut refused = None;
+                let read = on_disk.read(KERNEL_BYTES_MAX, |piece| {
+                    draft.write(Part::Kernel, piece).map_err(|error| {
+                        let text = error.to_string();
+                        refused = Some(error);
+                        io::Error::other(text)
+                    })
+                });
+                if let Some(error) = refused {
+                    return Err(error.into());
+                }
+                read.map_err(|error| {
+                    FleetError::Invalid(format!(
+                        "{disk}: {} cannot be read: {error}; give the kernel as a file of its own",
+                        on_disk.path
+                    ))
+                })?;
+                kernel_found = true;
+            }
+        }
+    }
+    if find_kernel && !kernel_found {
+        let why = missing.unwrap_or_else(|| "the image has no disk on which a kernel could be".into());
+        return Err(FleetError::Invalid(why));
+    }
+    if !embedded && let Some((file, bytes)) = draft.file(Part::Kernel) {
+        let mut head = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX).min(kernel::HEAD_BYTES)];
+        file.read_exact_at(&mut head, 0).map_err(FleetError::io("cannot read the kernel"))?;
+        kernel::look(&head).map_err(|what| FleetError::Invalid(format!("the kernel is {what}")))?;
+    }
+    Ok(found)
 }
 
 fn given_up() -> FleetError {
@@ -272,15 +385,28 @@ impl Fleet {
                 request.disks.len()
             )));
         }
+        if request.embedded && request.find_kernel {
+            return Err(FleetError::Invalid(
+                "an image has either the embedded test guest's kernel or the one on its disks".into(),
+            ));
+        }
+        if let Some(disk) = request.disks.iter().find(|disk| disk.name.len() > DISK_NAME_BYTES_MAX) {
+            return Err(FleetError::Invalid(format!(
+                "a disk's name of {} bytes; the most is {DISK_NAME_BYTES_MAX}",
+                disk.name.len()
+            )));
+        }
         let permit = Arc::clone(&self.images.imports).try_acquire_owned().map_err(|_| FleetError::Limit {
             what: "image imports under way",
             limit: IMPORTS_MAX,
             hint: "wait for one to end",
         })?;
-        let mut lengths = vec![(Part::Kernel, if request.embedded { 0 } else { request.kernel_bytes }, 0)];
+        let brought = request.embedded || request.find_kernel;
+        let mut lengths = vec![(Part::Kernel, if brought { 0 } else { request.kernel_bytes }, 0)];
         lengths.extend(request.module.map(|_| (Part::Module, request.module_bytes, 0)));
         lengths.extend(request.disks.iter().enumerate().map(|(n, disk)| (Part::Disk(n), disk.bytes, 0)));
-        let embedded = request.embedded;
+        let (embedded, find_kernel) = (request.embedded, request.find_kernel);
+        let names = request.disks.iter().map(|disk| disk.name.clone()).collect();
         let store = Arc::clone(&self.images.store);
         let draft = blocking(move || {
             let mut draft = store.begin(settings_in(request))?;
@@ -290,7 +416,7 @@ impl Fleet {
             Ok::<_, store::StoreError>(Box::new(draft))
         })
         .await??;
-        Ok(Import { draft: Some(draft), embedded, lengths, _permit: permit })
+        Ok(Import { draft: Some(draft), embedded, find_kernel, lengths, names, _permit: permit })
     }
 
     /// All sound images, by name.
@@ -332,6 +458,7 @@ fn describe(image: &Image) -> Described {
         module_bytes: if manifest.settings.module.is_some() { bytes(Part::Module) } else { 0 },
         embedded: manifest.settings.embedded,
         created_unix_ms: unix_ms(&manifest.created).unwrap_or_default(),
+        found: Vec::new(),
     }
 }
 

@@ -24,6 +24,9 @@ pub const DEVICE_PORTS: [std::ops::RangeInclusive<u16>; 11] = [
     0x4d0..=0x4d1,
     0xcf8..=0xcff,
 ];
+/// Longest name of a disk's file, and largest kernel that is taken from a disk, unpacked.
+pub const DISK_NAME_BYTES_MAX: usize = 255;
+pub const KERNEL_BYTES_MAX: u64 = 256 << 20;
 /// Most clones in one request.
 pub const CLONES_MAX: u32 = 64;
 /// Ended VMs that are still listed.

@@ -139,6 +139,23 @@ pub fn open(path: &Path) -> Result<Unpacked, UnpackError> {
     open_with(path, Path::new("qemu-img"))
 }
 
+/// Opens a file whose bytes are handed over as they are.
+pub fn open_as_it_is(path: &Path) -> Result<Unpacked, UnpackError> {
+    let failed = |what| move |source| UnpackError::Io { path: path.to_owned(), what, source };
+    let mut file = File::open(path).map_err(failed("cannot be opened"))?;
+    let bytes = file.seek(SeekFrom::End(0)).map_err(failed("has no length"))?;
+    file.seek(SeekFrom::Start(0)).map_err(failed("cannot be read"))?;
+    let done = Arc::new(AtomicU64::new(0));
+    Ok(Unpacked {
+        reader: Box::new(Counted { inner: file, done: Arc::clone(&done) }),
+        formats: Vec::new(),
+        bytes: Some(bytes),
+        stored_bytes: bytes,
+        done,
+        path: path.to_owned(),
+    })
+}
+
 fn open_with(path: &Path, qemu_img: &Path) -> Result<Unpacked, UnpackError> {
     let failed = |what| move |source| UnpackError::Io { path: path.to_owned(), what, source };
     let mut file = File::open(path).map_err(failed("cannot be opened"))?;

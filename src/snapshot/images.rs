@@ -325,20 +325,43 @@ impl ImageDraft {
     /// # Errors
     /// For a file that the settings do not speak of, one that gets too long, or a disk that is full: then drop the draft.
     pub fn write(&mut self, part: Part, data: &[u8]) -> Result<(), StoreError> {
+        let path = self.temporary.path().join(part.path());
+        let incoming = self.incoming(part, data.len() as u64)?;
+        write_sparse(&incoming.file, incoming.bytes, data).map_err(failed(&path, "written"))?;
+        incoming.bytes = incoming.bytes.saturating_add(data.len() as u64);
+        Ok(())
+    }
+
+    /// Appends zeros to one of the image's files, as a hole.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn write_zeros(&mut self, part: Part, bytes: u64) -> Result<(), StoreError> {
+        let incoming = self.incoming(part, bytes)?;
+        incoming.bytes = incoming.bytes.saturating_add(bytes);
+        Ok(())
+    }
+
+    /// One of the image's files as far as it has come, and its length. (Zeros at its end may not be in the file yet.)
+    pub fn file(&self, part: Part) -> Option<(&File, u64)> {
+        self.files
+            .iter()
+            .find(|incoming| incoming.part == part)
+            .map(|incoming| (&incoming.file, incoming.bytes))
+    }
+
+    /// The file that `bytes` more are to be appended to.
+    fn incoming(&mut self, part: Part, bytes: u64) -> Result<&mut Incoming, StoreError> {
         let refused = |problem: String| StoreError::Content { kind: KIND, problem };
         if !self.settings.has(part) {
             return Err(refused(format!("its settings do not speak of {}", part.name())));
         }
         let incoming = self.files.iter_mut().find(|incoming| incoming.part == part);
         let incoming = incoming.ok_or_else(|| refused(format!("{} is not expected", part.name())))?;
-        let end = incoming.bytes.saturating_add(data.len() as u64);
-        if end > part.bytes_max() {
+        if incoming.bytes.saturating_add(bytes) > part.bytes_max() {
             return Err(refused(format!("{} has more than {} bytes", part.name(), part.bytes_max())));
         }
-        let written = write_sparse(&incoming.file, incoming.bytes, data);
-        written.map_err(failed(&self.temporary.path().join(part.path()), "written"))?;
-        incoming.bytes = end;
-        Ok(())
+        Ok(incoming)
     }
 
     /// Checks the files, sums and syncs them, and makes the image visible.

@@ -62,7 +62,7 @@ async fn images(stage: Stage) -> anyhow::Result<()> {
         invalid,
     )?;
     expect_status("a disk too many", client.import(spec("a"), disk(512)).await, invalid)?;
-    let longer = ImageSpec { disks: vec![DiskSettings { read_only: false, bytes: 1024 }], ..spec("a") };
+    let longer = ImageSpec { disks: vec![DiskSettings { bytes: 1024, ..Default::default() }], ..spec("a") };
     expect_status("a disk that ends early", client.import(longer, disk(512)).await, invalid)?;
     let longer = ImageSpec { kernel_bytes: 5000, ..spec("a") };
     expect_status("a kernel that ends early", client.import(longer, some_kernel()).await, invalid)?;
@@ -80,6 +80,7 @@ async fn images(stage: Stage) -> anyhow::Result<()> {
     let first = import_image_request::Message::Chunk(FileChunk {
         file: Some(file_chunk::File::Kernel(true)),
         data: vec![0; 10].into(),
+        zeros: 0,
     });
     let chunk_first = tokio_stream::iter([ImportImageRequest { message: Some(first) }]);
     expect_status("a chunk before the spec", client.images.import_image(chunk_first).await, invalid)?;

@@ -82,7 +82,7 @@ impl Client {
         let mut messages = vec![ImportImageRequest { message: Some(Message::Spec(spec)) }];
         let mut send = |file: File, bytes: Vec<u8>| {
             for chunk in bytes.chunks(CHUNK_BYTES) {
-                let chunk = FileChunk { file: Some(file), data: chunk.to_vec().into() };
+                let chunk = FileChunk { file: Some(file), data: chunk.to_vec().into(), zeros: 0 };
                 messages.push(ImportImageRequest { message: Some(Message::Chunk(chunk)) });
             }
         };

@@ -11,6 +11,7 @@
 //! | `death` | workers and daemons that are killed |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
+//! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
 
@@ -19,10 +20,13 @@ mod client;
 mod console;
 mod daemon;
 mod death;
+#[path = "../../src/media/testing.rs"]
+mod disk_images;
 mod disks;
 mod embedded;
 mod freebsd;
 mod host;
+mod images;
 mod linux;
 mod stock_client;
 mod trial;
@@ -41,6 +45,7 @@ fn main() -> ExitCode {
         death::trials(),
         bad_input::trials(),
         disks::trials(),
+        images::trials(),
         linux::trials(),
         freebsd::trials(),
     ];

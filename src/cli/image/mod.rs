@@ -1,0 +1,120 @@
+//! `coldspark image`: what can be cold-booted.
+
+mod import;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+pub use self::import::import;
+use super::output::{self, Table};
+use super::snapshot::protocol_name;
+use super::vm::create::Protocol;
+use super::{SocketArgument, units};
+use crate::api::proto;
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Import disks, a kernel and boot settings under a name
+    #[command(after_help = import::EXAMPLES)]
+    Import(import::Arguments),
+    /// List images
+    #[command(after_help = "Example:\n  coldspark image ls")]
+    Ls {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove images
+    #[command(after_help = "Example:\n  coldspark image rm freebsd")]
+    Rm {
+        #[command(flatten)]
+        socket: SocketArgument,
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<String>,
+    },
+}
+
+/// The files of an image.
+#[derive(Debug, Clone, Args)]
+pub struct FileArguments {
+    /// The kernel file [default: the one on the disks]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Take the embedded test guest's kernel
+    #[arg(long, conflicts_with = "kernel")]
+    pub embedded: bool,
+    /// A disk (may be given again); add `:ro` to make it read-only
+    #[arg(long = "disk", value_name = "FILE[:ro]")]
+    pub disks: Vec<String>,
+    /// A memory disk for FreeBSD (md_image)
+    #[arg(long, value_name = "FILE", conflicts_with = "initrd")]
+    pub memory_disk: Option<PathBuf>,
+    /// An initial RAM disk for Linux
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line, or name=value words for FreeBSD's environment
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub cmdline: String,
+    /// How the kernel is entered
+    #[arg(long, value_enum, default_value_t = Protocol::Auto)]
+    pub protocol: Protocol,
+}
+
+pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Import(arguments) => import::run(arguments).await?,
+        Command::Ls { socket, json } => list(&socket, json).await?,
+        Command::Rm { socket, images } => {
+            let mut client = socket.connect().await?.images;
+            for name in images {
+                client.delete_image(proto::DeleteImageRequest { name: name.clone() }).await?;
+                output::line(&name)?;
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
+    let mut client = socket.connect().await?.images;
+    let images = client.list_images(proto::ListImagesRequest {}).await?.into_inner().images;
+    if as_json {
+        let value = |image: &proto::Image| {
+            let boot = image.boot.clone().unwrap_or_default();
+            json!({
+                "name": image.name,
+                "embedded": image.embedded,
+                "protocol": protocol_name(boot.protocol),
+                "command_line": boot.command_line,
+                "vcpus": boot.vcpus,
+                "memory_bytes": boot.memory_bytes,
+                "kernel_bytes": image.kernel_bytes,
+                "module_bytes": image.module_bytes,
+                "disks": image.disks.iter().map(|disk| json!({ "bytes": disk.bytes, "read_only": disk.read_only })).collect::<Vec<_>>(),
+                "created_unix_ms": image.created_unix_ms,
+            })
+        };
+        output::json(&json!({ "images": images.iter().map(value).collect::<Vec<_>>() }))?;
+        return Ok(());
+    }
+    let mut table = Table::new(&["NAME", "KERNEL", "DISKS", "VCPUS", "MEMORY", "AGE"]);
+    for image in &images {
+        let boot = image.boot.clone().unwrap_or_default();
+        let disks: Vec<String> = image.disks.iter().map(|disk| units::bytes(disk.bytes)).collect();
+        table.row([
+            image.name.clone(),
+            units::bytes(image.kernel_bytes),
+            disks.join(", "),
+            boot.vcpus.to_string(),
+            units::bytes(boot.memory_bytes),
+            units::ago(image.created_unix_ms),
+        ]);
+    }
+    output::print(&table.text())?;
+    Ok(())
+}
