@@ -144,7 +144,7 @@ impl VmService for Vms {
             ms => Duration::from_millis(ms.into()),
         };
         if within > STOP_TIMEOUT_MAX {
-            return Err(invalid(&format!(
+            return Err(invalid(format!(
                 "a timeout of {} s; the most is {}",
                 within.as_secs(),
                 STOP_TIMEOUT_MAX.as_secs()

@@ -89,7 +89,7 @@ mod tests {
             assert!(error.contains(says) && error.contains("amd64"), "{error}");
         }
         assert_eq!(look(b""), Ok(Look::Unknown));
-        assert_eq!(look(b"\x7fELF").is_err(), true);
+        assert!(look(b"\x7fELF").is_err());
         assert_eq!(look(&[0x90; 2000]), Ok(Look::Unknown));
         let mut linux = vec![0; 0x400];
         linux[0x202..0x206].copy_from_slice(b"HdrS");

@@ -28,7 +28,7 @@ pub fn trials() -> Vec<Trial> {
     [1, 4]
         .into_iter()
         .map(|vcpus| {
-            trial(format!("freebsd/native/{vcpus}-vcpu"), NEEDS, 60, move |stage| road(stage, vcpus))
+            trial(format!("freebsd/native/{vcpus}-vcpu"), NEEDS, 120, move |stage| road(stage, vcpus))
         })
         .collect()
 }
