@@ -22,6 +22,8 @@ pub enum Need {
     Mount,
     /// The inner Linux guest of the rig.
     LinuxGuest,
+    /// Permission to make a TAP.
+    Tap,
     /// A FreeBSD kernel and disk of the user's.
     FreeBsd,
 }
@@ -40,6 +42,7 @@ impl Need {
             Need::LargeMemory => large_memory(),
             Need::Mount => is_root().then_some(()).ok_or_else(|| "only root can mount a small tmpfs".into()),
             Need::LinuxGuest => linux_guest().map(|_| ()),
+            Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
         }
     }
@@ -78,6 +81,11 @@ fn large_memory() -> Result<(), String> {
         .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
         .unwrap_or(0);
     if available_kib >= 6 << 20 { Ok(()) } else { Err("less than 6 GiB of memory available".into()) }
+}
+
+fn tap() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(crate::tap::available)
 }
 
 fn is_root() -> bool {

@@ -16,7 +16,7 @@ use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::LinuxGuest];
 /// The shell's prompt (tests/rig/linux-init).
-const PROMPT: &str = "# ";
+pub const PROMPT: &str = "# ";
 /// Clones of each memory source.
 const CLONES: u32 = 2;
 
@@ -30,7 +30,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Runs a command in the guest's shell; returns what it printed.
-async fn shell(console: &mut Console, command: &str) -> anyhow::Result<String> {
+pub async fn shell(console: &mut Console, command: &str) -> anyhow::Result<String> {
     // The marks are put together by the shell, so that the echo of the typed line does not hold them.
     console.ask(&format!("echo out''put:; {command}; echo :e''nd"), "output:").await?;
     let output = console.expect(":end").await.with_context(|| format!("running {command:?}"))?;
@@ -38,7 +38,8 @@ async fn shell(console: &mut Console, command: &str) -> anyhow::Result<String> {
     Ok(output.replace('\r', "").trim().to_string())
 }
 
-async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm> {
+/// Imports the guest as the image `linux`.
+pub async fn import(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<()> {
     let folder = host::linux_guest().map_err(anyhow::Error::msg)?;
     let kernel = if protocol == BootProtocol::Pvh { "vmlinux" } else { "bzImage" };
     let spec = ImageSpec {
@@ -60,6 +61,11 @@ async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm>
         disks: vec![fs::read(folder.join("disk.img"))?],
     };
     client.import(spec, files).await?;
+    Ok(())
+}
+
+async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm> {
+    import(client, protocol).await?;
     let request = CreateVmRequest { source: Some(Source::Image("linux".into())), ..Default::default() };
     Ok(client.boot(request).await?.vm)
 }

@@ -13,6 +13,7 @@
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
+//! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
 
 mod bad_input;
@@ -28,7 +29,9 @@ mod freebsd;
 mod host;
 mod images;
 mod linux;
+mod network;
 mod stock_client;
+mod tap;
 mod trial;
 
 use std::process::ExitCode;
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         disks::trials(),
         images::trials(),
         linux::trials(),
+        network::trials(),
         freebsd::trials(),
     ];
     let conclusion = libtest_mimic::run(&arguments, trials.into_iter().flatten().collect());
