@@ -362,7 +362,14 @@ fn look(
     }
     if !embedded && let Some((file, bytes)) = draft.file(Part::Kernel) {
         let mut head = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX).min(kernel::HEAD_BYTES)];
-        file.read_exact_at(&mut head, 0).map_err(FleetError::io("cannot read the kernel"))?;
+        // Zeros at the file's end are not written yet: what cannot be read is zeros.
+        let mut read = 0;
+        while let Some(rest) = head.get_mut(read..).filter(|rest| !rest.is_empty()) {
+            match file.read_at(rest, read as u64).map_err(FleetError::io("cannot read the kernel"))? {
+                0 => break,
+                count => read += count,
+            }
+        }
         kernel::look(&head).map_err(|what| FleetError::Invalid(format!("the kernel is {what}")))?;
     }
     Ok(found)
