@@ -6,7 +6,7 @@ use super::proto;
 use super::status::invalid;
 use crate::fleet::boot::ReadyPoint;
 use crate::fleet::vm::{Origin, State, Vm};
-use crate::fleet::{BootProtocol, MemoryMode, ModuleKind, Step};
+use crate::fleet::{BootProtocol, Hardware, MemoryMode, ModuleKind, Step};
 
 pub fn vm(vm: &Vm) -> proto::Vm {
     let status = vm.status();
@@ -73,6 +73,24 @@ pub fn protocol_in(number: i32) -> Result<BootProtocol, Status> {
         Ok(proto::BootProtocol::Pvh) => Ok(BootProtocol::Pvh),
         Ok(proto::BootProtocol::Linux) => Ok(BootProtocol::Linux),
         Err(_) => Err(invalid(format!("protocol {number} is not known; see BootProtocol"))),
+    }
+}
+
+pub fn hardware_out(hardware: Hardware) -> proto::Hardware {
+    match hardware {
+        Hardware::Auto => proto::Hardware::Unspecified,
+        Hardware::Microvm => proto::Hardware::Microvm,
+        Hardware::Pc => proto::Hardware::Pc,
+    }
+}
+
+/// `Auto` when unspecified.
+pub fn hardware_in(number: i32) -> Result<Hardware, Status> {
+    match proto::Hardware::try_from(number) {
+        Ok(proto::Hardware::Unspecified) => Ok(Hardware::Auto),
+        Ok(proto::Hardware::Microvm) => Ok(Hardware::Microvm),
+        Ok(proto::Hardware::Pc) => Ok(Hardware::Pc),
+        Err(_) => Err(invalid(format!("hardware {number} is not known; see Hardware"))),
     }
 }
 

@@ -98,6 +98,7 @@ fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
         name: spec.name,
         settings: Settings {
             protocol: convert::protocol_in(boot.protocol)?,
+            hardware: convert::hardware_in(boot.hardware)?,
             command_line: boot.command_line,
             vcpus: convert::vcpus_in(boot.vcpus)?.unwrap_or(usual.vcpus),
             memory_bytes: convert::nonzero(boot.memory_bytes).unwrap_or(usual.memory_bytes),
@@ -125,6 +126,7 @@ fn image(image: Described) -> proto::Image {
             vcpus: image.settings.vcpus.into(),
             memory_bytes: image.settings.memory_bytes,
             ready: Some(convert::ready_out(&image.settings.ready)),
+            hardware: convert::hardware_out(image.settings.hardware).into(),
         }),
         module: convert::module_out(image.module).into(),
         disks: image

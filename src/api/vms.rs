@@ -259,6 +259,10 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             0 => None,
             number => Some(convert::protocol_in(number)?),
         },
+        hardware: match request.hardware {
+            0 => None,
+            number => Some(convert::hardware_in(number)?),
+        },
         command_line: request.command_line,
         ready: convert::ready_in(request.ready)?,
         ready_timeout: match request.ready_timeout_ms {

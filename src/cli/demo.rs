@@ -23,7 +23,7 @@ use super::image::{self, FileArguments};
 use super::output::{self, Table};
 use super::private::PrivateService;
 use super::snapshot::protocol_name;
-use super::vm::create::{Protocol, ReadyArguments};
+use super::vm::create::{Hardware, Protocol, ReadyArguments};
 use super::vm::{MemoryMode, hex};
 use super::{SocketArgument, units};
 use crate::agent::expect;
@@ -67,6 +67,9 @@ pub struct Arguments {
     /// How the kernel is entered
     #[arg(long, value_enum, default_value_t = Protocol::Auto)]
     protocol: Protocol,
+    /// The kind of machine
+    #[arg(long, value_enum, default_value_t = Hardware::Auto)]
+    hardware: Hardware,
     #[command(flatten)]
     ready: ReadyArguments,
     /// What to type on the console of a clone without agent
@@ -219,6 +222,7 @@ async fn source(
         initrd: arguments.initrd.clone(),
         cmdline: arguments.cmdline.clone(),
         protocol: arguments.protocol,
+        hardware: arguments.hardware,
     };
     let ready = arguments.ready.point();
     let image =
@@ -238,6 +242,7 @@ async fn boot(
         vcpus: arguments.vcpus,
         memory_bytes: arguments.memory,
         protocol: arguments.protocol.number(),
+        hardware: arguments.hardware.number(),
         // An image made here has it already.
         command_line: if imported { String::new() } else { arguments.cmdline.clone() },
         ready: arguments.ready.point(),

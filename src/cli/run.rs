@@ -19,7 +19,7 @@ use super::image::{self, FileArguments};
 use super::output;
 use super::private::PrivateService;
 use super::units;
-use super::vm::create::{Protocol, ReadyArguments};
+use super::vm::create::{Hardware, Protocol, ReadyArguments};
 use crate::api::client::Client;
 use crate::api::proto;
 
@@ -63,6 +63,9 @@ pub struct Arguments {
     /// How the kernel is entered
     #[arg(long, value_enum, default_value_t = Protocol::Auto)]
     protocol: Protocol,
+    /// The kind of machine
+    #[arg(long, value_enum, default_value_t = Hardware::Auto)]
+    hardware: Hardware,
     /// vCPUs
     #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1)]
     cpus: u32,
@@ -160,6 +163,7 @@ async fn boot(client: &mut Client, arguments: &Arguments, single_user: bool) -> 
             false => arguments.cmdline.clone(),
         },
         protocol: arguments.protocol,
+        hardware: arguments.hardware,
     };
     let ready = match (arguments.ready.point(), single_user) {
         (None, true) => {

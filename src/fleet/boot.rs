@@ -27,7 +27,7 @@ use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id};
 use crate::agent::Hello;
 use crate::worker::channel::ChannelError;
-use crate::worker::protocol::{BootProtocol, BootSpec, MemoryMode, Reply, Request, Step};
+use crate::worker::protocol::{BootProtocol, BootSpec, Hardware, MemoryMode, Reply, Request, Step};
 use std::os::fd::OwnedFd;
 
 /// When a VM counts as ready.
@@ -58,6 +58,7 @@ pub struct CreateVm {
     pub vcpus: Option<u8>,
     pub memory_bytes: Option<u64>,
     pub protocol: Option<BootProtocol>,
+    pub hardware: Option<Hardware>,
     pub command_line: String,
     pub ready: Option<ReadyPoint>,
     pub ready_timeout: Duration,
@@ -413,7 +414,7 @@ impl Plan {
             vcpus,
             memory_bytes,
             protocol: request.protocol.unwrap_or(settings.protocol),
-            hardware: crate::worker::protocol::Hardware::Auto,
+            hardware: request.hardware.unwrap_or(settings.hardware),
             module: bootable.module_kind,
             command_line,
             // Known when their files are open.

@@ -22,7 +22,7 @@ use crate::media::{inspect, kernel};
 use crate::snapshot::images::{self as store, Image, ImageDraft, ImageStore, Listed, OpenImage, Part, Ready};
 use crate::snapshot::layers::SECTOR_BYTES;
 use crate::snapshot::manifest::Protocol;
-use crate::worker::protocol::{BootProtocol, ModuleKind};
+use crate::worker::protocol::{BootProtocol, Hardware, ModuleKind};
 
 /// What the embedded test guest is called where an image's name would be.
 pub const EMBEDDED_TITLE: &str = "embedded test guest";
@@ -31,6 +31,7 @@ pub const EMBEDDED_TITLE: &str = "embedded test guest";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     pub protocol: BootProtocol,
+    pub hardware: Hardware,
     pub command_line: String,
     pub vcpus: u8,
     pub memory_bytes: u64,
@@ -41,6 +42,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             protocol: BootProtocol::Auto,
+            hardware: Hardware::Auto,
             command_line: String::new(),
             vcpus: 1,
             memory_bytes: MEMORY_BYTES_DEFAULT,
@@ -481,6 +483,11 @@ fn settings_in(request: ImportImage) -> store::Settings {
             BootProtocol::Pvh => Some(Protocol::Pvh),
             BootProtocol::Linux => Some(Protocol::Linux),
         },
+        hardware: match request.settings.hardware {
+            Hardware::Auto => None,
+            Hardware::Microvm => Some(store::Hardware::Microvm),
+            Hardware::Pc => Some(store::Hardware::Pc),
+        },
         module: request.module.map(|module| match module {
             ModuleKind::MemoryDisk => store::ModuleKind::MemoryDisk,
             ModuleKind::Initrd => store::ModuleKind::Initrd,
@@ -510,6 +517,11 @@ fn settings_out(settings: &store::Settings) -> Settings {
             Some(Protocol::FreeBsd) => BootProtocol::FreeBsd,
             Some(Protocol::Pvh) => BootProtocol::Pvh,
             Some(Protocol::Linux) => BootProtocol::Linux,
+        },
+        hardware: match settings.hardware {
+            None => Hardware::Auto,
+            Some(store::Hardware::Microvm) => Hardware::Microvm,
+            Some(store::Hardware::Pc) => Hardware::Pc,
         },
         command_line: settings.command_line.clone(),
         vcpus: settings.vcpus,

@@ -51,7 +51,9 @@ use shells::Shells;
 use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
-pub use crate::worker::protocol::{BootProtocol, MemoryMode, ModuleKind, NetworkStats, Stats, Step};
+pub use crate::worker::protocol::{
+    BootProtocol, Hardware, MemoryMode, ModuleKind, NetworkStats, Stats, Step,
+};
 
 /// Threads that answer page faults of userfault clones.
 const PAGER_THREADS: usize = 2;

@@ -49,6 +49,9 @@ pub struct Settings {
     /// `None`: look into the kernel file and choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
+    /// `None`: look into the kernel file and choose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hardware: Option<Hardware>,
     /// What the module file is; `None`: there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<ModuleKind>,
@@ -62,6 +65,16 @@ pub struct Settings {
     /// The kernel is the embedded test guest.
     #[serde(default)]
     pub embedded: bool,
+}
+
+/// The kind of machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hardware {
+    /// virtio-mmio.
+    Microvm,
+    /// ACPI and virtio-pci.
+    Pc,
 }
 
 /// What the module file is.

@@ -154,6 +154,7 @@ async fn machines(stage: Stage) -> anyhow::Result<()> {
         ("a bad name", CreateVmRequest { name: "no spaces".into(), ..embedded() }, invalid),
         ("a device's port", CreateVmRequest { ready: port(0x3f8), ..embedded() }, invalid),
         ("port 65536", CreateVmRequest { ready: port(65536), ..embedded() }, invalid),
+        ("a wrong kind of machine", CreateVmRequest { hardware: 77, ..embedded() }, invalid),
         ("a wrong protocol number", CreateVmRequest { protocol: 77, ..embedded() }, invalid),
         ("two hours", CreateVmRequest { ready_timeout_ms: 7_200_000, ..embedded() }, invalid),
     ];

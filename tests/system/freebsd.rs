@@ -2,6 +2,7 @@
 //! commands at a `# ` prompt (docs/testing.md describes it).
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
@@ -24,13 +25,37 @@ const CLONES: usize = 3;
 /// stamp counters fail FreeBSD's synchronization test.
 const RIG_ENVIRONMENT: &str = "hw.use_xsave=0 kern.timecounter.smp_tsc=1";
 
+const GENERIC_NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::FreeBsdGeneric];
+
+/// Which kernel, and so which machine: it is left to the service to choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// virtio-mmio and MPTable.
+    Microvm,
+    /// As the release has it: ACPI and virtio-pci.
+    Generic,
+}
+
+impl Kernel {
+    fn files(self) -> Result<(PathBuf, PathBuf), String> {
+        match self {
+            Kernel::Microvm => host::freebsd(),
+            Kernel::Generic => host::freebsd_generic(),
+        }
+    }
+}
+
 pub fn trials() -> Vec<Trial> {
-    [1, 4]
-        .into_iter()
-        .map(|vcpus| {
-            trial(format!("freebsd/native/{vcpus}-vcpu"), NEEDS, 120, move |stage| road(stage, vcpus))
-        })
-        .collect()
+    let one = |name: &str, needs, kernel, vcpus| {
+        let name = format!("freebsd/{name}/{vcpus}-vcpu");
+        trial(name, needs, 120, move |stage| road(stage, kernel, vcpus))
+    };
+    vec![
+        one("native", NEEDS, Kernel::Microvm, 1),
+        one("native", NEEDS, Kernel::Microvm, 4),
+        one("generic", GENERIC_NEEDS, Kernel::Generic, 1),
+        one("generic", GENERIC_NEEDS, Kernel::Generic, 4),
+    ]
 }
 
 /// Further kernel environment, `name=value` words.
@@ -47,13 +72,14 @@ async fn ask(console: &mut Console, command: &str) -> anyhow::Result<String> {
     Ok(output.trim().trim_start_matches(command).trim().to_string())
 }
 
-async fn boot(client: &mut Client, vcpus: u32) -> anyhow::Result<Vm> {
-    let (kernel, disk) = host::freebsd().map_err(anyhow::Error::msg)?;
+async fn boot(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::Result<Vm> {
+    let (kernel, disk) = kernel.files().map_err(anyhow::Error::msg)?;
     let spec = ImageSpec {
         name: "freebsd".into(),
         disks: vec![DiskSettings { read_only: false, ..Default::default() }],
         boot: Some(BootSettings {
             protocol: BootProtocol::Freebsd.into(),
+            hardware: Hardware::Unspecified.into(),
             command_line: environment(),
             vcpus,
             memory_bytes: 256 << 20,
@@ -78,10 +104,10 @@ async fn clocks(console: &mut Console) -> anyhow::Result<[f64; 3]> {
     Ok([value("mono=")?, value("uptime=")?, value("real=")?])
 }
 
-async fn road(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
+async fn road(stage: Stage, kernel: Kernel, vcpus: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = boot(&mut client, vcpus).await.context("cold boot")?;
+    let vm = boot(&mut client, kernel, vcpus).await.context("cold boot")?;
     ensure!(vm.state() == VmState::Ready && vm.protocol() == BootProtocol::Freebsd, "{vm:?}");
     let mut source = client.console(&vm.id).await?;
     source.expect(READY).await?;

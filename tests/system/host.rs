@@ -26,6 +26,8 @@ pub enum Need {
     Tap,
     /// A FreeBSD kernel and disk of the user's.
     FreeBsd,
+    /// One like GENERIC, without virtio_mmio; and the disk.
+    FreeBsdGeneric,
 }
 
 impl Need {
@@ -44,6 +46,7 @@ impl Need {
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
+            Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
         }
     }
 }
@@ -62,6 +65,12 @@ pub fn linux_guest() -> Result<PathBuf, String> {
 pub fn freebsd() -> Result<(PathBuf, PathBuf), String> {
     let reason = "no FreeBSD given (docs/testing.md says how)";
     Ok((path_from("COLDSPARK_FREEBSD_KERNEL", reason)?, path_from("COLDSPARK_FREEBSD_DISK", reason)?))
+}
+
+/// A kernel like GENERIC, and the disk of [`freebsd`].
+pub fn freebsd_generic() -> Result<(PathBuf, PathBuf), String> {
+    let reason = "no unmodified FreeBSD kernel given (docs/testing.md says how)";
+    Ok((path_from("COLDSPARK_FREEBSD_GENERIC", reason)?, path_from("COLDSPARK_FREEBSD_DISK", reason)?))
 }
 
 fn path_from(variable: &str, reason: &str) -> Result<PathBuf, String> {

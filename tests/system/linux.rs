@@ -22,11 +22,43 @@ const CLONES: u32 = 2;
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        trial("linux/pvh/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Pvh)),
-        trial("linux/bzimage/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Linux)),
+        trial("linux/pvh/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Pvh, Machine::Microvm)),
+        trial("linux/bzimage/2-vcpu", NEEDS, 90, |stage| road(stage, BootProtocol::Linux, Machine::Microvm)),
+        trial("linux/pc/msi-x", NEEDS, 90, |stage| road(stage, BootProtocol::Pvh, Machine::Pc)),
+        trial("linux/pc/intx", NEEDS, 90, |stage| {
+            road(stage, BootProtocol::Linux, Machine::PcWithoutMessages)
+        }),
+        trial("linux/pc/power-button", NEEDS, 60, power_button),
         trial("linux/panic", NEEDS, 60, panics),
         trial("linux/run-command", NEEDS, 120, run_command),
     ]
+}
+
+/// What the guest is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Machine {
+    /// As it is chosen by itself.
+    Microvm,
+    Pc,
+    /// Its kernel is told to do without message-signalled interrupts.
+    PcWithoutMessages,
+}
+
+impl Machine {
+    fn is_pc(self) -> bool {
+        self != Machine::Microvm
+    }
+
+    fn hardware(self) -> Hardware {
+        if self.is_pc() { Hardware::Pc } else { Hardware::Unspecified }
+    }
+
+    fn command_line(self) -> &'static str {
+        match self {
+            Machine::PcWithoutMessages => "console=ttyS0 quiet panic=-1 pci=nomsi",
+            _ => "console=ttyS0 quiet panic=-1",
+        }
+    }
 }
 
 /// Runs a command in the guest's shell; returns what it printed.
@@ -38,8 +70,12 @@ pub async fn shell(console: &mut Console, command: &str) -> anyhow::Result<Strin
     Ok(output.replace('\r', "").trim().to_string())
 }
 
-/// Imports the guest as the image `linux`.
+/// Imports the guest as the image `linux`, on the machine that is chosen by itself.
 pub async fn import(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<()> {
+    import_on(client, protocol, Machine::Microvm).await
+}
+
+async fn import_on(client: &mut Client, protocol: BootProtocol, machine: Machine) -> anyhow::Result<()> {
     let folder = host::linux_guest().map_err(anyhow::Error::msg)?;
     let kernel = if protocol == BootProtocol::Pvh { "vmlinux" } else { "bzImage" };
     let spec = ImageSpec {
@@ -48,7 +84,8 @@ pub async fn import(client: &mut Client, protocol: BootProtocol) -> anyhow::Resu
         disks: vec![DiskSettings { read_only: false, ..Default::default() }],
         boot: Some(BootSettings {
             protocol: protocol.into(),
-            command_line: "console=ttyS0 quiet panic=-1".into(),
+            hardware: machine.hardware().into(),
+            command_line: machine.command_line().into(),
             vcpus: 2,
             memory_bytes: 256 << 20,
             ready: console_pattern("LINUX-READY"),
@@ -64,10 +101,29 @@ pub async fn import(client: &mut Client, protocol: BootProtocol) -> anyhow::Resu
     Ok(())
 }
 
-async fn boot(client: &mut Client, protocol: BootProtocol) -> anyhow::Result<Vm> {
-    import(client, protocol).await?;
+async fn boot(client: &mut Client, protocol: BootProtocol, machine: Machine) -> anyhow::Result<Vm> {
+    import_on(client, protocol, machine).await?;
     let request = CreateVmRequest { source: Some(Source::Image("linux".into())), ..Default::default() };
     Ok(client.boot(request).await?.vm)
+}
+
+/// A guest that is asked by the power button, and powers itself off.
+async fn power_button(stage: Stage) -> anyhow::Result<()> {
+    // The kernel counts presses; without a daemon for them, the shell looks at the count.
+    const OBEY: &str =
+        "while grep -q ' 0 ' /sys/firmware/acpi/interrupts/ff_pwr_btn; do sleep 0.1; done; poweroff -f";
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = boot(&mut client, BootProtocol::Linux, Machine::Pc).await?;
+    let mut console = client.console(&vm.id).await?;
+    console.expect(PROMPT).await?;
+    console.type_line(OBEY).await?;
+    let request = StopVmRequest { vm: vm.id.clone(), timeout_ms: 120_000 };
+    let stopped = client.vms.stop_vm(request).await?.into_inner();
+    ensure!(stopped.by_itself && stopped.not_asked.is_empty(), "{stopped:?}");
+    let reason = stopped.vm.context("no VM in the answer")?.exit_reason;
+    ensure!(reason.contains("off"), "{reason}");
+    Ok(())
 }
 
 /// A kernel that panics for want of a root file system: said at once, with its trace, long before the ready point's timeout.
@@ -161,10 +217,30 @@ async fn uptime(console: &mut Console) -> anyhow::Result<f64> {
     text.parse().with_context(|| format!("no uptime: {text:?}"))
 }
 
-async fn road(stage: Stage, protocol: BootProtocol) -> anyhow::Result<()> {
+/// PCI as the guest sees it: the bridge and three functions, interrupts of the kind asked for, and a device that is
+/// asked and answers by one.
+async fn expect_pc(console: &mut Console, machine: Machine) -> anyhow::Result<()> {
+    const ASK: &str = "ls /sys/bus/pci/devices | wc -l; head -c 32 /dev/hwrng | wc -c; \
+                       grep virtio /proc/interrupts | grep -c MSI; grep virtio /proc/interrupts | grep -c fasteoi";
+    let seen = shell(console, ASK).await?;
+    let seen: Vec<&str> = seen.lines().map(str::trim).collect();
+    let [functions, random, messages, lines] = seen[..] else {
+        anyhow::bail!("the guest sees {seen:?}");
+    };
+    ensure!(functions == "4" && random == "32", "the guest sees {seen:?}");
+    let (messages, lines): (u32, u32) = (messages.parse()?, lines.parse()?);
+    match machine {
+        // Disk, console and rng: one vector for each queue at least.
+        Machine::Pc => ensure!(messages >= 4 && lines == 0, "the guest sees {seen:?}"),
+        _ => ensure!(messages == 0 && lines == 3, "the guest sees {seen:?}"),
+    }
+    Ok(())
+}
+
+async fn road(stage: Stage, protocol: BootProtocol, machine: Machine) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = boot(&mut client, protocol).await.context("cold boot")?;
+    let vm = boot(&mut client, protocol, machine).await.context("cold boot")?;
     ensure!(vm.state() == VmState::Ready && vm.protocol() == protocol, "{vm:?}");
     let mut source = client.console(&vm.id).await?;
     source.expect("LINUX-READY ").await?;
@@ -172,6 +248,9 @@ async fn road(stage: Stage, protocol: BootProtocol) -> anyhow::Result<()> {
     ensure!(line.contains("cpus=2 disks=1"), "the guest found another machine: {line}");
     source.expect(PROMPT).await?;
     shell(&mut source, "echo remembered >/tmp/note").await?;
+    if machine.is_pc() {
+        expect_pc(&mut source, machine).await?;
+    }
     write_sector(&mut source, 8, "before").await?;
     expect_look(&mut source, "remembered", "sector 9").await?;
     let uptime_before = uptime(&mut source).await?;
@@ -192,6 +271,9 @@ async fn road(stage: Stage, protocol: BootProtocol) -> anyhow::Result<()> {
             shell(&mut console, &format!("echo $(({index} * 7 + 1000))")).await.with_context(which)?;
         ensure!(answer == (index * 7 + 1000).to_string(), "{} answered {answer:?}", which());
         expect_look(&mut console, "remembered", "sector 9").await.with_context(which)?;
+        if machine.is_pc() {
+            expect_pc(&mut console, machine).await.with_context(which)?;
+        }
         let now = uptime(&mut console).await.with_context(which)?;
         ensure!(now > uptime_before, "{}: uptime went from {uptime_before} to {now}", which());
         // Its own marks, one from each CPU.
@@ -226,5 +308,15 @@ async fn road(stage: Stage, protocol: BootProtocol) -> anyhow::Result<()> {
     eventually("the clone ends", 20, async || Ok(client.vm(id).await?.state() == VmState::Exited)).await?;
     let reason = client.vm(id).await?.exit_reason;
     ensure!(reason.contains("reset"), "{reason}");
+
+    // Another powers itself off, where that can be said.
+    if machine.is_pc() {
+        consoles[1].type_line("poweroff -f").await?;
+        let id = &clones[1].id;
+        eventually("the clone ends", 20, async || Ok(client.vm(id).await?.state() == VmState::Exited))
+            .await?;
+        let reason = client.vm(id).await?.exit_reason;
+        ensure!(reason.contains("off"), "{reason}");
+    }
     Ok(())
 }

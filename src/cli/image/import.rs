@@ -147,6 +147,7 @@ pub async fn send(
         name,
         boot: Some(proto::BootSettings {
             protocol: files.protocol.number(),
+            hardware: files.hardware.number(),
             command_line: files.cmdline.clone(),
             vcpus: boot.vcpus,
             memory_bytes: boot.memory_bytes,

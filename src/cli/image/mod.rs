@@ -11,7 +11,7 @@ use serde_json::json;
 pub use self::import::import;
 use super::output::{self, Table};
 use super::snapshot::protocol_name;
-use super::vm::create::Protocol;
+use super::vm::create::{Hardware, Protocol};
 use super::{SocketArgument, units};
 use crate::api::proto;
 
@@ -63,6 +63,9 @@ pub struct FileArguments {
     /// How the kernel is entered
     #[arg(long, value_enum, default_value_t = Protocol::Auto)]
     pub protocol: Protocol,
+    /// The kind of machine
+    #[arg(long, value_enum, default_value_t = Hardware::Auto)]
+    pub hardware: Hardware,
 }
 
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -90,6 +93,7 @@ async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
                 "name": image.name,
                 "embedded": image.embedded,
                 "protocol": protocol_name(boot.protocol),
+                "hardware": hardware_name(boot.hardware),
                 "command_line": boot.command_line,
                 "vcpus": boot.vcpus,
                 "memory_bytes": boot.memory_bytes,
@@ -117,4 +121,13 @@ async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
     }
     output::print(&table.text())?;
     Ok(())
+}
+
+/// A kind of machine as the options have it.
+fn hardware_name(number: i32) -> &'static str {
+    match proto::Hardware::try_from(number) {
+        Ok(proto::Hardware::Microvm) => "microvm",
+        Ok(proto::Hardware::Pc) => "pc",
+        Ok(proto::Hardware::Unspecified) | Err(_) => "auto",
+    }
 }

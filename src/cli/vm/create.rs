@@ -34,6 +34,29 @@ impl Protocol {
     }
 }
 
+/// The kind of machine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Hardware {
+    /// Look into the kernel file for the drivers it has
+    #[default]
+    Auto,
+    /// virtio-mmio and MPTable: FreeBSD's FIRECRACKER kernels, Linux
+    Microvm,
+    /// ACPI and virtio-pci: unmodified kernels, such as FreeBSD's GENERIC
+    Pc,
+}
+
+impl Hardware {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Auto => proto::Hardware::Unspecified,
+            Self::Microvm => proto::Hardware::Microvm,
+            Self::Pc => proto::Hardware::Pc,
+        }
+        .into()
+    }
+}
+
 /// What a guest's reset leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnReset {
@@ -92,6 +115,9 @@ pub struct Arguments {
     /// How the kernel is entered [default: as the image says]
     #[arg(long, value_enum, default_value_t = Protocol::Auto, hide_default_value = true)]
     protocol: Protocol,
+    /// The kind of machine [default: as the image says]
+    #[arg(long, value_enum, default_value_t = Hardware::Auto, hide_default_value = true)]
+    hardware: Hardware,
     /// Added to the image's command line
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
@@ -180,6 +206,7 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         vcpus: arguments.vcpus,
         memory_bytes: arguments.memory.unwrap_or(0),
         protocol: arguments.protocol.number(),
+        hardware: arguments.hardware.number(),
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
         networks: arguments.nets.clone(),
