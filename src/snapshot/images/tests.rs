@@ -9,6 +9,7 @@ fn settings(name: &str) -> Settings {
     Settings {
         name: name.into(),
         protocol: Some(Protocol::FreeBsd),
+        hardware: None,
         module: Some(ModuleKind::MemoryDisk),
         command_line: "boot_serial=YES".into(),
         vcpus: 1,

@@ -52,6 +52,20 @@ const BRIDGE: Identity = Identity {
     subsystem: 0x1100,
 };
 
+/// PCI Express capability, version 2, of an endpoint integrated into the root complex. FreeBSD takes a machine for one
+/// whose chipset is too old for message-signalled interrupts unless some function has this (`pci_msi_blacklisted`).
+const CAPABILITY_EXPRESS: u8 = 0x10;
+const EXPRESS_INTEGRATED: u16 = 2 | 9 << 4;
+const EXPRESS_BYTES: usize = 0x3c;
+
+fn bridge_registers() -> ConfigSpace {
+    let mut space = ConfigSpace::new(BRIDGE);
+    let mut express = [0; EXPRESS_BYTES - 2];
+    express[..2].copy_from_slice(&EXPRESS_INTEGRATED.to_le_bytes());
+    space.add_capability(CAPABILITY_EXPRESS, &express, &[]);
+    space
+}
+
 /// A function on the bus. Called by vCPU threads.
 pub trait Function: Send + Sync {
     /// Reads configuration registers; bytes outside read zero.
@@ -90,7 +104,7 @@ impl PciBus {
     pub fn new(functions: Vec<Arc<dyn Function>>) -> Self {
         let bus = PciBus {
             address: AtomicU32::new(0),
-            bridge: Mutex::new(ConfigSpace::new(BRIDGE)),
+            bridge: Mutex::new(bridge_registers()),
             functions,
             windows: RwLock::default(),
         };
