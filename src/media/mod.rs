@@ -7,6 +7,7 @@
 //! | `inspect` | a whole disk looked through: its volumes, its kernel, what is wrong with it |
 //! | `kernel` | what a kernel file is, and for which processor |
 //! | `unpack` | disk files as they are distributed: xz, zstd, gzip, qcow2 |
+//! | `pull` | FreeBSD's published images: what they are called, their checksums, a download that resumes |
 //!
 //! May touch: disks through [`ReadAt`], the files and addresses it is given. Everything that is read here is hostile: each number is
 //! checked before it is used, and there is a limit on every length, depth and count.
@@ -14,6 +15,7 @@
 pub mod inspect;
 pub mod kernel;
 pub mod partitions;
+pub mod pull;
 #[cfg(test)]
 pub mod testing;
 pub mod ufs;

@@ -5,11 +5,13 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, ensure};
 use coldspark::agent::testguest::TEST_GUEST;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
 use crate::client::{Client, ImageFiles, ask, expect_status};
@@ -28,6 +30,7 @@ pub fn trials() -> Vec<Trial> {
         trial("images/kernel-on-the-disk", KVM, 120, kernel_on_the_disk),
         trial("images/refused", ANYWHERE, 60, refused),
         trial("images/disk-files-refused", KVM, 60, disk_files_refused),
+        trial("images/pull", KVM, 120, pull),
     ]
 }
 
@@ -234,5 +237,98 @@ async fn disk_files_refused(stage: Stage) -> anyhow::Result<()> {
     };
     expect_status("nine disks", client.boot(nine).await.map(|_| ()), &[Code::InvalidArgument])?;
     ensure!(client.list_vms().await?.is_empty());
+    Ok(())
+}
+
+const RELEASE_FOLDER: &str = "/releases/VM-IMAGES/15.1-RELEASE/amd64/Latest";
+const RELEASE_FILE: &str = "FreeBSD-15.1-RELEASE-amd64-ufs.raw.xz";
+
+/// A mirror of one release: its list of checksums with `sum` in it, and its disk image. The first connection for the image
+/// breaks off in the middle. What it was asked goes into `asked`.
+async fn mirror(image: Vec<u8>, sum: String, asked: Arc<Mutex<Vec<String>>>) -> anyhow::Result<String> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let base = format!("http://{}", listener.local_addr()?);
+    let list = format!("SHA256 ({RELEASE_FILE}) = {sum}\n").into_bytes();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                match stream.read_u8().await {
+                    Ok(byte) => head.push(byte),
+                    Err(_) => break,
+                }
+            }
+            let head = String::from_utf8_lossy(&head).to_lowercase();
+            let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+            let range = head.lines().find_map(|line| line.strip_prefix("range: bytes=")?.strip_suffix('-'));
+            let from: usize = range.and_then(|from| from.parse().ok()).unwrap_or(0);
+            let (status, body, more) = if path.ends_with("/checksum.sha256") {
+                ("200 OK", &list[..], String::new())
+            } else if path == format!("{RELEASE_FOLDER}/{RELEASE_FILE}").to_lowercase() {
+                let more = format!("Content-Range: bytes {from}-{}/{}\r\n", image.len() - 1, image.len());
+                let status = if range.is_some() { "206 Partial Content" } else { "200 OK" };
+                (status, &image[from..], if range.is_some() { more } else { String::new() })
+            } else {
+                ("404 Not Found", &b""[..], String::new())
+            };
+            let length = body.len();
+            let first = {
+                let mut asked = asked.lock().unwrap_or_else(|poison| poison.into_inner());
+                asked.push(format!("{path} from {from}"));
+                asked.iter().filter(|path| path.contains("ufs.raw.xz")).count() == 1
+            };
+            let cut = if first && path.ends_with("ufs.raw.xz") { length / 2 } else { length };
+            let answer =
+                format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n");
+            // Whoever has gone away wants no answer.
+            let _ = stream.write_all(answer.as_bytes()).await;
+            let _ = stream.write_all(&body[..cut]).await;
+        }
+    });
+    Ok(base)
+}
+
+/// A release from a mirror: the download breaks and goes on, the checksum decides, and the image boots.
+async fn pull(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let packed = xz(&bootable_disk())?;
+    let sum = ring::digest::digest(&ring::digest::SHA256, &packed);
+    let sum: String = sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let downloads = stage.logs.join("downloads");
+    let pull = async |mirror: &str, more: &[&str]| -> anyhow::Result<(bool, String)> {
+        let downloads = downloads.to_string_lossy();
+        let mut words = vec!["image", "pull", "freebsd-15.1", "--mirror", mirror, "--downloads", &downloads];
+        words.extend_from_slice(more);
+        let output = cli(&daemon, &words).await?;
+        Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+
+    let asked = Arc::default();
+    let wrong = mirror(packed.clone(), "b".repeat(64), Arc::clone(&asked)).await?;
+    let (done, said) = pull(&wrong, &[]).await?;
+    ensure!(!done && said.contains("checksum") && said.contains(RELEASE_FILE), "{said}");
+    ensure!(client.images.list_images(ListImagesRequest {}).await?.into_inner().images.is_empty());
+
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let good = mirror(packed.clone(), sum, Arc::clone(&asked)).await?;
+    let (done, said) = pull(&good, &["--ready-agent", "--memory", "64M"]).await?;
+    ensure!(done && said.contains("/boot/kernel/kernel on p2"), "{said}");
+    let resumed = format!("{} from {}", RELEASE_FILE.to_lowercase(), packed.len() / 2);
+    let seen = asked.lock().unwrap_or_else(|poison| poison.into_inner()).clone();
+    ensure!(seen.iter().any(|line| line.ends_with(&resumed)), "{resumed} was not asked for: {seen:?}");
+    ensure!(fs::read_dir(&downloads)?.count() == 0, "the download stayed");
+    let request = CreateVmRequest {
+        source: Some(create_vm_request::Source::Image("freebsd-15-1".into())),
+        ..Default::default()
+    };
+    let vm = client.boot(request).await.context("booting what was pulled")?.vm;
+    let info = ask!(&mut client, &vm.id, DiskInfo(DiskInfoOp { disk: 0 }));
+    ensure!(info.sectors == DISK_BYTES / 512, "{info:?}");
+
+    let (done, said) = pull(&good, &[]).await?;
+    ensure!(!done && said.contains("freebsd-15-1"), "an image of that name is there: {said}");
+    let (done, said) = pull("ftp://nowhere", &["--name", "other"]).await?;
+    ensure!(!done && said.contains("https://"), "{said}");
     Ok(())
 }

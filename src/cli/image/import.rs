@@ -219,7 +219,8 @@ async fn watch(
     }
 }
 
-fn progress(show: bool) -> ProgressBar {
+/// A bar for bytes, if `show` and stderr is a terminal.
+pub fn progress(show: bool) -> ProgressBar {
     if !show || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }

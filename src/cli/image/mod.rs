@@ -1,6 +1,7 @@
 //! `coldspark image`: what can be cold-booted.
 
 mod import;
+mod pull;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -20,6 +21,9 @@ pub enum Command {
     /// Import disks, a kernel and boot settings under a name
     #[command(after_help = import::EXAMPLES)]
     Import(import::Arguments),
+    /// Download a FreeBSD release and import it
+    #[command(after_help = pull::EXAMPLES)]
+    Pull(pull::Arguments),
     /// List images
     #[command(after_help = "Example:\n  coldspark image ls")]
     Ls {
@@ -71,6 +75,7 @@ pub struct FileArguments {
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Import(arguments) => import::run(arguments).await?,
+        Command::Pull(arguments) => pull::run(arguments).await?,
         Command::Ls { socket, json } => list(&socket, json).await?,
         Command::Rm { socket, images } => {
             let mut client = socket.connect().await?.images;
