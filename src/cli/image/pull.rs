@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use super::import::{self, Boot};
 use super::{FileArguments, Protocol};
 use crate::api::proto;
-use crate::cli::vm::create::ReadyArguments;
+use crate::cli::vm::create::{Hardware, ReadyArguments};
 use crate::cli::{SocketArgument, output, units};
 use crate::media::pull::{self, Mirror, Progress, Release};
 
@@ -90,6 +90,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         initrd: None,
         cmdline: arguments.cmdline.clone(),
         protocol: Protocol::Auto,
+        hardware: Hardware::Auto,
     };
     let login = || proto::ready_point::At::ConsolePattern("login:".into());
     let ready = arguments.ready.point().unwrap_or_else(|| proto::ReadyPoint { at: Some(login()) });
