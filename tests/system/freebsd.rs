@@ -17,8 +17,8 @@ use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::FreeBsd];
-const READY: &str = "MICROVM-READY";
-const PROMPT: &str = "\n# ";
+pub const READY: &str = "MICROVM-READY";
+pub const PROMPT: &str = "\n# ";
 /// Clones of each memory source.
 const CLONES: usize = 3;
 /// QEMU's TCG loses a nested guest's XSETBV (the first XRSTOR then faults), and on a busy machine its processors' time
@@ -29,7 +29,7 @@ const GENERIC_NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, N
 
 /// Which kernel, and so which machine: it is left to the service to choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kernel {
+pub enum Kernel {
     /// virtio-mmio and MPTable.
     Microvm,
     /// As the release has it: ACPI and virtio-pci.
@@ -65,14 +65,15 @@ fn environment() -> String {
 }
 
 /// Types a command; returns its one line of output.
-async fn ask(console: &mut Console, command: &str) -> anyhow::Result<String> {
+pub async fn ask(console: &mut Console, command: &str) -> anyhow::Result<String> {
     let output = console.ask(command, PROMPT).await?;
     let output = output.replace('\r', "");
     // The terminal may echo the command.
     Ok(output.trim().trim_start_matches(command).trim().to_string())
 }
 
-async fn boot(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::Result<Vm> {
+/// Imports the guest as the image `freebsd`.
+pub async fn import(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::Result<()> {
     let (kernel, disk) = kernel.files().map_err(anyhow::Error::msg)?;
     let spec = ImageSpec {
         name: "freebsd".into(),
@@ -90,6 +91,11 @@ async fn boot(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::Result
     let files =
         ImageFiles { kernel: Some(fs::read(kernel)?), disks: vec![fs::read(disk)?], ..Default::default() };
     client.import(spec, files).await?;
+    Ok(())
+}
+
+async fn boot(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::Result<Vm> {
+    import(client, kernel, vcpus).await?;
     let request = CreateVmRequest { source: Some(Source::Image("freebsd".into())), ..Default::default() };
     Ok(client.boot(request).await?.vm)
 }

@@ -28,6 +28,8 @@ pub enum Need {
     FreeBsd,
     /// One like GENERIC, without virtio_mmio; and the disk.
     FreeBsdGeneric,
+    /// Its userland has network commands.
+    FreeBsdNetwork,
 }
 
 impl Need {
@@ -47,6 +49,12 @@ impl Need {
             Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
+            Need::FreeBsdNetwork => {
+                let told = std::env::var("COLDSPARK_FREEBSD_NETWORK").is_ok_and(|value| value == "yes");
+                let reason =
+                    "COLDSPARK_FREEBSD_NETWORK is not `yes`: no FreeBSD userland with network commands";
+                told.then_some(()).ok_or_else(|| reason.into())
+            }
         }
     }
 }

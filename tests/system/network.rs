@@ -1,11 +1,13 @@
 //! Networks: packets both ways between a guest and the host's TAP, through snapshots, clones and reboots; and TAPs that
 //! cannot be had.
 
+mod guests;
+
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
@@ -14,13 +16,14 @@ use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 use tonic::{Code, Status};
 
+use self::guests::Guest;
 use crate::client::{Client, expect_status};
 use crate::console::Console;
 use crate::daemon::{Daemon, eventually};
+use crate::freebsd::Kernel;
 use crate::host::{self, Need};
-use crate::linux::{self, PROMPT, shell};
 use crate::tap::{self, Echo, Tap};
-use crate::trial::{Stage, trial};
+use crate::trial::{Stage, limit, trial};
 
 /// What goes each way over TCP, in one connection, while a snapshot is taken: on a host, and in the rig, which moves about
 /// 1 MB a second when it shares its processors.
@@ -28,17 +31,20 @@ const TRANSFER_BYTES: u64 = 256 << 20;
 const RIG_TRANSFER_BYTES: u64 = 48 << 20;
 /// The same in a clone.
 const CLONE_TRANSFER_BYTES: u64 = 8 << 20;
-/// Linux's setting for the least number of MTUs in a segment that the interface cuts, and its largest sensible value.
-const MIN_SEGMENTS: (&str, &str) = ("/proc/sys/net/ipv4/tcp_min_tso_segs", "44");
 const PINGS: u16 = 20;
 const PING_EVERY: Duration = Duration::from_millis(50);
 
 pub fn trials() -> Vec<Trial> {
     const ANY_GUEST: &[Need] = &[Need::Kvm, Need::Tap];
     const LINUX: &[Need] = &[Need::Kvm, Need::KernelMode, Need::LinuxGuest, Need::Tap];
+    const FREEBSD: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsd, Need::FreeBsdNetwork, Need::Tap];
+    const GENERIC: &[Need] =
+        &[Need::Kvm, Need::KernelMode, Need::FreeBsdGeneric, Need::FreeBsdNetwork, Need::Tap];
     vec![
         trial("network/taps-that-cannot-be-had", ANY_GUEST, 60, refusals),
-        trial("network/linux", LINUX, 150, linux_road),
+        trial("network/linux", LINUX, 150, |stage| road(stage, Guest::Linux)),
+        trial("network/freebsd", FREEBSD, 150, |stage| road(stage, Guest::FreeBsd(Kernel::Microvm))),
+        trial("network/freebsd-generic", GENERIC, 150, |stage| road(stage, Guest::FreeBsd(Kernel::Generic))),
     ]
 }
 
@@ -67,13 +73,12 @@ async fn stats(client: &mut Client, vm: &Vm) -> anyhow::Result<NetworkStats> {
 }
 
 /// What a trial found, for people: in its logs, and on the screen.
-#[derive(Default)]
-struct Report(String);
+struct Report(Guest, String);
 
 impl Report {
     fn line(&mut self, line: &str) {
-        println!("  network: {line}");
-        let _ = writeln!(self.0, "{line}");
+        println!("  network/{:?}: {line}", self.0);
+        let _ = writeln!(self.1, "{line}");
     }
 
     fn rate(&mut self, what: &str, bytes: u64, took: Duration) {
@@ -173,54 +178,34 @@ async fn refusals(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the guest's interface an address.
-async fn address(console: &mut Console, address: &str) -> anyhow::Result<()> {
-    let command = format!(
-        "ip addr flush dev eth0; ip link set eth0 up; ip addr add {address}/24 dev eth0 && echo good"
-    );
-    let said = shell(console, &command).await?;
-    ensure!(said == "good", "no address: {said}");
-    if host::in_rig() {
-        // The rig's processors are so slow that Linux takes the link for one of 100 kB/s and makes small segments, which
-        // keep it as slow. So both sides are told to make large ones.
-        std::fs::write(MIN_SEGMENTS.0, MIN_SEGMENTS.1)?;
-        shell(console, &format!("echo {} >{}", MIN_SEGMENTS.1, MIN_SEGMENTS.0)).await?;
-    }
-    Ok(())
-}
-
-/// Pings of the guest to the host; gives how many were answered.
-async fn guest_pings(console: &mut Console, to: Ipv4Addr) -> anyhow::Result<u16> {
-    let said = shell(console, &format!("ping -q -c {PINGS} -i 0.05 -W 10 {to} | grep received")).await?;
-    let received = said.split(", ").find_map(|part| part.strip_suffix(" packets received"));
-    received
-        .and_then(|number| number.parse().ok())
-        .with_context(|| format!("no count of answers in {said:?}"))
-}
-
-/// Has the guest send back what it gets, in the background.
-async fn start_echo(console: &mut Console, echo: &Echo, to: Ipv4Addr) -> anyhow::Result<()> {
-    let said = shell(console, &format!("nc {to} {} -e cat & echo started", echo.port()?)).await?;
-    ensure!(said.ends_with("started"), "{said}");
+/// Both directions of ping, all answered.
+async fn expect_pings(
+    guest: Guest,
+    console: &mut Console,
+    tap: &Tap,
+    what: &str,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let answered = ping(tap.guest(), PINGS).await?;
+    report.pings(&format!("{what}, host to guest"), PINGS, answered);
+    ensure!(answered == PINGS, "{what}: {answered} of {PINGS} pings were answered");
+    let answered = guest.pings(console, tap.address).await?;
+    report.pings(&format!("{what}, guest to host"), PINGS, answered);
+    ensure!(answered == PINGS, "{what}: the guest had {answered} of {PINGS} answers");
     Ok(())
 }
 
 /// Both directions of ping, then a transfer.
 async fn expect_network(
+    guest: Guest,
     console: &mut Console,
     tap: &Tap,
-    guest: [u8; 4],
     what: &str,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let answered = ping(guest.into(), PINGS).await?;
-    report.pings(&format!("{what}, host to guest"), PINGS, answered);
-    ensure!(answered == PINGS, "{what}: {answered} of {PINGS} pings were answered");
-    let answered = guest_pings(console, tap.address).await?;
-    report.pings(&format!("{what}, guest to host"), PINGS, answered);
-    ensure!(answered == PINGS, "{what}: the guest had {answered} of {PINGS} answers");
+    expect_pings(guest, console, tap, what, report).await?;
     let echo = Echo::listen(tap.address)?;
-    start_echo(console, &echo, tap.address).await?;
+    guest.start_echo(console, &echo, tap.address).await?;
     let took = echo.run(CLONE_TRANSFER_BYTES).await.with_context(|| format!("{what}: TCP"))?;
     report.rate(&format!("{what}, TCP"), CLONE_TRANSFER_BYTES, took);
     Ok(())
@@ -233,46 +218,34 @@ fn transfer_bytes() -> u64 {
     asked.map_or(usual, |mib| mib << 20)
 }
 
-async fn linux_road(stage: Stage) -> anyhow::Result<()> {
-    let mut report = Report::default();
-    let result = linux_stations(&stage, &mut report).await;
-    std::fs::write(stage.logs.join("network.txt"), &report.0)?;
+async fn road(stage: Stage, guest: Guest) -> anyhow::Result<()> {
+    let mut report = Report(guest, String::new());
+    let result = stations(&stage, guest, &mut report).await;
+    std::fs::write(stage.logs.join("network.txt"), &report.1)?;
     result
 }
 
-async fn linux_stations(stage: &Stage, report: &mut Report) -> anyhow::Result<()> {
-    const GUEST: [u8; 4] = [10, 77, 0, 2];
-    const CLONE: [u8; 4] = [10, 78, 0, 2];
+async fn stations(stage: &Stage, guest: Guest, report: &mut Report) -> anyhow::Result<()> {
     let (tap, other) = (Tap::new([10, 77, 0, 1])?, Tap::new([10, 78, 0, 1])?);
     let daemon = Daemon::start(stage).await?;
     let mut client = daemon.client().await?;
-    linux::import(&mut client, BootProtocol::Linux).await?;
+    let image = guest.import(&mut client).await?;
     let request = CreateVmRequest {
-        source: Some(Source::Image("linux".into())),
+        source: Some(Source::Image(image)),
         networks: vec![plugged(&tap)],
         ..Default::default()
     };
     let vm = client.boot(request).await.context("cold boot")?.vm;
     let mut source = client.console(&vm.id).await?;
-    source.expect("LINUX-READY ").await?;
-    source.expect(PROMPT).await?;
-    let seen = shell(&mut source, "cat /sys/class/net/eth0/address").await?;
-    let mac: Vec<String> = vm.networks[0].mac.iter().map(|byte| format!("{byte:02x}")).collect();
-    ensure!(seen == mac.join(":"), "the guest's address is {seen}, the service says {mac:?}");
-    address(&mut source, "10.77.0.2").await?;
-    ensure!(shell(&mut source, "cat /sys/class/net/eth0/carrier").await? == "1", "no carrier");
-
-    let answered = ping(GUEST.into(), PINGS).await?;
-    report.pings("source, host to guest", PINGS, answered);
-    ensure!(answered == PINGS, "{answered} of {PINGS} pings were answered");
-    let answered = guest_pings(&mut source, tap.address).await?;
-    report.pings("source, guest to host", PINGS, answered);
-    ensure!(answered == PINGS, "the guest had {answered} of {PINGS} answers");
+    guest.wait_ready(&mut source).await?;
+    guest.address(&mut source, tap.guest(), None).await?;
+    ensure!(guest.link_up(&mut source).await?, "the link is not up");
+    expect_pings(guest, &mut source, &tap, "source", report).await?;
 
     // A transfer with a snapshot in its middle.
     let bytes = transfer_bytes();
     let echo = Echo::listen(tap.address)?;
-    start_echo(&mut source, &echo, tap.address).await?;
+    guest.start_echo(&mut source, &echo, tap.address).await?;
     let returned = Arc::clone(&echo.returned);
     let transfer = tokio::spawn(echo.run(bytes));
     eventually("half of the transfer", 120, async || {
@@ -280,7 +253,7 @@ async fn linux_stations(stage: &Stage, report: &mut Report) -> anyhow::Result<()
         Ok(returned.load(Ordering::Relaxed) >= bytes / 2)
     })
     .await?;
-    let pinging = tokio::spawn(ping(GUEST.into(), 5 * PINGS));
+    let pinging = tokio::spawn(ping(tap.guest(), 5 * PINGS));
     let snapshot = client.snapshot(&vm.id, "under-way").await.context("snapshot")?.id;
     let took = transfer.await?.context("the source's transfer, through the snapshot")?;
     report.rate("source, TCP through a snapshot", bytes, took);
@@ -288,15 +261,13 @@ async fn linux_stations(stage: &Stage, report: &mut Report) -> anyhow::Result<()
     let counted = stats(&mut client, &vm).await?;
     report.line(&format!("source: {counted:?}"));
     ensure!(counted.bytes_in > bytes && counted.bytes_out > bytes, "{counted:?}");
-    ensure!(
-        [
-            counted.dropped_in_bad,
-            counted.dropped_in_too_long,
-            counted.dropped_out_bad,
-            counted.dropped_out_no_link
-        ] == [0; 4],
-        "frames were dropped: {counted:?}"
-    );
+    let dropped = [
+        counted.dropped_in_bad,
+        counted.dropped_in_too_long,
+        counted.dropped_out_bad,
+        counted.dropped_out_no_link,
+    ];
+    ensure!(dropped == [0; 4], "frames were dropped: {counted:?}");
     // Without the host's and the guest's offloads every frame would be one of 1514 bytes.
     ensure!(counted.bytes_in / counted.frames_in > 2000, "no large segments to the guest: {counted:?}");
     ensure!(counted.bytes_out / counted.frames_out > 2000, "no large segments from the guest: {counted:?}");
@@ -307,36 +278,38 @@ async fn linux_stations(stage: &Stage, report: &mut Report) -> anyhow::Result<()
     ensure!(moved.networks[0].mac == vm.networks[0].mac, "{moved:?}");
     let mut console = client.console(&moved.id).await?;
     // The snapshot was taken while the transfer went on.
-    ensure!(shell(&mut console, "pidof cat >/dev/null && echo under way").await? == "under way");
-    address(&mut console, "10.78.0.2").await?;
-    expect_network(&mut console, &other, CLONE, "clone", report).await?;
+    ensure!(guest.echoes(&mut console).await?, "the clone's transfer is not under way");
+    guest.address(&mut console, other.guest(), Some(tap.guest())).await?;
+    expect_network(guest, &mut console, &other, "clone", report).await?;
     // Without a link: the guest sees that, and lives.
     let mut quiet = clone(&mut client, &snapshot, vec![]).await.context("a clone without a link")?;
     let mut console = client.console(&quiet.id).await?;
-    ensure!(shell(&mut console, "cat /sys/class/net/eth0/carrier").await? == "0", "a carrier without a link");
+    ensure!(!guest.link_up(&mut console).await?, "a link that is up without a link");
     // Snapshots of clones, and links that come back.
     let again = client.snapshot(&quiet.id, "quiet").await?.id;
     client.delete_vm(&quiet.id).await?;
     client.delete_vm(&moved.id).await?;
     quiet = clone(&mut client, &again, vec![plugged(&other)]).await.context("a clone with a link again")?;
     let mut console = client.console(&quiet.id).await?;
-    ensure!(shell(&mut console, "cat /sys/class/net/eth0/carrier").await? == "1", "no carrier with a link");
-    address(&mut console, "10.78.0.2").await?;
-    expect_network(&mut console, &other, CLONE, "clone of a clone", report).await?;
+    ensure!(guest.link_up(&mut console).await?, "a link that is down with a link");
+    guest.address(&mut console, other.guest(), Some(tap.guest())).await?;
+    expect_network(guest, &mut console, &other, "clone of a clone", report).await?;
+    client.delete_vm(&quiet.id).await?;
 
     // The source boots again in place, with its link.
-    source.type_line("reboot -f").await?;
-    source.expect("LINUX-READY ").await.context("after the reboot")?;
-    source.expect(PROMPT).await?;
-    address(&mut source, "10.77.0.2").await?;
-    expect_network(&mut source, &tap, GUEST, "after a reboot", report).await?;
+    guest.reboot(&mut source).await?;
+    guest.wait_ready(&mut source).await.context("after the reboot")?;
+    guest.address(&mut source, tap.guest(), None).await?;
+    expect_network(guest, &mut source, &tap, "after a reboot", report).await?;
 
     // Its heir in the same network: the peer has closed the connection that it knows, and says so.
     client.delete_vm(&vm.id).await?;
     let heir =
         clone(&mut client, &snapshot, vec![plugged(&tap)]).await.context("a clone on the source's TAP")?;
     let mut console = client.console(&heir.id).await?;
-    let ended = shell(&mut console, "while pidof cat >/dev/null; do sleep 0.1; done; echo ended").await?;
-    ensure!(ended.ends_with("ended"), "{ended}");
-    expect_network(&mut console, &tap, GUEST, "clone in the source's place", report).await
+    let deadline = Instant::now() + limit(60);
+    while guest.echoes(&mut console).await? {
+        ensure!(Instant::now() < deadline, "the heir's old connection does not end");
+    }
+    expect_network(guest, &mut console, &tap, "clone in the source's place", report).await
 }

@@ -49,6 +49,12 @@ impl Tap {
         Ok(tap)
     }
 
+    /// The address of the guest at its other end.
+    pub fn guest(&self) -> Ipv4Addr {
+        let [a, b, c, _] = self.address.octets();
+        Ipv4Addr::new(a, b, c, 2)
+    }
+
     /// Opens it as a VM would; as long as the file lives no VM can have it.
     pub fn take(&self) -> io::Result<File> {
         attach(&self.name)
