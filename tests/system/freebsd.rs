@@ -158,6 +158,17 @@ async fn road(stage: Stage, kernel: Kernel, vcpus: u32) -> anyhow::Result<()> {
     let now = client.vm(&vm.id).await?;
     ensure!(now.restarts == 1 && now.state() == VmState::Ready, "{now:?}");
 
+    // With ACPI a clone can power itself off.
+    if kernel == Kernel::Generic
+        && let Some((vm, mut console)) = running.pop()
+    {
+        console.type_line("poweroff").await?;
+        eventually("the VM ends", 20, async || Ok(client.vm(&vm.id).await?.state() == VmState::Exited))
+            .await?;
+        let reason = client.vm(&vm.id).await?.exit_reason;
+        ensure!(reason.contains("off"), "{}: {reason}", vm.id);
+    }
+
     // Clones reboot cleanly too: that is their end, and they say how.
     for (vm, mut console) in running {
         console.type_line("reboot").await?;

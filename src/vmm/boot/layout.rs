@@ -14,7 +14,7 @@
 //! | 0xb000 | Linux zero page |
 //! | 0x20000..0x30000 | command line |
 //! | 0x9fc00..0xa0000 | reserved: interrupt table (`x86::mptable`) |
-//! | 0xe0000..0x100000 | reserved: ACPI tables, for Linux (`x86::acpi`) |
+//! | 0xe0000..0x100000 | reserved: ACPI tables (`x86::acpi`) |
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
