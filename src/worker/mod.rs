@@ -60,6 +60,13 @@ impl Daemon {
 }
 
 fn run(die_with_parent: bool) -> Result<(), String> {
+    // Standard error is the daemon's log of this worker: a device that stops must not do so in silence.
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .without_time()
+        .try_init();
     if die_with_parent {
         die_with_parent_now().map_err(|e| format!("PR_SET_PDEATHSIG: {e}"))?;
     }

@@ -442,6 +442,62 @@ proptest! {
         prop_assert_eq!(&after[16..1040], &pattern[..]);
     }
 
+    /// Any sequence of requests, good and bad, leaves the disk as a plain vector of bytes would be, and ends each with a status.
+    #[test]
+    fn random_requests_are_those_of_a_vector_of_bytes(
+        requests in proptest::collection::vec(
+            (0u32..16, prop_oneof![0u64..64, 2040u64..2056, any::<u64>()], 0u32..40, any::<u8>(), 0u32..3),
+            1..30,
+        ),
+        read_only in any::<bool>(),
+    ) {
+        let disk = shared((!read_only).then(file));
+        let mut machine = Machine::started(Box::new(block(disk.clone(), "x")), 16, 0);
+        let mut model = vec![0u8; DISK_BYTES as usize];
+        for (kind, sector, sectors, value, flags) in requests {
+            let bytes = sectors * 512;
+            let start = sector.saturating_mul(512);
+            let inside = start.saturating_add(bytes.into()) <= DISK_BYTES;
+            let range = inside.then(|| start as usize..start as usize + bytes as usize);
+            let zeroes = kind == VIRTIO_BLK_T_DISCARD || kind == VIRTIO_BLK_T_WRITE_ZEROES;
+            let data = if zeroes {
+                put_range(&machine, DATA, sector, sectors, flags);
+                vec![(DATA, 16, false)]
+            } else {
+                machine.write_bytes(DATA, &vec![value; bytes as usize]);
+                vec![(DATA, bytes, kind == VIRTIO_BLK_T_IN)]
+            };
+            let data = if bytes == 0 && !zeroes { vec![] } else { data };
+            let (status, _) = request(&mut machine, kind, sector, &data);
+            prop_assert!([OK, IOERR, UNSUPP].contains(&status));
+            match (kind, &range, status) {
+                (VIRTIO_BLK_T_IN, Some(range), status) => {
+                    prop_assert_eq!(status, OK);
+                    prop_assert_eq!(&machine.read_bytes(DATA, bytes as usize)[..], &model[range.clone()]);
+                }
+                (VIRTIO_BLK_T_OUT, Some(range), status) => {
+                    prop_assert_eq!(status, if read_only { IOERR } else { OK });
+                    if status == OK {
+                        model[range.clone()].fill(value);
+                    }
+                }
+                (VIRTIO_BLK_T_WRITE_ZEROES, Some(range), OK) => model[range.clone()].fill(0),
+                (VIRTIO_BLK_T_DISCARD, Some(range), OK) => {
+                    let (from, to) = (range.start.next_multiple_of(4096), range.end / 4096 * 4096);
+                    if from < to {
+                        model[from..to].fill(0);
+                    }
+                }
+                (VIRTIO_BLK_T_IN | VIRTIO_BLK_T_OUT, None, status) => prop_assert_eq!(status, IOERR),
+                _ => {}
+            }
+        }
+        let mut on_disk = vec![0; DISK_BYTES as usize];
+        disk.read_at(&mut on_disk, 0).unwrap();
+        prop_assert!(on_disk == model);
+        prop_assert!(!machine.broken());
+    }
+
     /// Whatever a guest writes into its rings: no panic, no endless work, and after a reset all is well.
     #[test]
     fn random_rings_do_no_harm(
