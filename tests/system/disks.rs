@@ -18,7 +18,8 @@ use crate::linux::{self, PROMPT, shell};
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm];
-const LINUX: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::LinuxGuest];
+const UNDER_LOAD: &[Need] =
+    &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::LinuxGuest, Need::RealProcessor];
 /// What one message to the embedded guest can carry: less than 1 MiB.
 const PIECE_SECTORS: u64 = 2047;
 const PIECE_BYTES: usize = PIECE_SECTORS as usize * 512;
@@ -28,7 +29,7 @@ pub fn trials() -> Vec<Trial> {
         trial("disks/written-flushed-killed-read-again", NEEDS, 400, killed),
         trial("disks/three-of-every-kind", NEEDS, 60, every_kind),
         trial("disks/a-file-under-two-overlays", NEEDS, 90, two_overlays),
-        trial("disks/snapshot-under-load", LINUX, 100, under_load),
+        trial("disks/snapshot-under-load", UNDER_LOAD, 100, under_load),
     ]
 }
 

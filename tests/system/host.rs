@@ -30,6 +30,8 @@ pub enum Need {
     FreeBsdGeneric,
     /// Its userland has network commands.
     FreeBsdNetwork,
+    /// A processor that is not emulated: under this trial's load QEMU's TCG damages the rig's outer kernel.
+    RealProcessor,
 }
 
 impl Need {
@@ -48,6 +50,10 @@ impl Need {
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
+            Need::RealProcessor => {
+                let reason = "the rig's outer kernel is damaged under this load (docs/testing.md)";
+                (!in_rig()).then_some(()).ok_or_else(|| reason.into())
+            }
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::FreeBsdNetwork => {
                 let told = std::env::var("COLDSPARK_FREEBSD_NETWORK").is_ok_and(|value| value == "yes");

@@ -28,7 +28,7 @@ use crate::trial::{Stage, limit, trial};
 /// What goes each way over TCP, in one connection, while a snapshot is taken: on a host, and in the rig, which moves about
 /// 1 MB a second when it shares its processors.
 const TRANSFER_BYTES: u64 = 256 << 20;
-const RIG_TRANSFER_BYTES: u64 = 48 << 20;
+const RIG_TRANSFER_BYTES: u64 = 24 << 20;
 /// The same in a clone.
 const CLONE_TRANSFER_BYTES: u64 = 8 << 20;
 const PINGS: u16 = 20;
