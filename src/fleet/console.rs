@@ -1,7 +1,7 @@
 //! A VM's serial console: the bytes so far, the bytes to come, and whether a pattern has been seen.
 //!
-//! One task reads the worker's socket. It never waits for anybody who listens: a slow listener is told how many bytes
-//! it lost. Input waits for the guest in a short queue.
+//! One task reads the worker's socket into the backlog. It never waits for anybody who listens: who lags behind by more
+//! than the backlog is told how many bytes are lost. Input waits for the guest in a short queue.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,8 +10,7 @@ use prost::bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use super::error::FleetError;
 use super::kernel_words::{Ear, KernelWords};
@@ -20,27 +19,40 @@ use super::limits::*;
 /// One VM's console.
 #[derive(Debug)]
 pub struct Console {
-    kept: Mutex<Kept>,
+    kept: Arc<Mutex<Kept>>,
+    /// How far the output has come; its end is the console's end.
+    grown: watch::Receiver<u64>,
     input: mpsc::Sender<Bytes>,
     seen: watch::Receiver<bool>,
     words: watch::Receiver<KernelWords>,
 }
 
-/// The backlog, and the way to those who listen.
-#[derive(Debug)]
+/// The last of the output. Those who listen read it from here, each at their own pace.
+#[derive(Debug, Default)]
 struct Kept {
     backlog: VecDeque<u8>,
     /// Bytes since the start, the backlog's included.
     total: u64,
-    /// `None` when the console has ended.
-    listeners: Option<broadcast::Sender<Piece>>,
 }
 
-/// Some output, and where in the whole stream it begins.
-#[derive(Debug, Clone)]
-struct Piece {
-    offset: u64,
-    bytes: Bytes,
+impl Kept {
+    fn take_in(&mut self, bytes: &[u8]) {
+        self.total = self.total.saturating_add(bytes.len() as u64);
+        self.backlog.extend(bytes);
+        let over = self.backlog.len().saturating_sub(BACKLOG_BYTES_MAX);
+        self.backlog.drain(..over);
+    }
+
+    /// How many bytes from `offset` on are gone; if none, what stands there, [`CONSOLE_READ_BYTES`] at most.
+    fn from(&self, offset: u64) -> (u64, Bytes) {
+        let begin = self.total.saturating_sub(self.backlog.len() as u64);
+        match usize::try_from(offset.saturating_sub(begin)) {
+            Ok(skip) if offset >= begin => {
+                (0, self.backlog.iter().skip(skip).take(CONSOLE_READ_BYTES).copied().collect())
+            }
+            _ => (begin.saturating_sub(offset), Bytes::new()),
+        }
+    }
 }
 
 /// What a listener gets.
@@ -55,27 +67,27 @@ impl Console {
     /// Starts reading `socket`. `pattern`, if not empty, is looked for in the output.
     pub fn start(socket: UnixStream, pattern: &[u8]) -> Arc<Self> {
         let (reader, writer) = socket.into_split();
-        let (listeners, _) = broadcast::channel(CONSOLE_PIECES_MAX);
+        let (grown_in, grown) = watch::channel(0);
         let (input, typed) = mpsc::channel(CONSOLE_INPUTS_MAX);
         let (seen_in, seen) = watch::channel(false);
         let (words_in, words) = watch::channel(KernelWords::default());
-        let kept = Kept { backlog: VecDeque::new(), total: 0, listeners: Some(listeners) };
-        let console = Arc::new(Self { kept: Mutex::new(kept), input, seen, words });
+        let kept = Arc::new(Mutex::new(Kept::default()));
         tokio::spawn(write(writer, typed));
-        tokio::spawn(read(Arc::clone(&console), reader, Finder::new(pattern), seen_in, words_in));
-        console
+        let reading = Reading {
+            kept: Arc::clone(&kept),
+            grown: grown_in,
+            finder: Finder::new(pattern),
+            seen: seen_in,
+            words: words_in,
+        };
+        tokio::spawn(reading.run(reader));
+        Arc::new(Self { kept, grown, input, seen, words })
     }
 
     /// Everything from now on, after the backlog if `backlog`.
     pub fn listen(&self, backlog: bool) -> Listener {
-        let kept = self.lock();
-        let live = kept.listeners.as_ref().map(broadcast::Sender::subscribe);
-        let have = kept.backlog.len() as u64;
-        let (next, first) = match backlog {
-            true => (0, Some(Piece { offset: kept.total.saturating_sub(have), bytes: copy(&kept.backlog) })),
-            false => (kept.total, None),
-        };
-        Listener { next, first, waiting: None, live }
+        let next = if backlog { 0 } else { lock(&self.kept).total };
+        Listener { kept: Arc::clone(&self.kept), grown: self.grown.clone(), next }
     }
 
     /// Queues bytes for the guest to read; waits while it has much unread.
@@ -117,7 +129,7 @@ impl Console {
 
     /// The last lines for an error message, as one sentence part.
     pub fn last_lines(&self) -> String {
-        let kept = self.lock();
+        let kept = lock(&self.kept);
         let from = kept.backlog.len().saturating_sub(LAST_LINES_BYTES_MAX);
         let bytes: Vec<u8> = kept.backlog.iter().skip(from).copied().collect();
         let text = String::from_utf8_lossy(&bytes);
@@ -131,90 +143,77 @@ impl Console {
             }
         }
     }
-
-    fn lock(&self) -> MutexGuard<'_, Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn take_in(&self, bytes: &[u8]) {
-        let mut kept = self.lock();
-        let piece = Piece { offset: kept.total, bytes: Bytes::copy_from_slice(bytes) };
-        kept.total = kept.total.saturating_add(bytes.len() as u64);
-        kept.backlog.extend(bytes);
-        let over = kept.backlog.len().saturating_sub(BACKLOG_BYTES_MAX);
-        kept.backlog.drain(..over);
-        if let Some(listeners) = &kept.listeners {
-            // An error only says that nobody listens.
-            let _ = listeners.send(piece);
-        }
-    }
 }
 
-fn copy(bytes: &VecDeque<u8>) -> Bytes {
-    let (front, back) = bytes.as_slices();
-    [front, back].concat().into()
+fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
+    kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One who follows a console.
 #[derive(Debug)]
 pub struct Listener {
+    kept: Arc<Mutex<Kept>>,
+    grown: watch::Receiver<u64>,
     /// Offset of the byte that comes next.
     next: u64,
-    first: Option<Piece>,
-    waiting: Option<Bytes>,
-    live: Option<broadcast::Receiver<Piece>>,
 }
 
 impl Listener {
     /// The next output; `None` when the console has ended. Cancelling loses nothing.
     pub async fn next(&mut self) -> Option<Output> {
         loop {
-            if let Some(bytes) = self.waiting.take() {
-                return Some(Output::Bytes(bytes));
-            }
-            let piece = match self.first.take() {
-                Some(piece) => piece,
-                None => match self.live.as_mut()?.recv().await {
-                    Ok(piece) => piece,
-                    Err(RecvError::Lagged(_)) => continue, // The next piece's offset tells how much.
-                    Err(RecvError::Closed) => return None,
-                },
-            };
-            let lost = piece.offset.saturating_sub(self.next);
-            self.next = piece.offset.saturating_add(piece.bytes.len() as u64);
-            if !piece.bytes.is_empty() {
-                self.waiting = Some(piece.bytes);
-            }
+            // Looked at before the bytes are: what comes after that wakes us.
+            let ended = self.grown.has_changed().is_err();
+            self.grown.mark_unchanged();
+            let (lost, bytes) = lock(&self.kept).from(self.next);
             if lost > 0 {
+                self.next = self.next.saturating_add(lost);
                 return Some(Output::Lost(lost));
             }
+            if !bytes.is_empty() {
+                self.next = self.next.saturating_add(bytes.len() as u64);
+                return Some(Output::Bytes(bytes));
+            }
+            if ended {
+                return None;
+            }
+            // An error is the end; the last bytes may have come just before it.
+            let _ = self.grown.changed().await;
         }
     }
 }
 
-async fn read(
-    console: Arc<Console>,
-    mut socket: OwnedReadHalf,
-    mut finder: Finder,
+/// What the task that reads the worker's socket tells the others.
+struct Reading {
+    kept: Arc<Mutex<Kept>>,
+    grown: watch::Sender<u64>,
+    finder: Finder,
     seen: watch::Sender<bool>,
     words: watch::Sender<KernelWords>,
-) {
-    let mut ear = Ear::default();
-    let mut buffer = vec![0u8; CONSOLE_READ_BYTES];
-    loop {
-        let bytes = match socket.read(&mut buffer).await {
-            Ok(count) if count > 0 => buffer.get(..count).unwrap_or_default(),
-            _ => break,
-        };
-        console.take_in(bytes);
-        if finder.look(bytes) {
-            let _ = seen.send(true);
-        }
-        if let Some(heard) = ear.hear(bytes) {
-            words.send_replace(heard);
+}
+
+impl Reading {
+    async fn run(mut self, mut socket: OwnedReadHalf) {
+        let mut ear = Ear::default();
+        let mut buffer = vec![0u8; CONSOLE_READ_BYTES];
+        loop {
+            let bytes = match socket.read(&mut buffer).await {
+                Ok(count) if count > 0 => buffer.get(..count).unwrap_or_default(),
+                _ => return,
+            };
+            let mut kept = lock(&self.kept);
+            kept.take_in(bytes);
+            let total = kept.total;
+            drop(kept);
+            self.grown.send_replace(total);
+            if self.finder.look(bytes) {
+                self.seen.send_replace(true);
+            }
+            if let Some(heard) = ear.hear(bytes) {
+                self.words.send_replace(heard);
+            }
         }
     }
-    console.lock().listeners = None;
 }
 
 async fn write(mut socket: OwnedWriteHalf, mut typed: mpsc::Receiver<Bytes>) {
@@ -293,15 +292,29 @@ mod tests {
         let (ours, mut guest) = UnixStream::pair().unwrap();
         let console = Console::start(ours, b"");
         let mut slow = console.listen(true);
-        let total = 4 * CONSOLE_PIECES_MAX * CONSOLE_READ_BYTES;
+        let total = 4 * BACKLOG_BYTES_MAX;
         guest.write_all(&vec![b'x'; total]).await.unwrap();
         drop(guest);
         let mut witness = console.listen(false);
         while witness.next().await.is_some() {}
+        assert_eq!(all(&mut slow).await, (vec![b'x'; BACKLOG_BYTES_MAX], (total - BACKLOG_BYTES_MAX) as u64));
+        assert_eq!(all(&mut console.listen(true)).await.0.len(), BACKLOG_BYTES_MAX);
+    }
+
+    /// As a guest does that writes a byte at a time: what counts is bytes, not pieces.
+    #[tokio::test]
+    async fn many_small_pieces_lose_nothing() {
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let console = Console::start(ours, b"");
+        let mut slow = console.listen(true);
+        let mut quick = console.listen(true);
+        for byte in 0..5000u32 {
+            guest.write_all(&[byte as u8]).await.unwrap();
+            assert_eq!(quick.next().await, Some(Output::Bytes(vec![byte as u8].into())));
+        }
+        drop(guest);
         let (bytes, lost) = all(&mut slow).await;
-        assert!(lost > 0 && bytes.len() as u64 + lost == total as u64);
-        let (bytes, lost) = all(&mut console.listen(true)).await;
-        assert_eq!((bytes.len(), lost), (BACKLOG_BYTES_MAX, (total - BACKLOG_BYTES_MAX) as u64));
+        assert_eq!((bytes, lost), ((0..5000u32).map(|byte| byte as u8).collect(), 0));
     }
 
     #[tokio::test]

@@ -39,10 +39,9 @@ pub const MEMORY_STEP_BYTES: u64 = 2 << 20;
 /// What an image without settings gets.
 pub const MEMORY_BYTES_DEFAULT: u64 = 512 << 20;
 
-/// Console output kept for those who come later.
+/// Console output kept for those who come later, or lag behind.
 pub const BACKLOG_BYTES_MAX: usize = 256 << 10;
-/// Pieces of console output that a slow subscriber may lag behind; each has at most [`CONSOLE_READ_BYTES`].
-pub const CONSOLE_PIECES_MAX: usize = 64;
+/// Most output in one piece.
 pub const CONSOLE_READ_BYTES: usize = 16 << 10;
 /// Most input bytes in one message, and messages waiting for the guest to read them.
 pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
