@@ -10,8 +10,9 @@ pub const NAME_BYTES_MAX: usize = 63;
 pub const COMMAND_LINE_BYTES_MAX: usize = 2048;
 /// Longest console pattern.
 pub const PATTERN_BYTES_MAX: usize = 256;
-/// I/O ports of the machine's own devices: interrupt controllers, timer, keyboard controller, clock, reset, PCI and serial.
-pub const DEVICE_PORTS: [std::ops::RangeInclusive<u16>; 11] = [
+/// I/O ports of the machine's own devices: interrupt controllers, timer, keyboard controller, clock, reset, serial, ACPI's
+/// fixed hardware, PCI and its functions' windows.
+pub const DEVICE_PORTS: [std::ops::RangeInclusive<u16>; 13] = [
     0x20..=0x21,
     0x40..=0x43,
     0x60..=0x61,
@@ -22,7 +23,9 @@ pub const DEVICE_PORTS: [std::ops::RangeInclusive<u16>; 11] = [
     0x2f8..=0x2ff,
     0x3f8..=0x3ff,
     0x4d0..=0x4d1,
+    0x600..=0x60b,
     0xcf8..=0xcff,
+    0xc000..=0xcfff,
 ];
 /// Longest name of a disk's file, and largest kernel that is taken from a disk, unpacked.
 pub const DISK_NAME_BYTES_MAX: usize = 255;
