@@ -321,7 +321,8 @@ impl Serial {
             scratch: r.scratch,
             divisor: r.divisor,
             overrun: r.overrun,
-            transmit_interrupt: r.transmit_interrupt,
+            // A clone's transmitter is empty (below): a guest that waits for room is told so there.
+            transmit_interrupt: r.transmit_interrupt || r.busy(),
             modem_delta: r.modem_delta,
             receive: r.receive.iter().copied().collect(),
             // What the source's console has not taken yet is the source's to print, not every clone's.
@@ -343,8 +344,10 @@ impl Serial {
         r.modem_delta = state.modem_delta & 0x0f;
         r.receive = state.receive.iter().copied().take(RECEIVE_FIFO_BYTES).collect();
         r.transmit = state.transmit.iter().copied().take(TRANSMIT_BYTES_MAX).collect();
-        // The edge for these was raised before the snapshot; the IOAPIC or LAPIC state holds it.
-        r.active = r.sources();
+        // The edge for most of these was raised before the snapshot, and is in the IOAPIC's or a LAPIC's state; the one for
+        // a transmitter that was busy was not.
+        r.active = 0;
+        self.update(&mut r);
     }
 }
 
@@ -533,6 +536,25 @@ mod tests {
         }
         assert_ne!(port.read(5) & LSR_TRANSMIT_EMPTY, 0);
         assert_eq!(port.interest(), Interest { readable: false, writable: false });
+    }
+
+    #[test]
+    fn a_guest_that_waited_for_a_busy_transmitter_goes_on_in_a_clone() {
+        let (port, _console, raised) = port();
+        port.write(2, FCR_ENABLE);
+        port.write(1, IER_TRANSMIT_EMPTY);
+        while port.read(5) & LSR_TRANSMIT_EMPTY != 0 {
+            port.write(0, b'.');
+        }
+        assert_eq!(port.read(2) & 0x0f, IIR_NONE, "the guest waits for the interrupt");
+        let before = raised.0.load(Ordering::SeqCst);
+        let (clone, _clone_console, raised_in_clone) = self::port();
+        clone.restore(&port.save());
+        assert_eq!(raised_in_clone.0.load(Ordering::SeqCst), 1);
+        assert_ne!(clone.read(5) & LSR_TRANSMIT_EMPTY, 0);
+        assert_eq!(clone.read(2) & 0x0f, IIR_TRANSMIT_EMPTY);
+        assert_eq!(raised.0.load(Ordering::SeqCst), before, "the source still waits");
+        assert_eq!(port.read(2) & 0x0f, IIR_NONE);
     }
 
     #[test]
