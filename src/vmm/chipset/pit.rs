@@ -13,6 +13,10 @@ use crate::snapshot::state::chipset::{PitChannelState, PitState};
 const FREQUENCY_HZ: u128 = 1_193_182;
 const NS: u128 = 1_000_000_000;
 
+/// Least time between two wake-ups for a periodic channel: a guest that asks for a million ticks a second gets those that
+/// it misses as one, as from a masked line. (KVM's own 8254 does the same, `min_timer_period_us`.)
+const PERIOD_MIN: Duration = Duration::from_micros(200);
+
 const ACCESS_LOW: u8 = 1;
 const ACCESS_HIGH: u8 = 2;
 const ACCESS_BOTH: u8 = 3;
@@ -244,7 +248,9 @@ impl Channel {
         }
         let at_ns = (u128::from(next) * u128::from(self.reload()) * NS).div_ceil(FREQUENCY_HZ);
         let wait = at_ns.saturating_sub(self.elapsed_ns(now));
-        Some(Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX)))
+        let wait = Duration::from_nanos(u64::try_from(wait).unwrap_or(u64::MAX));
+        let fast = u128::from(self.reload()) * NS / FREQUENCY_HZ < PERIOD_MIN.as_nanos();
+        Some(if fast && matches!(self.state.mode, 2 | 3) { wait.max(PERIOD_MIN) } else { wait })
     }
 
     fn status(&self, now: Instant) -> u8 {
@@ -333,6 +339,27 @@ mod tests {
         assert!(pit.timer().is_armed().unwrap(), "armed again for the next one");
         pit.write(0x43, 0x30); // mode 0, no count: silent
         assert!(!pit.timer().is_armed().unwrap());
+    }
+
+    #[test]
+    fn a_periodic_channel_wakes_nobody_all_the_time() {
+        let mut pit = Pit::new().unwrap();
+        for (control, fast) in [(0x34, true), (0x36, true), (0x30, false)] {
+            pit.write(0x43, control); // modes 2, 3 and 0
+            pit.write(0x40, 1); // 1 tick: 0.8 us
+            pit.write(0x40, 0);
+            for late in [Duration::ZERO, Duration::from_millis(7)] {
+                let now = pit.channels[0].start + late;
+                let wait = pit.channels[0].next_interrupt(now).unwrap();
+                assert_eq!(wait >= PERIOD_MIN, fast, "{control:#x} {late:?}: {wait:?}");
+            }
+        }
+        // One that is slow enough is as punctual as it can be.
+        pit.write(0x43, 0x34);
+        pit.write(0x40, 0x00);
+        pit.write(0x40, 0x10); // 4096 ticks: 3.4 ms
+        let channel = &pit.channels[0];
+        assert!(channel.next_interrupt(channel.start + Duration::from_micros(3400)).unwrap() < PERIOD_MIN);
     }
 
     #[test]
