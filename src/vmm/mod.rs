@@ -17,6 +17,8 @@ pub mod bus;
 pub mod chipset;
 pub mod devices;
 pub mod host;
+#[cfg(test)]
+mod hostile;
 pub mod irq;
 pub mod machine;
 pub mod memory;

@@ -66,9 +66,27 @@ struct Gate {
     pending: AtomicU32,
 }
 
+/// Where the interrupts of the pins go: KVM's routing table.
+pub trait Routing: Send + Sync {
+    /// Makes each signal of `irqfd` an interrupt by the route `gsi`.
+    fn connect(&self, irqfd: &EventFd, gsi: u32) -> Result<(), errno::Error>;
+    /// Replaces all routes.
+    fn set(&self, routes: &KvmIrqRouting) -> Result<(), errno::Error>;
+}
+
+impl Routing for VmFd {
+    fn connect(&self, irqfd: &EventFd, gsi: u32) -> Result<(), errno::Error> {
+        self.register_irqfd(irqfd, gsi)
+    }
+
+    fn set(&self, routes: &KvmIrqRouting) -> Result<(), errno::Error> {
+        self.set_gsi_routing(routes)
+    }
+}
+
 /// The I/O APIC.
 pub struct IoApic {
-    vm: Arc<VmFd>,
+    routing: Arc<dyn Routing>,
     registers: Mutex<Registers>,
     gate: Arc<Gate>,
     lines: Mutex<Vec<Option<Arc<Line>>>>,
@@ -83,10 +101,10 @@ pub struct Line {
 
 impl IoApic {
     /// All entries masked, no routes set. The VM must have its split irqchip with [`PINS`] reserved routes.
-    pub fn new(vm: Arc<VmFd>) -> Self {
+    pub fn new(routing: Arc<dyn Routing>) -> Self {
         let gate = Gate { masked: AtomicU32::new((1 << PINS) - 1), ..Default::default() };
         IoApic {
-            vm,
+            routing,
             registers: Mutex::new(Registers::default()),
             gate: Arc::new(gate),
             lines: Mutex::new(vec![None; PINS]),
@@ -105,7 +123,7 @@ impl IoApic {
             return Ok(line.clone());
         }
         let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(errno::Error::from)?;
-        self.vm.register_irqfd(&irqfd, pin as u32)?;
+        self.routing.connect(&irqfd, pin as u32)?;
         let line = Arc::new(Line { pin, irqfd, gate: self.gate.clone() });
         *slot = Some(line.clone());
         Ok(line)
@@ -205,7 +223,7 @@ impl IoApic {
         let routes: Vec<_> =
             r.entries.iter().enumerate().filter_map(|(pin, entry)| route(pin, *entry)).collect();
         let routing = KvmIrqRouting::from_entries(&routes).map_err(|_| errno::Error::new(libc::ENOMEM))?;
-        self.vm.set_gsi_routing(&routing)
+        self.routing.set(&routing)
     }
 
     pub fn save(&self) -> IoApicState {

@@ -25,7 +25,6 @@ use std::cell::Cell;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_ioctls::VmFd;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -67,12 +66,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Chipset {
     /// A chipset after reset. `console` must be non-blocking; `interest_changed` is handed to the serial port.
     pub fn new(
-        vm: Arc<VmFd>,
+        routing: Arc<dyn ioapic::Routing>,
         console: UnixStream,
         interest_changed: EventFd,
         ready_port: Option<u16>,
     ) -> Result<Self, errno::Error> {
-        let ioapic = Arc::new(ioapic::IoApic::new(vm));
+        let ioapic = Arc::new(ioapic::IoApic::new(routing));
         let serial_line = ioapic.line(SERIAL_PIN)?;
         Ok(Chipset {
             serial: Arc::new(serial::Serial::new(console, serial_line, interest_changed)),

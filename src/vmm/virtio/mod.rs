@@ -23,7 +23,7 @@ pub mod pci;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 pub mod transport;
 
 use std::io;
@@ -61,6 +61,10 @@ pub trait VirtioDevice: Send {
 
     /// The driver has agreed on these features (`FEATURES_OK`); queues may be used from now on.
     fn activate(&mut self, acked_features: u64);
+
+    /// The driver took queue `index` away: what was taken from it is to be given back to nobody. On return the device
+    /// touches none of its buffers any more.
+    fn stop_queue(&mut self, _index: usize) {}
 
     /// Back to the state after construction; host resources stay. On return nothing touches guest memory any more.
     fn reset(&mut self);

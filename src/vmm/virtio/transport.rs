@@ -345,9 +345,16 @@ impl Transport {
     pub(super) fn set_queue_ready(&mut self, value: u32, memory: &GuestMemory) {
         let started = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let event_idx = self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
+        let index = self.queue_select as usize;
+        let Some(queue) = self.queues.get_mut(index) else { return };
         match value {
-            0 => queue.set_ready(false),
+            0 if queue.ready() => {
+                self.device.stop_queue(index);
+                // Given again, it begins anew: what was under way is forgotten, and no index may tell of it.
+                queue.set_ready(false);
+                queue.set_next_avail(0);
+                queue.set_next_used(0);
+            }
             1 if !queue.ready() && !started => {
                 queue.set_event_idx(event_idx);
                 queue.set_ready(true);

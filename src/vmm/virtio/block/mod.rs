@@ -151,6 +151,11 @@ impl VirtioDevice for Block {
         self.set_acked(acked_features);
     }
 
+    fn stop_queue(&mut self, _index: usize) {
+        self.lane.abandon();
+        self.starved = false;
+    }
+
     fn reset(&mut self) {
         self.lane.abandon();
         self.starved = false;

@@ -168,6 +168,14 @@ impl VirtioDevice for Console {
 
     fn activate(&mut self, _acked_features: u64) {}
 
+    fn stop_queue(&mut self, index: usize) {
+        match index {
+            RECEIVE => self.receive_buffers = false,
+            // The chain that was sent in part is gone with it.
+            _ => (self.transmit_offset, self.transmit_blocked) = (0, false),
+        }
+    }
+
     fn reset(&mut self) {
         self.transmit_offset = 0;
         self.transmit_blocked = false;

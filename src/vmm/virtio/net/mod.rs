@@ -270,6 +270,14 @@ impl VirtioDevice for Net {
         }
     }
 
+    fn stop_queue(&mut self, index: usize) {
+        match index {
+            RECEIVE => self.receive_buffers = false,
+            TRANSMIT => self.transmit_blocked = false,
+            _ => {}
+        }
+    }
+
     fn reset(&mut self) {
         self.acked = 0;
         self.mac = self.config.mac;

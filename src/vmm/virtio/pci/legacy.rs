@@ -103,6 +103,7 @@ impl VirtioFunction {
 /// Gives the selected queue its memory, or takes it away (page 0).
 fn set_queue_page(t: &mut Transport, page: u32, memory: &GuestMemory) {
     if page == 0 {
+        t.set_queue_ready(0, memory);
         if let Some(queue) = t.queues.get_mut(t.queue_select as usize) {
             queue.reset();
         }
