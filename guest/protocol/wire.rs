@@ -72,6 +72,11 @@ pub const KIND_COMPUTE: u16 = 0x0f;
 pub const KIND_SERIAL: u16 = 0x10;
 /// nothing -> no reply: resets the machine by the keyboard controller.
 pub const KIND_RESET: u16 = 0x11;
+/// `bytes u32` -> nothing: reads so many bytes from the serial console, and prints each there as it comes. Refused when
+/// nothing comes for a long time.
+pub const KIND_SERIAL_ECHO: u16 = 0x12;
+/// The last kind there is.
+pub const KIND_LAST: u16 = KIND_SERIAL_ECHO;
 
 /// Fixed part of HELLO's payload.
 pub const HELLO_BYTES: usize = 80;

@@ -8,10 +8,12 @@ const DATA: u16 = 0x3f8;
 const FIFO_CONTROL: u16 = DATA + 2;
 const LINE_CONTROL: u16 = DATA + 3;
 const LINE_STATUS: u16 = DATA + 5;
+const DATA_READY: u8 = 0x01;
 const TRANSMITTER_EMPTY: u8 = 0x20;
 const FIFO_BYTES: u8 = 16;
-/// A transmitter that is not empty after so many looks is ignored.
-const LOOKS_MAX: u32 = 10_000;
+/// A transmitter that is not empty after so many looks is ignored; a receiver is given up. Each look is an exit, so this
+/// takes seconds, more than a busy host lets a console wait.
+const LOOKS_MAX: u32 = 5_000_000;
 
 pub(crate) fn out8(port: u16, value: u8) {
     // SAFETY: the TSS opens the ports; port output changes no memory of ours.
@@ -47,6 +49,11 @@ pub(crate) fn write(bytes: &[u8]) {
         out8(DATA, *byte);
         ROOM.store(room - 1, Ordering::Relaxed);
     }
+}
+
+/// The next byte that was typed; `None` if none comes for a long time.
+pub(crate) fn read() -> Option<u8> {
+    (0..LOOKS_MAX).any(|_| in8(LINE_STATUS) & DATA_READY != 0).then(|| in8(DATA))
 }
 
 struct Console;

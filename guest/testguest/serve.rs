@@ -19,7 +19,7 @@ const NAME: &[u8] = b"coldspark test guest";
 const KINDS: u64 = {
     let mut kinds = 0;
     let mut kind = KIND_HELLO;
-    while kind <= KIND_RESET {
+    while kind <= KIND_LAST {
         kinds |= 1 << kind;
         kind += 1;
     }
@@ -260,6 +260,15 @@ impl Server {
             KIND_COMPUTE => self.compute(&mut reader, out),
             KIND_SERIAL => {
                 serial::write(payload);
+                Ok(())
+            }
+            KIND_SERIAL_ECHO => {
+                let bytes = reader.u32().ok_or(BAD_PAYLOAD)?;
+                reader.end().ok_or(BAD_PAYLOAD)?;
+                for _ in 0..bytes {
+                    let byte = serial::read().ok_or((STATUS_FAILED, "nobody types on the serial console"))?;
+                    serial::write(&[byte]);
+                }
                 Ok(())
             }
             _ => Err((STATUS_UNKNOWN_KIND, "the test guest does not know this kind")),

@@ -67,6 +67,10 @@ pub enum AgentRequest {
     },
     /// Print on the serial console.
     Serial(Vec<u8>),
+    /// Read so many bytes from the serial console, and print each there.
+    SerialEcho {
+        bytes: u32,
+    },
     /// Reset the machine. There is no answer.
     Reset,
 }
@@ -128,7 +132,7 @@ pub enum AgentReply {
         digest: u64,
         ticks: u64,
     },
-    /// DiskWrite, Serial.
+    /// DiskWrite, Serial, SerialEcho.
     Done,
 }
 
@@ -267,6 +271,7 @@ impl AgentRequest {
             AgentRequest::Identity { .. } => wire::KIND_IDENTITY,
             AgentRequest::Compute { .. } => wire::KIND_COMPUTE,
             AgentRequest::Serial(_) => wire::KIND_SERIAL,
+            AgentRequest::SerialEcho { .. } => wire::KIND_SERIAL_ECHO,
             AgentRequest::Reset => wire::KIND_RESET,
         }
     }
@@ -298,6 +303,7 @@ impl AgentRequest {
                 put_pages(&mut out, pages, if *whole { wire::TOUCH_FILL } else { wire::TOUCH_WRITE });
             }
             AgentRequest::DiskInfo { disk } => put32(&mut out, *disk),
+            AgentRequest::SerialEcho { bytes } => put32(&mut out, *bytes),
             AgentRequest::DiskRead { disk, first_sector, sectors } => {
                 put32(&mut out, *disk);
                 put32(&mut out, *sectors);
@@ -415,9 +421,10 @@ impl AgentReply {
                 digest: reader.u64()?,
                 ticks: reader.u64()?,
             },
-            AgentRequest::DiskWrite { .. } | AgentRequest::Serial(_) | AgentRequest::Reset => {
-                AgentReply::Done
-            }
+            AgentRequest::DiskWrite { .. }
+            | AgentRequest::Serial(_)
+            | AgentRequest::SerialEcho { .. }
+            | AgentRequest::Reset => AgentReply::Done,
         };
         reader.end()?;
         Some(reply)
@@ -552,6 +559,7 @@ mod tests {
             AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3 },
             AgentRequest::Compute { nonce: 1, bytes: 4096 },
             AgentRequest::Serial(b"x".to_vec()),
+            AgentRequest::SerialEcho { bytes: 7 },
             AgentRequest::Reset,
         ]
     }
@@ -660,7 +668,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_payload_decodes_or_fails(which in 0usize..16, status in 0u16..2, payload in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_payload_decodes_or_fails(which in 0usize..17, status in 0u16..2, payload in prop::collection::vec(any::<u8>(), 0..200)) {
             let request = &requests()[which];
             let mut frame = reply(request, payload.clone());
             frame.status = status;

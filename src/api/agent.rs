@@ -107,6 +107,7 @@ fn agent_request(op: &Op) -> Result<AgentRequest, Status> {
         Op::Generation(_) => AgentRequest::Generation,
         Op::Compute(op) => AgentRequest::Compute { nonce: op.nonce, bytes: op.bytes },
         Op::Serial(op) => AgentRequest::Serial(op.data.to_vec()),
+        Op::SerialEcho(op) => AgentRequest::SerialEcho { bytes: op.bytes },
         Op::Reset(_) => AgentRequest::Reset,
         Op::Hello(_) => return Err(invalid("hello is not a request to the guest")),
     })
@@ -137,6 +138,7 @@ fn answer(op: &Op, reply: AgentReply) -> Result<Answer, Status> {
         }),
         (Op::DiskWrite(_), AgentReply::Done) => Answer::DiskWrite(proto::DiskWriteResult {}),
         (Op::Serial(_), AgentReply::Done) => Answer::Serial(proto::SerialResult {}),
+        (Op::SerialEcho(_), AgentReply::Done) => Answer::SerialEcho(proto::SerialEchoResult {}),
         (Op::Reset(_), AgentReply::Done) => Answer::Reset(proto::ResetResult {}),
         (Op::Time(_), AgentReply::Time(time)) => Answer::Time(proto::TimeResult {
             tsc: time.tsc,

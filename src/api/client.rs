@@ -44,7 +44,12 @@ pub async fn channel(socket: &Path) -> Result<Channel, ConnectError> {
         ConnectError { path: socket.to_owned(), reason: reason.to_string() }
     };
     // The address is never looked at: the connector knows the way.
-    Endpoint::from_static("http://coldspark.invalid").connect_with_connector(connector).await.map_err(failed)
+    Endpoint::from_static("http://coldspark.invalid")
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .connect_with_connector(connector)
+        .await
+        .map_err(failed)
 }
 
 /// Connects to the service at `socket`.
@@ -57,6 +62,12 @@ pub async fn connect(socket: &Path) -> Result<Client, ConnectError> {
         agent: AgentServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
     })
 }
+
+/// What may be under way in a stream, and on a connection. A caller that does not read a console leaves a stream's window
+/// full of small messages; h2 takes more of them than half a connection's window stands for (256 bytes each) for an attack
+/// and ends the connection. So a few such streams have room in that half.
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
 
 /// Lists have no limit of their own in the service's answers; a full store of snapshots is a few megabytes.
 const LISTS_BYTES_MAX: usize = 16 << 20;

@@ -287,6 +287,12 @@ impl Fleet {
                 }
             }
         };
+        // What it said last.
+        while let Some(output) = listener.take() {
+            if let Output::Bytes(bytes) = output {
+                let _ = progress.try_send(Progress::Console(bytes));
+            }
+        }
         let start_us = micros(arrived);
         let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();

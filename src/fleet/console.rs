@@ -11,6 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use super::error::FleetError;
 use super::kernel_words::{Ear, KernelWords};
@@ -87,7 +88,7 @@ impl Console {
     /// Everything from now on, after the backlog if `backlog`.
     pub fn listen(&self, backlog: bool) -> Listener {
         let next = if backlog { 0 } else { lock(&self.kept).total };
-        Listener { kept: Arc::clone(&self.kept), grown: self.grown.clone(), next }
+        Listener { kept: Arc::clone(&self.kept), grown: self.grown.clone(), next, rests_until: None }
     }
 
     /// Queues bytes for the guest to read; waits while it has much unread.
@@ -156,29 +157,42 @@ pub struct Listener {
     grown: watch::Receiver<u64>,
     /// Offset of the byte that comes next.
     next: u64,
+    /// Until then more is gathered, as after every piece that was not a full one.
+    rests_until: Option<Instant>,
 }
 
 impl Listener {
-    /// The next output; `None` when the console has ended. Cancelling loses nothing.
+    /// The next output, gathered for [`CONSOLE_PACE`] if much comes in little pieces; `None` when the console has ended.
+    /// Cancelling loses nothing.
     pub async fn next(&mut self) -> Option<Output> {
         loop {
             // Looked at before the bytes are: what comes after that wakes us.
             let ended = self.grown.has_changed().is_err();
             self.grown.mark_unchanged();
-            let (lost, bytes) = lock(&self.kept).from(self.next);
-            if lost > 0 {
-                self.next = self.next.saturating_add(lost);
-                return Some(Output::Lost(lost));
+            let waiting = lock(&self.kept).total.saturating_sub(self.next);
+            let little = (1..CONSOLE_READ_BYTES as u64).contains(&waiting);
+            if let Some(until) = self.rests_until.filter(|_| little && !ended) {
+                tokio::time::sleep_until(until).await;
             }
-            if !bytes.is_empty() {
-                self.next = self.next.saturating_add(bytes.len() as u64);
-                return Some(Output::Bytes(bytes));
+            if let Some(output) = self.take() {
+                self.rests_until = Some(Instant::now() + CONSOLE_PACE);
+                return Some(output);
             }
             if ended {
                 return None;
             }
             // An error is the end; the last bytes may have come just before it.
             let _ = self.grown.changed().await;
+        }
+    }
+
+    /// What is there now, if anything is.
+    pub fn take(&mut self) -> Option<Output> {
+        let (lost, bytes) = lock(&self.kept).from(self.next);
+        self.next = self.next.saturating_add(lost).saturating_add(bytes.len() as u64);
+        match lost {
+            0 => Some(bytes).filter(|bytes| !bytes.is_empty()).map(Output::Bytes),
+            lost => Some(Output::Lost(lost)),
         }
     }
 }
@@ -308,10 +322,24 @@ mod tests {
         let console = Console::start(ours, b"");
         let mut slow = console.listen(true);
         let mut quick = console.listen(true);
-        for byte in 0..5000u32 {
-            guest.write_all(&[byte as u8]).await.unwrap();
-            assert_eq!(quick.next().await, Some(Output::Bytes(vec![byte as u8].into())));
-        }
+        let begin = Instant::now();
+        let printing = async {
+            for byte in 0..5000u32 {
+                guest.write_all(&[byte as u8]).await.unwrap();
+            }
+        };
+        let (mut pieces, mut heard) = (0, 0);
+        let hearing = async {
+            while heard < 5000 {
+                let Some(Output::Bytes(bytes)) = quick.next().await else { panic!("the end, or a loss") };
+                assert!(bytes.iter().zip(heard..).all(|(got, due)| *got == due as u8));
+                heard += bytes.len() as u32;
+                pieces += 1;
+            }
+        };
+        tokio::join!(printing, hearing);
+        let paces = begin.elapsed().as_millis() / CONSOLE_PACE.as_millis();
+        assert!(pieces <= paces + 2, "{pieces} pieces in {paces} times the pace");
         drop(guest);
         let (bytes, lost) = all(&mut slow).await;
         assert_eq!((bytes, lost), ((0..5000u32).map(|byte| byte as u8).collect(), 0));

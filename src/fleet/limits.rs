@@ -46,6 +46,9 @@ pub const MEMORY_BYTES_DEFAULT: u64 = 512 << 20;
 pub const BACKLOG_BYTES_MAX: usize = 256 << 10;
 /// Most output in one piece.
 pub const CONSOLE_READ_BYTES: usize = 16 << 10;
+/// A listener gets at most one piece in this time, if it is not a full one: guests print byte by byte, and a message for each
+/// would cost more than the byte. What comes after silence comes at once.
+pub const CONSOLE_PACE: Duration = Duration::from_millis(5);
 /// Most input bytes in one message, and messages waiting for the guest to read them.
 pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
 pub const CONSOLE_INPUTS_MAX: usize = 16;

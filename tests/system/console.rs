@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use coldspark::api::proto::console_request::Message as Input;
-use coldspark::api::proto::console_response::Message as Output;
+pub use coldspark::api::proto::console_response::Message as Output;
 use coldspark::api::proto::vm_service_client::VmServiceClient;
 use coldspark::api::proto::{ConsoleOpen, ConsoleRequest, ConsoleResponse};
 use tokio::sync::mpsc;
@@ -57,6 +57,30 @@ impl Console {
     pub async fn ask(&mut self, line: &str, end: &str) -> anyhow::Result<String> {
         self.type_line(line).await?;
         self.expect(end).await.with_context(|| format!("typed {line:?}"))
+    }
+
+    /// Types bytes as they are. At most 4 KiB at once.
+    pub async fn type_bytes(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        let message = ConsoleRequest { message: Some(Input::Input(bytes.to_vec().into())) };
+        self.input.send(message).await.context("the console's stream is closed")
+    }
+
+    /// Takes in at least `count` bytes, and returns all that was not taken yet.
+    pub async fn bytes(&mut self, count: usize) -> anyhow::Result<Vec<u8>> {
+        while self.seen.len() < count {
+            let before = self.seen.len();
+            let more = tokio::time::timeout(limit(ANSWER_SECONDS), self.receive()).await;
+            let more = more.with_context(|| format!("{before} bytes came of {count}, and then no more"))?;
+            ensure!(more?, "the console ended after {before} bytes of {count}");
+        }
+        Ok(std::mem::take(&mut self.seen))
+    }
+
+    /// The next message as it is.
+    pub async fn message(&mut self) -> anyhow::Result<Option<Output>> {
+        let message = tokio::time::timeout(limit(ANSWER_SECONDS), self.output.message()).await;
+        let message = message.context("nothing comes from the console")??;
+        message.map(|message| message.message.context("an empty console message")).transpose()
     }
 
     /// Waits until the stream ends, as it does when the VM is over; returns all that was still said.

@@ -177,6 +177,9 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Channel> {
     let socket = socket.to_path_buf();
     // The address is not used: the connector knows the socket.
     let channel = Endpoint::from_static("http://coldspark.local")
+        // As the program's own client: one that does not read a console is not to lose its connection.
+        .initial_stream_window_size(64 << 10)
+        .initial_connection_window_size(16 << 20)
         .connect_with_connector(tower::service_fn(move |_| {
             let socket = socket.clone();
             async move { UnixStream::connect(socket).await.map(TokioIo::new) }

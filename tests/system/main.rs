@@ -10,6 +10,7 @@
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
 //! | `death` | workers and daemons that are killed |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
+//! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
@@ -30,6 +31,7 @@ mod host;
 mod images;
 mod linux;
 mod network;
+mod serial;
 mod stock_client;
 mod tap;
 mod trial;
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         embedded::trials(),
         death::trials(),
         bad_input::trials(),
+        serial::trials(),
         disks::trials(),
         images::trials(),
         linux::trials(),

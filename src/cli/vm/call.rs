@@ -128,6 +128,9 @@ enum Question {
     /// Print TEXT on the serial console
     #[command(after_help = "Example:\n  coldspark vm call web serial hello")]
     Serial { text: String },
+    /// Read BYTES from the serial console and print them there
+    #[command(after_help = "Example:\n  coldspark vm call web serial-echo 5")]
+    SerialEcho { bytes: u32 },
     /// Reset the machine; the VM ends
     #[command(after_help = "Example:\n  coldspark vm call web reset")]
     Reset,
@@ -172,6 +175,7 @@ impl Question {
             Self::Generation => Op::Generation(proto::GenerationOp {}),
             Self::Compute { nonce, bytes } => Op::Compute(proto::ComputeOp { nonce, bytes }),
             Self::Serial { text } => Op::Serial(proto::SerialOp { data: text.into() }),
+            Self::SerialEcho { bytes } => Op::SerialEcho(proto::SerialEchoOp { bytes }),
             Self::Reset => Op::Reset(proto::ResetOp {}),
             Self::Hello => Op::Hello(proto::HelloOp {}),
         }
@@ -226,7 +230,7 @@ fn answer(answer: &Answer) -> Value {
             "disks": info.disks,
             "serial": info.serial,
         }),
-        Answer::DiskWrite(_) | Answer::Serial(_) | Answer::Reset(_) => json!({}),
+        Answer::DiskWrite(_) | Answer::Serial(_) | Answer::SerialEcho(_) | Answer::Reset(_) => json!({}),
         Answer::Time(time) => json!({
             "tsc": time.tsc,
             "tsc_khz": time.tsc_khz,
