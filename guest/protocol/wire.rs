@@ -134,7 +134,7 @@ pub const STATUS_DEVICE_FAILED: u16 = 5;
 pub const STATUS_FAILED: u16 = 6;
 
 /// What the test guest checks at boot; bit n of HELLO's `checks_run` and `checks_failed` is entry n.
-pub const CHECK_NAMES: [&str; 24] = [
+pub const CHECK_NAMES: [&str; 27] = [
     "native.modulep",
     "native.records",
     "native.kernel",
@@ -159,6 +159,9 @@ pub const CHECK_NAMES: [&str; 24] = [
     "virtio.console",
     "virtio.rng",
     "irq.delivery",
+    "madt.tables",
+    "madt.entries",
+    "smp.run",
 ];
 
 /// A frame's header as numbers.

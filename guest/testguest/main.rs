@@ -21,6 +21,7 @@ mod cpu;
 mod gate;
 mod given;
 mod interrupts;
+mod madt;
 mod memory;
 mod mptable;
 mod native;
@@ -61,10 +62,14 @@ extern "C" fn guest_main(boot: u32, first: u32, second: u32) -> ! {
     };
     given.check_memory(&mut checks);
     let timing = cpu::check(&mut checks);
-    let topology = mptable::check(&mut checks);
+    // A machine describes its CPUs in one of two ways.
+    let topology = madt::check(&mut checks).unwrap_or_else(|| mptable::check(&mut checks));
     interrupts::init_this_cpu();
     interrupts::init_timer(timing.lapic_khz);
     let cpus = smp::start(&mut checks, &topology, &given);
+    if let Some(rounds) = given.number("coldspark.rounds") {
+        cpus.check_run(&mut checks, rounds.min(wire::RUN_ROUNDS_MAX));
+    }
     let mut arena = arena::map(&given);
     let mut devices = virtio::find(&given, &mut checks);
     let mut random = random::Generator::new(gate::tsc());

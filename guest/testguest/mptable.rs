@@ -24,6 +24,16 @@ pub(crate) struct Topology {
 }
 
 impl Topology {
+    /// CPUs that another table told of; `None`: too many.
+    pub(crate) fn of(apic_ids: impl Iterator<Item = u8>) -> Option<Topology> {
+        let mut topology = Topology::default();
+        for id in apic_ids {
+            *topology.apic_ids.get_mut(topology.cpus)? = id;
+            topology.cpus += 1;
+        }
+        Some(topology)
+    }
+
     pub(crate) fn apic_ids(&self) -> &[u8] {
         self.apic_ids.get(..self.cpus).unwrap_or_default()
     }

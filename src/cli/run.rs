@@ -66,8 +66,8 @@ pub struct Arguments {
     /// The kind of machine
     #[arg(long, value_enum, default_value_t = Hardware::Auto)]
     hardware: Hardware,
-    /// vCPUs
-    #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1)]
+    /// vCPUs, 1 to 32
+    #[arg(long, visible_alias = "vcpus", value_name = "N", default_value_t = 1, value_parser = units::parse_vcpus)]
     cpus: u32,
     /// Memory
     #[arg(long, visible_alias = "memory", value_name = "SIZE", default_value = "512M", value_parser = units::parse_bytes)]

@@ -1,4 +1,6 @@
-//! Sizes and times as people write and read them.
+//! Sizes, numbers and times as people write and read them.
+
+use crate::worker::protocol::VCPUS_MAX;
 
 /// Reads `512M`, `1G`, `2097152`: bytes, or KiB, MiB, GiB by a letter.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
@@ -16,6 +18,12 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let number: u64 =
         digits.parse().map_err(|_| format!("{text:?} is no size; write for example 512M or 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// Reads a number of vCPUs.
+pub fn parse_vcpus(text: &str) -> Result<u32, String> {
+    let number = text.trim().parse().ok().filter(|number| (1..=u32::from(VCPUS_MAX)).contains(number));
+    number.ok_or_else(|| format!("{text} vCPUs; ask for 1 to {VCPUS_MAX}"))
 }
 
 /// Bytes in a short form.
@@ -92,6 +100,15 @@ mod tests {
         for text in ["", "M", "-1", "1.5G", "99999999999T", "1x", "1mm"] {
             let parsed = parse_bytes(text);
             assert!(parsed.is_err() || text == "1mm", "{text}: {parsed:?}");
+        }
+    }
+
+    #[test]
+    fn a_vm_has_at_least_one_vcpu_and_at_most_32() {
+        assert_eq!((parse_vcpus("1"), parse_vcpus("32")), (Ok(1), Ok(32)));
+        for wrong in ["0", "33", "-1", "4294967296", "many", ""] {
+            let said = parse_vcpus(wrong).unwrap_err();
+            assert_eq!(said, format!("{wrong} vCPUs; ask for 1 to 32"));
         }
     }
 

@@ -7,6 +7,7 @@
 //! | file | what it proves |
 //! |---|---|
 //! | `stock_client` | health and reflection, as any gRPC client asks |
+//! | `many_cpus` | 32 vCPUs: found, used, in clones too; described by MPTable and by MADT |
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
 //! | `death` | workers and daemons that are killed |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
@@ -30,6 +31,7 @@ mod freebsd;
 mod host;
 mod images;
 mod linux;
+mod many_cpus;
 mod network;
 mod serial;
 mod stock_client;
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         embedded::trials(),
         death::trials(),
         bad_input::trials(),
+        many_cpus::trials(),
         serial::trials(),
         disks::trials(),
         images::trials(),

@@ -52,8 +52,8 @@ pub struct Arguments {
     files: FileArguments,
     #[command(flatten)]
     ready: ReadyArguments,
-    /// vCPUs unless a VM asks for others
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    /// vCPUs, 1 to 32, unless a VM asks for others
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = units::parse_vcpus)]
     vcpus: u32,
     /// Memory unless a VM asks for another
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::parse_bytes)]

@@ -107,8 +107,8 @@ pub struct Arguments {
     #[arg(long, default_value = "")]
     name: String,
     /// vCPUs, 1 to 32 [default: as the image says]
-    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-    vcpus: u32,
+    #[arg(long, value_name = "N", value_parser = units::parse_vcpus)]
+    vcpus: Option<u32>,
     /// Memory, a multiple of 2 MiB [default: as the image says]
     #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
     memory: Option<u64>,
@@ -203,7 +203,7 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
             None => Source::Embedded(true),
         }),
         name: arguments.name.clone(),
-        vcpus: arguments.vcpus,
+        vcpus: arguments.vcpus.unwrap_or(0),
         memory_bytes: arguments.memory.unwrap_or(0),
         protocol: arguments.protocol.number(),
         hardware: arguments.hardware.number(),
