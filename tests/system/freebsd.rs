@@ -125,25 +125,10 @@ async fn road(stage: Stage, kernel: Kernel, vcpus: u32) -> anyhow::Result<()> {
     let before = (Instant::now(), clocks(&mut source).await?);
 
     let snapshot = client.snapshot(&vm.id, "ready").await.context("snapshot")?;
-    let modes = [[MemoryMode::Mapped; CLONES], [MemoryMode::Userfault; CLONES]];
-    let mut running = Vec::new();
-    // One after the other, as they would be asked for; all stay.
-    for (index, mode) in modes.into_iter().flatten().enumerate() {
-        let which = || format!("clone {index}, {mode:?}");
-        let clone =
-            client.clone_vms(&snapshot.id, 1, mode, Identity::Unmanaged).await.with_context(which)?.remove(0);
-        let mut console = client.console(&clone.id).await?;
-        expect_good_clone(&mut console, vcpus, &before).await.with_context(which)?;
-        ensure!(ask(&mut console, &format!("write clone-{index}")).await? == "wrote 7 fsync=0");
-        running.push((clone, console));
-    }
-    // Disks and memory are private.
-    for (index, (_, console)) in running.iter_mut().enumerate() {
-        ensure!(
-            ask(console, "read").await? == format!("data=clone-{index}"),
-            "clone {index} reads another's write"
-        );
-        ensure!(ask(console, "touch 8").await?.starts_with("touched 8 MiB"));
+    for mode in [MemoryMode::Mapped, MemoryMode::Userfault] {
+        clones_of(&mut client, &snapshot.id, mode, (kernel, vcpus), &before)
+            .await
+            .with_context(|| format!("{mode:?}"))?;
     }
     ensure!(ask(&mut source, "read").await? == "data=before");
     ensure!(ask(&mut source, "check").await?.starts_with("check MiB=16 bad=0"));
@@ -157,6 +142,36 @@ async fn road(stage: Stage, kernel: Kernel, vcpus: u32) -> anyhow::Result<()> {
     ensure!(ask(&mut source, "cpus").await? == format!("cpus={vcpus}"));
     let now = client.vm(&vm.id).await?;
     ensure!(now.restarts == 1 && now.state() == VmState::Ready, "{now:?}");
+    Ok(())
+}
+
+/// Some clones at once, each good, with memory and disk of its own; and each ends as it should.
+async fn clones_of(
+    client: &mut Client,
+    snapshot: &str,
+    mode: MemoryMode,
+    (kernel, vcpus): (Kernel, u32),
+    before: &(Instant, [f64; 3]),
+) -> anyhow::Result<()> {
+    let mut running = Vec::new();
+    // One after the other, as they would be asked for; all stay.
+    for index in 0..CLONES {
+        let which = || format!("clone {index}");
+        let clone =
+            client.clone_vms(snapshot, 1, mode, Identity::Unmanaged).await.with_context(which)?.remove(0);
+        let mut console = client.console(&clone.id).await?;
+        expect_good_clone(&mut console, vcpus, before).await.with_context(which)?;
+        ensure!(ask(&mut console, &format!("write clone-{index}")).await? == "wrote 7 fsync=0");
+        running.push((clone, console));
+    }
+    // Disks and memory are private.
+    for (index, (_, console)) in running.iter_mut().enumerate() {
+        ensure!(
+            ask(console, "read").await? == format!("data=clone-{index}"),
+            "clone {index} reads another's write"
+        );
+        ensure!(ask(console, "touch 8").await?.starts_with("touched 8 MiB"));
+    }
 
     // With ACPI a clone can power itself off.
     if kernel == Kernel::Generic
