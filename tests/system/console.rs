@@ -96,12 +96,17 @@ impl Console {
     }
 
     async fn find(&mut self, words: &str) -> anyhow::Result<String> {
+        // Much may come before the words: what was looked at is not looked at again.
+        let mut looked = 0;
         loop {
-            if let Some(at) = self.seen.windows(words.len()).position(|window| window == words.as_bytes()) {
+            let mut windows = self.seen.get(looked..).unwrap_or_default().windows(words.len());
+            if let Some(at) = windows.position(|window| window == words.as_bytes()) {
+                let at = looked + at;
                 let before = String::from_utf8_lossy(&self.seen[..at]).into_owned();
                 self.seen.drain(..at + words.len());
                 return Ok(before);
             }
+            looked = (self.seen.len() + 1).saturating_sub(words.len());
             if !self.receive().await? {
                 bail!(
                     "the VM ended before its console said {words:?}: {:?}",

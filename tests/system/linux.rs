@@ -29,6 +29,7 @@ pub fn trials() -> Vec<Trial> {
             road(stage, BootProtocol::Linux, Machine::PcWithoutMessages)
         }),
         trial("linux/pc/power-button", NEEDS, 60, power_button),
+        trial("linux/console", NEEDS, 120, console_flood),
         trial("linux/panic", NEEDS, 60, panics),
         trial("linux/run-command", NEEDS, 120, run_command),
     ]
@@ -123,6 +124,43 @@ async fn power_button(stage: Stage) -> anyhow::Result<()> {
     ensure!(stopped.by_itself && stopped.not_asked.is_empty(), "{stopped:?}");
     let reason = stopped.vm.context("no VM in the answer")?.exit_reason;
     ensure!(reason.contains("off"), "{reason}");
+    Ok(())
+}
+
+/// A real driver of the serial port: many lines printed at once, and many typed.
+async fn console_flood(stage: Stage) -> anyhow::Result<()> {
+    // Lines of 7 and of 64 bytes: 1 MiB and 16 KiB, and little of it where every byte takes a millisecond.
+    let (lines, typed_lines) = if host::in_rig() { (4_681, 64) } else { (149_797, 256) };
+    // A driver that prints for long looks stuck to the kernel on a slow machine, and it says so in between.
+    const QUIET: &str = "nowatchdog rcupdate.rcu_cpu_stall_suppress=1";
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    import(&mut client, BootProtocol::Linux).await?;
+    let request = CreateVmRequest {
+        source: Some(Source::Image("linux".into())),
+        command_line: QUIET.into(),
+        ..Default::default()
+    };
+    let vm = client.boot(request).await?.vm;
+    let mut console = client.console(&vm.id).await?;
+    console.expect(PROMPT).await?;
+    let printed = shell(&mut console, &format!("seq -w 1 {lines}")).await?;
+    let width = lines.to_string().len();
+    let mut due = (1..=lines).map(|line| format!("{line:0width$}"));
+    let wrong = printed.lines().position(|line| due.next().is_none_or(|due| due != line));
+    ensure!(wrong.is_none(), "line {} is another", wrong.unwrap_or_default() + 1);
+    ensure!(due.next().is_none(), "only {} lines of {lines} came", printed.lines().count());
+
+    let typed: Vec<String> = (0..typed_lines).map(|line| format!("{line:063}\n")).collect();
+    let bytes = 64 * typed_lines;
+    console.ask(&format!("echo wait''ing; head -c {bytes} >/typed; echo tak''en"), "waiting").await?;
+    for piece in typed.concat().as_bytes().chunks(4096) {
+        console.type_bytes(piece).await?;
+    }
+    console.expect("taken").await?;
+    console.expect(PROMPT).await?;
+    let taken = shell(&mut console, "cat /typed").await?;
+    ensure!(taken == typed.concat().trim_end(), "typed lines came otherwise: {taken}");
     Ok(())
 }
 
