@@ -5,6 +5,7 @@ use tonic::Status;
 use super::proto;
 use super::status::invalid;
 use crate::fleet::boot::ReadyPoint;
+use crate::fleet::profile::{Profile, ProfilePhase};
 use crate::fleet::vm::{Origin, State, Vm};
 use crate::fleet::{BootProtocol, Hardware, MemoryMode, ModuleKind, Step};
 
@@ -49,6 +50,19 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         restarts: status.restarts,
         panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
+    }
+}
+
+pub fn profile(profile: &Profile) -> proto::BootProfile {
+    let phase = |phase: &ProfilePhase| proto::ProfilePhase {
+        name: phase.name.clone(),
+        us: phase.us,
+        guest_tsc: phase.guest_tsc,
+    };
+    proto::BootProfile {
+        phases: profile.phases.iter().map(phase).collect(),
+        own_us: profile.own_us,
+        tsc_khz: profile.tsc_khz,
     }
 }
 

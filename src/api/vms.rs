@@ -15,7 +15,7 @@ use super::proto;
 use super::proto::vm_service_server::VmService;
 use super::status::invalid;
 use crate::fleet::Fleet;
-use crate::fleet::boot::{CreateVm, Progress};
+use crate::fleet::boot::{CreateVm, Created, Progress};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
 use crate::fleet::disk_files::{DiskFile, DiskMode};
@@ -82,7 +82,11 @@ impl VmService for Vms {
                     break;
                 }
             }
-            let last = end.map(|vm| event(proto::create_vm_event::Event::Ready(convert::vm(&vm))));
+            if let Ok(Created { profile: Some(profile), .. }) = &end {
+                let profile = proto::create_vm_event::Event::Profile(convert::profile(profile));
+                let _ = events.send(Ok(event(profile))).await;
+            }
+            let last = end.map(|new| event(proto::create_vm_event::Event::Ready(convert::vm(&new.vm))));
             let _ = events.send(last.map_err(Status::from)).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -264,6 +268,7 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             number => Some(convert::hardware_in(number)?),
         },
         command_line: request.command_line,
+        profile: request.profile,
         ready: convert::ready_in(request.ready)?,
         ready_timeout: match request.ready_timeout_ms {
             0 => READY_TIMEOUT_DEFAULT,

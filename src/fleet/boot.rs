@@ -20,6 +20,7 @@ use super::limits::*;
 use super::link::Link;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::{Again, Ears, Faults, Owner, Phase};
+use super::profile::{Profile, Profiler, phase_name};
 use super::registry::Guard;
 use super::shells::Shell;
 use super::snapshots::blocking;
@@ -27,7 +28,9 @@ use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id};
 use crate::agent::Hello;
 use crate::worker::channel::ChannelError;
-use crate::worker::protocol::{BootProtocol, BootSpec, Hardware, MemoryMode, Reply, Request, Step};
+use crate::worker::protocol::{
+    BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
+};
 use std::os::fd::OwnedFd;
 
 /// When a VM counts as ready.
@@ -67,6 +70,8 @@ pub struct CreateVm {
     pub networks: Vec<NetworkRequest>,
     /// Boot it again when the guest resets itself; otherwise that is its end.
     pub restart_on_reset: bool,
+    /// Tell where the time went.
+    pub profile: bool,
 }
 
 /// What happens on the way to the ready point.
@@ -76,6 +81,14 @@ pub enum Progress {
     Phase(Phase),
     Choice(String),
     Console(Bytes),
+}
+
+/// A cold boot at its ready point.
+#[derive(Debug)]
+pub struct Created {
+    pub vm: Arc<Vm>,
+    /// If it was asked for.
+    pub profile: Option<Profile>,
 }
 
 /// Facts about a VM that is to be started in a shell.
@@ -177,8 +190,9 @@ impl Fleet {
         self: &Arc<Self>,
         request: CreateVm,
         progress: mpsc::Sender<Progress>,
-    ) -> Result<Arc<Vm>, FleetError> {
+    ) -> Result<Created, FleetError> {
         let arrived = Instant::now();
+        let mut profiler = Profiler::new();
         let names: Vec<String> = request.name.iter().cloned().collect();
         names.iter().try_for_each(|name| id::check_name("a VM", name))?;
         self.registry.check_room(1, &names)?;
@@ -200,7 +214,9 @@ impl Fleet {
         let networks = network::plan(&request.networks, &folder.id())?;
         let links = network::open(&networks).await?;
         plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
+        profiler.reached("image and disks open");
         let shell = self.shells.take().await?;
+        profiler.reached("worker taken");
         let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
         let pattern = match &plan.ready {
             ReadyPoint::Console(pattern) => pattern.clone().into_bytes(),
@@ -250,6 +266,7 @@ impl Fleet {
                 plan.ready,
                 &progress,
                 arrived,
+                &mut profiler,
             );
             let mut boot = pin!(boot);
             let mut deadline = pin!(tokio::time::sleep(request.ready_timeout));
@@ -293,6 +310,7 @@ impl Fleet {
                 let _ = progress.try_send(Progress::Console(bytes));
             }
         }
+        profiler.reached("ready");
         let start_us = micros(arrived);
         let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
@@ -304,8 +322,12 @@ impl Fleet {
                 status.state = State::Ready;
             }
         });
+        let profile = match request.profile {
+            true => Some(profiler.finish(&milestones(&started).await?, &vm.console.words().borrow())),
+            false => None,
+        };
         started.guard.hand_over();
-        Ok(vm)
+        Ok(Created { vm, profile })
     }
 
     /// Tells the worker and waits for the ready point.
@@ -321,6 +343,7 @@ impl Fleet {
         ready: ReadyPoint,
         progress: &mpsc::Sender<Progress>,
         arrived: Instant,
+        profiler: &mut Profiler,
     ) -> Result<Vec<Step>, FleetError> {
         let vm = &started.vm;
         let mut fds = vec![started.console.as_fd(), started.agent.as_fd(), kernel.as_fd()];
@@ -334,6 +357,7 @@ impl Fleet {
             Err(FleetError::Channel(ChannelError::Closed)) => return Err(ended_early(vm).await),
             Err(error) => return Err(error),
         };
+        profiler.booted(&booted);
         // The worker has its own: from now on a link ends with it.
         drop(links);
         vm.status.send_modify(|status| status.protocol = Some(booted.protocol));
@@ -341,14 +365,7 @@ impl Fleet {
         let mut reached = before_us;
         for step in &booted.steps {
             reached = reached.saturating_add(step.us.into());
-            let name = match step.name.as_str() {
-                "memory" => "memory mapped",
-                "vm" => "VM made",
-                "load" => "kernel loaded",
-                "start" => "vCPUs running",
-                other => other,
-            };
-            let phase = Phase { name: name.to_owned(), us: reached };
+            let phase = Phase { name: phase_name(&step.name).to_owned(), us: reached };
             let _ = progress.try_send(Progress::Phase(phase));
         }
         for choice in booted.choices {
@@ -374,6 +391,16 @@ impl Fleet {
             }
         }
         Ok(booted.steps)
+    }
+}
+
+/// The worker's marks.
+async fn milestones(started: &Started) -> Result<Milestones, FleetError> {
+    match started.link.request(Request::Milestones, &[]).await {
+        Ok((Reply::Milestones(marks), _)) => Ok(marks),
+        Ok(_) => Err(FleetError::WorkerConfused),
+        Err(FleetError::Channel(ChannelError::Closed)) => Err(ended_early(&started.vm).await),
+        Err(error) => Err(error),
     }
 }
 

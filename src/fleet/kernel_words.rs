@@ -1,9 +1,14 @@
-//! What a guest's kernel says on its console that the service acts on: that it panicked, and that it has halted.
+//! What a guest's kernel says on its console that the service acts on: that it panicked, that it has halted, and how far its
+//! boot has come.
 //!
 //! FreeBSD: `panic: ...` (sys/kern/kern_shutdown.c, vpanic), `KDB: enter: ...` (subr_kdb.c), and after `halt` or a
 //! `shutdown -p` without ACPI "The operating system has halted." with "Please press any key to reboot." (shutdown_halt).
-//! Linux: `Kernel panic - not syncing: ...` (kernel/panic.c). Only whole lines that begin so count. Anybody who may write to
+//! Before it mounts its root file system it says "Trying to mount root from ..." (vfs_mountroot.c); it does not say when it starts
+//! init, so what is told is the first output after that line: init's, unless the kernel had more to say.
+//! Linux: `Run /init as init process` (init/main.c, run_init_process), `Kernel panic - not syncing: ...` (kernel/panic.c). Only whole lines that begin so count. Anybody who may write to
 //! the guest's console can say these words: what follows from them ends at most that guest.
+
+use std::time::Instant;
 
 /// Longest part of a line that is looked at and kept.
 const LINE_BYTES_MAX: usize = 512;
@@ -17,6 +22,12 @@ pub struct KernelWords {
     pub panics: u32,
     /// The kernel has stopped for good and waits for a key.
     pub halted: bool,
+    /// When the kernel said that it mounts its root file system, for the first time.
+    pub root_mount: Option<Instant>,
+    /// When the first output after that line came.
+    pub after_root_mount: Option<Instant>,
+    /// When the kernel said that it starts init.
+    pub init: Option<Instant>,
 }
 
 /// Reads a console that comes in pieces.
@@ -33,6 +44,13 @@ impl Ear {
     pub fn hear(&mut self, bytes: &[u8]) -> Option<KernelWords> {
         let mut news = false;
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            if self.heard.root_mount.is_some()
+                && self.heard.after_root_mount.is_none()
+                && part.iter().any(|byte| !byte.is_ascii_whitespace())
+            {
+                self.heard.after_root_mount = Some(Instant::now());
+                news = true;
+            }
             let room = LINE_BYTES_MAX.saturating_sub(self.line.len());
             self.line.extend_from_slice(part.get(..room.min(part.len())).unwrap_or_default());
             if part.ends_with(b"\n") {
@@ -50,6 +68,18 @@ impl Ear {
         if was_halting && text == "Please press any key to reboot." {
             self.heard.halted = true;
             return true;
+        }
+        let progress = match text {
+            _ if text.starts_with("Trying to mount root from ") => Some(&mut self.heard.root_mount),
+            _ if text.starts_with("Run /") && text.ends_with(" as init process") => {
+                Some(&mut self.heard.init)
+            }
+            _ => None,
+        };
+        if let Some(mark) = progress {
+            let first = mark.is_none();
+            mark.get_or_insert_with(Instant::now);
+            return first;
         }
         // Entering the debugger for another reason than a panic is as good as one: nothing runs any more.
         let panic = text.starts_with("panic: ")
@@ -112,6 +142,23 @@ mod tests {
         ] {
             assert_eq!(heard(text, 4096), KernelWords::default(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_boots_progress_is_heard_once_and_in_order() {
+        let freebsd =
+            "Timecounters tick\r\nTrying to mount root from ufs:/dev/vtbd0 [rw]...\r\n\r\ninit: here\r\n";
+        for size in [1, 9, 4096] {
+            let words = heard(freebsd, size);
+            assert!(words.root_mount.is_some() && words.root_mount <= words.after_root_mount, "{words:?}");
+            assert_eq!((words.init, words.panics), (None, 0));
+        }
+        assert_eq!(heard("Trying to mount root from ufs:/dev/vtbd0 []...\n \n", 3).after_root_mount, None);
+        let linux = heard("[    0.713219] Run /init as init process\r\n", 4);
+        assert!(linux.init.is_some() && linux.root_mount.is_none());
+        let mut ear = Ear::default();
+        let first = ear.hear(b"Trying to mount root from a\n").unwrap();
+        assert_eq!(ear.hear(b"\nTrying to mount root from b\n").unwrap().root_mount, first.root_mount);
     }
 
     #[test]

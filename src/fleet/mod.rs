@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`vm`], [`owner`] | a VM as others see it, and the task that alone changes it |
 //! | [`boot`] | cold boots up to the ready point |
+//! | [`profile`] | where a cold boot's time went |
 //! | [`clones`] | starting clones of a snapshot |
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
 //! | [`images`] | importing and opening images |
@@ -32,6 +33,7 @@ pub mod link;
 pub mod network;
 pub mod owner;
 pub mod process;
+pub mod profile;
 pub mod registry;
 pub mod shells;
 pub mod snapshots;

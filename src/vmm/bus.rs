@@ -12,6 +12,7 @@ use super::chipset::pci::PciBus;
 use super::chipset::power::Power;
 use super::chipset::{Chipset, PortEffect};
 use super::memory::{GuestMemory, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
+use super::milestones::Milestones;
 use super::virtio::mmio::MmioTransport;
 use super::virtio::pci::VirtioFunction;
 use super::virtio::transport::Transport;
@@ -28,6 +29,7 @@ pub struct Bus {
     pub memory: GuestMemory,
     /// Exits to this process, all vCPUs.
     pub exits: AtomicU64,
+    pub milestones: Milestones,
 }
 
 /// Host bridge, power block and functions.
@@ -55,13 +57,29 @@ impl Bus {
     /// A bus with one virtio-mmio window for each of `virtio`, from [`VIRTIO_MMIO_START`] on.
     pub fn new(chipset: Chipset, mmio: Vec<MmioTransport>, memory: GuestMemory) -> Self {
         let virtio = mmio.iter().map(|window| window.transport().clone()).collect();
-        Bus { chipset, virtio, mmio, pc: None, memory, exits: AtomicU64::new(0) }
+        Bus {
+            chipset,
+            virtio,
+            mmio,
+            pc: None,
+            memory,
+            exits: AtomicU64::new(0),
+            milestones: Milestones::default(),
+        }
     }
 
     /// A bus with PCI and the functions on it.
     pub fn with_pc(chipset: Chipset, pc: Pc, memory: GuestMemory) -> Self {
         let virtio = pc.functions.iter().map(|function| function.transport().clone()).collect();
-        Bus { chipset, virtio, mmio: Vec::new(), pc: Some(pc), memory, exits: AtomicU64::new(0) }
+        Bus {
+            chipset,
+            virtio,
+            mmio: Vec::new(),
+            pc: Some(pc),
+            memory,
+            exits: AtomicU64::new(0),
+            milestones: Milestones::default(),
+        }
     }
 
     /// A guest `in` of `data.len()` bytes (1, 2 or 4) from `port`.

@@ -15,6 +15,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_clock_data, kvm_enable_cap, kvm_msr_entry,
@@ -36,6 +37,7 @@ use super::devices::{DeviceThread, DevicesError};
 use super::host::Host;
 use super::irq::{Interrupt, KvmMessages, Messages};
 use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
+use super::milestones::GuestClock;
 use super::vcpu::{EventSink, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::block::pool::Pool;
@@ -232,6 +234,8 @@ pub struct Machine {
     networks: Vec<Arc<Counters>>,
     vm: Arc<VmFd>,
     ram: Ram,
+    /// The guest's counter before its first instruction; of cold-booted machines.
+    clock: Option<GuestClock>,
 }
 
 /// A disk as the boot builder reads it.
@@ -334,6 +338,7 @@ impl Frame {
             networks: self.networks,
             vm: shell.vm,
             ram: shell.ram,
+            clock: None,
         })
     }
 }
@@ -371,12 +376,13 @@ fn pc(
 }
 
 impl Machine {
-    /// Puts a kernel into a new machine. It stands at its first instruction.
+    /// Puts a kernel into a new machine. It stands at its first instruction. `done` hears the name of each step when it is done.
     pub fn boot(
         host: &Host,
         mut shell: Shell,
         parts: Parts,
         options: &BootOptions<'_>,
+        done: &mut dyn FnMut(&'static str),
     ) -> Result<(Self, Loaded), MachineError> {
         let count = options.vcpus;
         if !(1..=VCPUS_MAX).contains(&count) {
@@ -384,6 +390,7 @@ impl Machine {
         }
         let (hardware, mut choices) = boot::hardware(options.kernel, options.hardware)?;
         let frame = Frame::new(&shell, parts, hardware)?;
+        done("devices");
         let readers: Vec<DiskReader<'_>> = frame.disks.iter().map(|disk| DiskReader(disk)).collect();
         let views: Vec<DiskView<'_>> = readers
             .iter()
@@ -404,14 +411,16 @@ impl Machine {
             disks: &views,
             mmio: &frame.slots(),
         })?;
+        done("load");
         choices.append(&mut loaded.choices);
         loaded.choices = choices;
         // The tables say: the first id after the vCPUs'.
         frame.bus.chipset.ioapic.set_id(count);
-        let mut vcpus = Vec::new();
+        let (mut vcpus, mut khz) = (Vec::new(), 0);
         for index in 0..count {
             let vcpu = shell.vcpu(index)?;
             let tsc_khz = vcpu.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?;
+            khz = tsc_khz;
             let cpuid: CpuId = cpuid::for_vcpu(&host.supported_cpuid, index, count, tsc_khz);
             vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
             set_firmware_state(&vcpu)?;
@@ -424,7 +433,11 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok((frame.into_machine(host, shell, vcpus)?, loaded))
+        let tsc = vcpus.first().and_then(vcpu_state::read_tsc);
+        let clock = tsc.map(|tsc| GuestClock { at: Instant::now(), tsc, khz });
+        let machine = Machine { clock, ..frame.into_machine(host, shell, vcpus)? };
+        done("vcpus");
+        Ok((machine, loaded))
     }
 
     /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood.
@@ -576,7 +589,7 @@ impl Machine {
 
     /// Ends the machine and gives its disks to the next one, as they are.
     pub fn into_disks(self) -> Result<Vec<DiskPart>, MachineError> {
-        let Machine { vcpus, devices, bus, disks, serials, networks: _, vm: _, ram: _ } = self;
+        let Machine { vcpus, devices, bus, disks, serials, networks: _, vm: _, ram: _, clock: _ } = self;
         // Threads first: nobody uses the devices any more when they go. With the last device goes the pool, which waits
         // for the requests that its threads have begun: after that nobody uses the disks.
         drop(vcpus);
@@ -602,6 +615,11 @@ impl Machine {
     /// What went through each network interface so far.
     pub fn networks(&self) -> Vec<Counted> {
         self.networks.iter().map(|counters| counters.read()).collect()
+    }
+
+    /// When the boot CPU entered the guest, when the guest wrote its first console byte, and a reading of its clock.
+    pub fn milestones(&self) -> (Option<Instant>, Option<Instant>, Option<GuestClock>) {
+        (self.bus.milestones.entered.get().copied(), self.bus.chipset.serial.first_output(), self.clock)
     }
 
     /// Exits of all vCPUs to this process so far.

@@ -7,6 +7,7 @@
 //! | [`memory`] | the guest-physical layout and the RAM |
 //! | [`vcpu`], [`vcpu_state`] | a vCPU's thread; its registers out of KVM and back |
 //! | [`bus`] | what a vCPU's exits reach |
+//! | [`milestones`] | when a boot reached what |
 //! | [`devices`] | the thread that does all I/O |
 //! | [`chipset`] | serial, timer, clock, interrupt controllers |
 //! | [`virtio`] | virtio devices and their transport |
@@ -22,6 +23,7 @@ mod hostile;
 pub mod irq;
 pub mod machine;
 pub mod memory;
+pub mod milestones;
 pub mod vcpu;
 pub mod vcpu_state;
 pub mod virtio;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_EXIT_IO, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -145,8 +145,16 @@ impl VcpuHandle {
         let page = Arc::new(RunPage::map(&vcpu).map_err(start)?);
         let stop = Arc::new(AtomicBool::new(true));
         let (commands, receiver) = mpsc::channel();
-        let runner =
-            Runner { vcpu, msr_indices, bus, events, stop: stop.clone(), page: page.clone(), dead: false };
+        let runner = Runner {
+            index,
+            vcpu,
+            msr_indices,
+            bus,
+            events,
+            stop: stop.clone(),
+            page: page.clone(),
+            dead: false,
+        };
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
@@ -228,6 +236,7 @@ enum Step {
 
 /// What the thread owns.
 struct Runner {
+    index: u8,
     vcpu: VcpuFd,
     msr_indices: Arc<[u32]>,
     bus: Arc<Bus>,
@@ -253,6 +262,9 @@ impl Runner {
     }
 
     fn run(&mut self) {
+        if self.index == 0 {
+            self.bus.milestones.entered.get_or_init(Instant::now);
+        }
         while !self.dead && !self.stop.load(Ordering::SeqCst) {
             self.step();
         }

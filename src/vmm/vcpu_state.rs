@@ -149,6 +149,15 @@ fn same_already(vcpu: &VcpuFd, entry: &kvm_msr_entry) -> bool {
         && ask.as_slice().first().is_some_and(|got| got.data == entry.data)
 }
 
+/// What the time stamp counter of a vCPU that stands still says; `None` if this KVM does not tell.
+pub fn read_tsc(vcpu: &VcpuFd) -> Option<u64> {
+    let mut ask = msrs_of(&[kvm_msr_entry { index: MSR_TSC, ..Default::default() }]).ok()?;
+    match vcpu.get_msrs(&mut ask) {
+        Ok(1) => ask.as_slice().first().map(|entry| entry.data),
+        _ => None,
+    }
+}
+
 /// The time stamp in a saved state.
 pub fn saved_tsc(state: &VcpuState) -> u64 {
     state.msrs.iter().find(|entry| entry.index == MSR_TSC).map_or(0, |entry| entry.data)

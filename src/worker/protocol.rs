@@ -62,6 +62,8 @@ pub enum Request {
     /// Press the power button; answered at once. The guest then powers itself off, or not. Refused by a machine that has
     /// none, and while the guest does not listen to it.
     PowerButton,
+    /// When this VM's boot reached what. Does not disturb the guest.
+    Milestones,
 }
 
 /// How the guest is entered.
@@ -196,6 +198,36 @@ pub enum Reply {
     Restored(Restored),
     Frozen(Frozen),
     Stats(Stats),
+    Milestones(Milestones),
+}
+
+/// When a boot reached what; times as in [`monotonic_ns`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Milestones {
+    /// The boot CPU was about to enter the guest for the first time.
+    pub entered_ns: Option<u64>,
+    /// The guest wrote its first byte to the serial port.
+    pub first_output_ns: Option<u64>,
+    /// Of cold-booted VMs, where KVM tells.
+    pub clock: Option<GuestClock>,
+}
+
+/// What the boot CPU's time stamp counter said at a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestClock {
+    pub at_ns: u64,
+    pub tsc: u64,
+    pub khz: u32,
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a host read alike (as long as nobody puts a worker into another time
+/// namespace), and which `Instant` is.
+pub fn monotonic_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a clock that every Linux has, and a timespec that lives through the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 /// What a cold boot chose.
@@ -205,6 +237,8 @@ pub struct Booted {
     pub protocol: BootProtocol,
     /// One line for each choice made by looking into kernel and disks.
     pub choices: Vec<String>,
+    /// When the worker had the request: its first step began. As in [`monotonic_ns`].
+    pub arrived_ns: u64,
     pub steps: Vec<Step>,
 }
 

@@ -12,8 +12,9 @@ use userfaultfd::Uffd;
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
-    Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
-    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
+    Frozen, GuestClock, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, Milestones,
+    ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
+    monotonic_ns,
 };
 use super::{Daemon, duplicate};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
@@ -127,6 +128,12 @@ impl Steps {
         self.steps.push(Step { name: name.into(), us: micros(now - self.last) });
         self.last = now;
     }
+}
+
+/// An instant as the protocol has it.
+fn at_ns(instant: Instant) -> u64 {
+    let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    monotonic_ns().saturating_sub(ago)
 }
 
 fn micros(duration: Duration) -> u32 {
@@ -313,8 +320,7 @@ impl Shell {
             hardware: to_wish(spec.hardware),
             command_line: &spec.command_line,
         };
-        let (machine, loaded) = Machine::boot(&host, shell, parts, &options)?;
-        steps.done("load");
+        let (machine, loaded) = Machine::boot(&host, shell, parts, &options, &mut |step| steps.done(step))?;
         let protocol = from_boot(loaded.protocol);
         machine.resume()?;
         steps.done("start");
@@ -329,7 +335,8 @@ impl Shell {
             running: true,
             disks_uneven: false,
         };
-        Ok((vm, Booted { protocol, choices: loaded.choices, steps: steps.steps }))
+        let arrived_ns = at_ns(arrived);
+        Ok((vm, Booted { protocol, choices: loaded.choices, arrived_ns, steps: steps.steps }))
     }
 
     /// Start a clone.
@@ -577,6 +584,15 @@ impl Vm {
 
     pub fn press_power_button(&self) -> Result<(), Fault> {
         Ok(self.machine.press_power_button()?)
+    }
+
+    pub fn milestones(&self) -> Milestones {
+        let (entered, first_output, clock) = self.machine.milestones();
+        Milestones {
+            entered_ns: entered.map(at_ns),
+            first_output_ns: first_output.map(at_ns),
+            clock: clock.map(|clock| GuestClock { at_ns: at_ns(clock.at), tsc: clock.tsc, khz: clock.khz }),
+        }
     }
 
     pub fn stats(&self) -> Stats {

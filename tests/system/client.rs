@@ -37,6 +37,7 @@ pub struct Boot {
     pub vm: Vm,
     pub phases: Vec<String>,
     pub console: Vec<u8>,
+    pub profile: Option<BootProfile>,
 }
 
 /// Files of an image to import.
@@ -115,7 +116,7 @@ impl Client {
     pub async fn boot(&mut self, request: CreateVmRequest) -> Result<Boot, Status> {
         let mut events = self.vms.create_vm(request).await?.into_inner();
         let mut accepted = None;
-        let mut boot = Boot { vm: Vm::default(), phases: Vec::new(), console: Vec::new() };
+        let mut boot = Boot { vm: Vm::default(), phases: Vec::new(), console: Vec::new(), profile: None };
         let mut ready = false;
         let mut log = None;
         while let Some(event) = events.message().await? {
@@ -131,6 +132,8 @@ impl Client {
                 Some(_) if accepted.is_none() => return out_of_turn("event before accepted"),
                 Some(Event::Phase(phase)) => boot.phases.push(phase.name),
                 Some(Event::Choice(_)) => {}
+                Some(Event::Profile(_)) if boot.profile.is_some() => return out_of_turn("second profile"),
+                Some(Event::Profile(profile)) => boot.profile = Some(profile),
                 Some(Event::Console(bytes)) => {
                     if let Some(log) = &mut log {
                         log.write_all(&bytes)?;

@@ -14,6 +14,7 @@
 //! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
+//! | `watch` | the profile of a boot, and what is told of one that hangs |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
@@ -37,6 +38,7 @@ mod serial;
 mod stock_client;
 mod tap;
 mod trial;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         many_cpus::trials(),
         serial::trials(),
         disks::trials(),
+        watch::trials(),
         images::trials(),
         linux::trials(),
         network::trials(),

@@ -139,6 +139,9 @@ pub struct Arguments {
     /// Show neither phases nor console
     #[arg(short, long)]
     quiet: bool,
+    /// Show where the time went, at the end: each phase since the request, and the guest's time stamp counter
+    #[arg(long)]
+    profile: bool,
     /// Print the VM as JSON when it is ready (implies --quiet)
     #[arg(long)]
     json: bool,
@@ -149,7 +152,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut client = arguments.socket.connect().await?.vms;
     let quiet = arguments.quiet || arguments.json;
     let mut events = client.create_vm(request(&arguments)).await?.into_inner();
-    let mut ready = None;
+    let (mut ready, mut profile) = (None, None);
     // Console bytes are shown as they are, so notes begin on a line of their own.
     let mut line_open = false;
     let note = |line_open: &mut bool, text: String| {
@@ -169,6 +172,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 line_open = bytes.last().is_some_and(|byte| *byte != b'\n');
                 output::note_bytes(&bytes);
             }
+            Some(Event::Profile(told)) => profile = Some(told),
             Some(Event::Ready(vm)) => ready = Some(vm),
             Some(Event::Console(_)) | None => {}
         }
@@ -176,8 +180,20 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let vm = ready.ok_or_else(|| anyhow::anyhow!("the service ended the stream before the VM was ready"))?;
     note(&mut line_open, format!("ready after {}", units::us(vm.start_us)));
     match arguments.json {
-        true => output::json(&json!({ "vm": super::value(&vm) }))?,
-        false => output::line(&vm.id)?,
+        true => {
+            let mut value = json!({ "vm": super::value(&vm) });
+            if let (Some(object), Some(profile)) = (value.as_object_mut(), &profile) {
+                object.insert("profile".to_owned(), super::profile::value(profile));
+            }
+            output::json(&value)?;
+        }
+        false => {
+            // Beside the id, which scripts take from stdout.
+            if let Some(profile) = &profile {
+                output::note(super::profile::table(profile).trim_end());
+            }
+            output::line(&vm.id)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -217,5 +233,6 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         }
         .into(),
         disks: arguments.disks.clone(),
+        profile: arguments.profile,
     }
 }

@@ -4,6 +4,7 @@ mod call;
 mod console;
 pub mod create;
 mod network;
+mod profile;
 
 use std::process::ExitCode;
 

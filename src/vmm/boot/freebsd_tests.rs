@@ -93,6 +93,28 @@ fn the_kernel_finds_everything() {
     }
 }
 
+/// What costs a FreeBSD boot time and a VMM can remove (FREEBSD.md section 9), and what must not be set for it.
+#[test]
+fn the_environment_spares_waits_and_hides_nothing() {
+    for hardware in [Hardware::Microvm, Hardware::Pc { transitional: false }] {
+        let environment = default_environment(hardware, &[], None);
+        for absent in ["uart.1", "uart.2", "uart.3", "atkbdc.0", "atkbd.0", "psm.0"] {
+            let name = format!("hint.{absent}.disabled");
+            assert_eq!(environment.get(&name), Some("1"), "{name}");
+        }
+        assert_eq!(environment.get("hint.uart.0.baud"), Some("115200"));
+        assert_eq!(environment.get("kern.shutdown.poweroff_delay"), Some("0"));
+        // A muted kernel would panic and halt unheard; our serial port needs no mending; a kernel that does not read the
+        // frequency leaf must be able to calibrate.
+        for unset in ["boot_mute", "hw.broken_txfifo", "machdep.disable_tsc_calibration"] {
+            assert_eq!(environment.get(unset), None, "{unset}");
+        }
+        let microvm = (hardware == Hardware::Microvm).then_some("1");
+        assert_eq!(environment.get("hint.acpi.0.disabled"), microvm);
+        assert_eq!(environment.get("hint.pcib.0.disabled"), microvm);
+    }
+}
+
 #[test]
 fn smap_is_the_memory_map() {
     let ranges = [(GuestAddress(0), 64 << 20), (GuestAddress(1 << 32), 4 << 20)];

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -73,6 +73,8 @@ pub struct Serial {
     interrupt: Arc<dyn Interrupt>,
     /// Tells the device thread that its interest in the console socket may have changed.
     interest_changed: EventFd,
+    /// When the guest wrote its first byte.
+    first_output: OnceLock<Instant>,
 }
 
 /// What the device thread should watch the console socket for.
@@ -102,11 +104,22 @@ impl Serial {
             active: 0,
             closed: false,
         };
-        Serial { registers: Mutex::new(registers), console, interrupt, interest_changed }
+        Serial {
+            registers: Mutex::new(registers),
+            console,
+            interrupt,
+            interest_changed,
+            first_output: OnceLock::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the guest wrote its first byte, if it has.
+    pub fn first_output(&self) -> Option<Instant> {
+        self.first_output.get().copied()
     }
 
     /// The console socket, for the device thread's epoll.
@@ -211,6 +224,7 @@ impl Serial {
                 r.receive.push_back(value);
             }
         } else if !r.closed && r.transmit.len() < TRANSMIT_BYTES_MAX {
+            self.first_output.get_or_init(Instant::now);
             r.transmit.push_back(value);
             let waited = r.transmit.len() > 1;
             // With a backlog the device thread is already waiting for the socket.
