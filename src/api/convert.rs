@@ -7,7 +7,8 @@ use super::status::invalid;
 use crate::fleet::boot::ReadyPoint;
 use crate::fleet::profile::{Profile, ProfilePhase};
 use crate::fleet::vm::{Origin, State, Vm};
-use crate::fleet::{BootProtocol, Hardware, MemoryMode, ModuleKind, Step};
+use crate::fleet::watchdog;
+use crate::fleet::{Activity, BootProtocol, Hardware, MemoryMode, ModuleKind, Step, VcpuLook};
 
 pub fn vm(vm: &Vm) -> proto::Vm {
     let status = vm.status();
@@ -50,6 +51,35 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         restarts: status.restarts,
         panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
+    }
+}
+
+pub fn look(look: &VcpuLook) -> proto::VcpuLook {
+    let known =
+        proto::VcpuLook { index: look.index.into(), line: watchdog::line(look), ..Default::default() };
+    match &look.registers {
+        Err(problem) => proto::VcpuLook { problem: problem.clone(), ..known },
+        Ok(r) => proto::VcpuLook {
+            state: match r.activity {
+                Activity::Running => proto::VcpuState::Running,
+                Activity::Halted => proto::VcpuState::Halted,
+                Activity::NotStarted => proto::VcpuState::NotStarted,
+                Activity::Other(_) => proto::VcpuState::Other,
+            }
+            .into(),
+            rip: r.rip,
+            rsp: r.rsp,
+            rflags: r.rflags,
+            cr0: r.cr0,
+            cr2: r.cr2,
+            cr3: r.cr3,
+            cr4: r.cr4,
+            efer: r.efer,
+            cpl: r.cpl.into(),
+            pending: r.pending.map(Into::into),
+            serving: r.serving.map(Into::into),
+            ..known
+        },
     }
 }
 

@@ -130,6 +130,18 @@ impl VmService for Vms {
         Ok(Response::new(network::stats_out(&vm.stats().await?)))
     }
 
+    async fn inspect_vm(
+        &self,
+        request: Request<proto::InspectVmRequest>,
+    ) -> Result<Response<proto::InspectVmResponse>, Status> {
+        let vm = self.fleet.vm(&request.into_inner().vm)?;
+        let looks = vm.inspect().await?;
+        Ok(Response::new(proto::InspectVmResponse {
+            vcpus: looks.iter().map(convert::look).collect(),
+            console: vm.console.last_lines(),
+        }))
+    }
+
     async fn delete_vm(
         &self,
         request: Request<proto::DeleteVmRequest>,

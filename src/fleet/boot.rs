@@ -25,7 +25,7 @@ use super::registry::Guard;
 use super::shells::Shell;
 use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
-use super::{Fleet, id};
+use super::{Fleet, id, watchdog};
 use crate::agent::Hello;
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{
@@ -298,7 +298,7 @@ impl Fleet {
                         return Err(FleetError::NotReady {
                             seconds: request.ready_timeout.as_secs(),
                             waited_for: ready_text,
-                            last_lines: vm.console.last_lines(),
+                            found: watchdog::report(&vm, &started.link).await,
                         });
                     }
                 }

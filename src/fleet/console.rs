@@ -130,8 +130,13 @@ impl Console {
 
     /// The last lines for an error message, as one sentence part.
     pub fn last_lines(&self) -> String {
+        self.last_lines_within(LAST_LINES_BYTES_MAX)
+    }
+
+    /// The same from at most so many bytes.
+    pub fn last_lines_within(&self, bytes_max: usize) -> String {
         let kept = lock(&self.kept);
-        let from = kept.backlog.len().saturating_sub(LAST_LINES_BYTES_MAX);
+        let from = kept.backlog.len().saturating_sub(bytes_max);
         let bytes: Vec<u8> = kept.backlog.iter().skip(from).copied().collect();
         let text = String::from_utf8_lossy(&bytes);
         let printable = text.replace(|c: char| c.is_control() && c != '\n', "");

@@ -40,8 +40,8 @@ pub enum FleetError {
     WrongState(String),
     #[error("{what} are at their limit of {limit}; {hint}")]
     Limit { what: &'static str, limit: usize, hint: &'static str },
-    #[error("the VM was not ready after {seconds} s: {waited_for} did not come; {last_lines}")]
-    NotReady { seconds: u64, waited_for: String, last_lines: String },
+    #[error("the VM was not ready after {seconds} s: {waited_for} did not come; {found}")]
+    NotReady { seconds: u64, waited_for: String, found: String },
     #[error("the VM ended before it was ready: {reason}; {last_lines}")]
     EndedEarly { reason: String, last_lines: String },
     #[error("the VM ended: {0}")]

@@ -83,6 +83,8 @@ pub const READY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 pub const READY_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// How long a worker may take to answer a request that does not write memory.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a worker may take to tell where its vCPUs are: it waits 2 s for them itself.
+pub const INSPECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a worker may take to write a snapshot.
 pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(900);
 

@@ -5,6 +5,7 @@
 //! | [`vm`], [`owner`] | a VM as others see it, and the task that alone changes it |
 //! | [`boot`] | cold boots up to the ready point |
 //! | [`profile`] | where a cold boot's time went |
+//! | [`watchdog`] | where a guest is that hangs |
 //! | [`clones`] | starting clones of a snapshot |
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
 //! | [`images`] | importing and opening images |
@@ -38,6 +39,7 @@ pub mod registry;
 pub mod shells;
 pub mod snapshots;
 pub mod vm;
+pub mod watchdog;
 
 use std::fs::{self, File};
 use std::io;
@@ -54,7 +56,7 @@ use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
-    BootProtocol, Hardware, MemoryMode, ModuleKind, NetworkStats, Stats, Step,
+    Activity, BootProtocol, Hardware, MemoryMode, ModuleKind, NetworkStats, Stats, Step, VcpuLook,
 };
 
 /// Threads that answer page faults of userfault clones.

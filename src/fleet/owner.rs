@@ -21,6 +21,7 @@ use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN
 use super::link::{Events, Link};
 use super::shells::Socket;
 use super::vm::{Command, FrozenVm, State, Vm};
+use super::watchdog;
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
 use crate::snapshot::store::Draft;
 use crate::worker::protocol::{BootSpec, Event, ExitReason, FaultRegion, Reply, Request, SnapshotSpec};
@@ -243,6 +244,9 @@ impl Owner {
             }
             Command::Stop(reason) => {
                 self.vm.kill(&reason);
+            }
+            Command::Inspect(answer) => {
+                let _ = answer.send(self.ears.during(watchdog::ask(&self.link)).await);
             }
             Command::Stats(answer) => {
                 let result = self.ask(Request::Stats, &[]).await;

@@ -24,7 +24,7 @@ use super::error::FleetError;
 use super::network::VmNetwork;
 use super::process::Process;
 use crate::snapshot::store::Draft;
-use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step};
+use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step, VcpuLook};
 
 /// What a VM was started from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,6 +108,7 @@ pub enum Command {
     /// End it, giving this reason.
     Stop(String),
     Stats(Answer<Stats>),
+    Inspect(Answer<Vec<VcpuLook>>),
 }
 
 /// How a VM was stopped.
@@ -177,6 +178,11 @@ impl Vm {
 
     pub async fn stats(&self) -> Result<Stats, FleetError> {
         self.command(Command::Stats).await
+    }
+
+    /// Where each of its vCPUs is, also while it boots. The guest stands still for a moment.
+    pub async fn inspect(&self) -> Result<Vec<VcpuLook>, FleetError> {
+        self.command(Command::Inspect).await
     }
 
     /// Refuses what needs a VM that has not ended.

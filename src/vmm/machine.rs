@@ -36,9 +36,10 @@ use super::chipset::{Chipset, ioapic};
 use super::devices::{DeviceThread, DevicesError};
 use super::host::Host;
 use super::irq::{Interrupt, KvmMessages, Messages};
+use super::look::Look;
 use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
 use super::milestones::GuestClock;
-use super::vcpu::{EventSink, VcpuError, VcpuHandle};
+use super::vcpu::{EventSink, Looking, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::block::pool::Pool;
 use super::virtio::block::{Block, SharedDisk};
@@ -615,6 +616,23 @@ impl Machine {
     /// What went through each network interface so far.
     pub fn networks(&self) -> Vec<Counted> {
         self.networks.iter().map(|counters| counters.read()).collect()
+    }
+
+    /// The registers of each vCPU, or why there are none. Those that run stand still for a moment; one that does not come out of its
+    /// exit by `deadline` is left alone. `running`: let them run on.
+    pub fn look(&self, running: bool, deadline: Instant) -> Result<Vec<Result<Look, String>>, MachineError> {
+        let looking: Vec<_> = self.vcpus.iter().map(VcpuHandle::look).collect();
+        let wait = |looking: Result<Looking, VcpuError>| match looking {
+            Ok(looking) => looking.wait_until(deadline),
+            Err(error) => Err(error.to_string()),
+        };
+        let looks = looking.into_iter().map(wait).collect();
+        if running {
+            for vcpu in &self.vcpus {
+                vcpu.resume()?;
+            }
+        }
+        Ok(looks)
     }
 
     /// When the boot CPU entered the guest, when the guest wrote its first console byte, and a reading of its clock.

@@ -7,6 +7,7 @@
 //! | [`memory`] | the guest-physical layout and the RAM |
 //! | [`vcpu`], [`vcpu_state`] | a vCPU's thread; its registers out of KVM and back |
 //! | [`bus`] | what a vCPU's exits reach |
+//! | [`look`] | a vCPU's registers, for the watchdog |
 //! | [`milestones`] | when a boot reached what |
 //! | [`devices`] | the thread that does all I/O |
 //! | [`chipset`] | serial, timer, clock, interrupt controllers |
@@ -21,6 +22,7 @@ pub mod host;
 #[cfg(test)]
 mod hostile;
 pub mod irq;
+pub mod look;
 pub mod machine;
 pub mod memory;
 pub mod milestones;

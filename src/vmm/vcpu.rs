@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::bus::Bus;
 use super::chipset::PortEffect;
+use super::look::{self, Look};
 use super::vcpu_state::{self, VcpuStateError};
 use crate::snapshot::state::vcpu::VcpuState;
 
@@ -49,6 +50,7 @@ enum Command {
     /// Answered when the vCPU stands still.
     Pause(SyncSender<()>),
     Save(SyncSender<Result<VcpuState, VcpuStateError>>),
+    Look(SyncSender<Result<Look, errno::Error>>),
     Quit,
 }
 
@@ -202,6 +204,36 @@ impl VcpuHandle {
     }
 }
 
+impl VcpuHandle {
+    /// Begins a look at the registers, which stops the vCPU if it runs; [`Looking::wait_until`] has them. [`VcpuHandle::resume`] must
+    /// follow if it is to run on. Unlike a pause this does not need the vCPU to get there: it may hang in a device.
+    pub fn look(&self) -> Result<Looking, VcpuError> {
+        let (answer, wait) = mpsc::sync_channel(1);
+        self.kick();
+        self.send(Command::Look(answer))?;
+        Ok(Looking { wait })
+    }
+}
+
+/// A look that was begun.
+pub struct Looking {
+    wait: Receiver<Result<Look, errno::Error>>,
+}
+
+impl Looking {
+    /// The registers, or why there are none: in a sentence part.
+    pub fn wait_until(self, deadline: Instant) -> Result<Look, String> {
+        match self.wait.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Ok(look)) => Ok(look),
+            Ok(Err(error)) => Err(format!("KVM does not tell its registers: {error}")),
+            Err(RecvTimeoutError::Timeout) => {
+                Err("does not stop: its thread is busy outside the guest".to_owned())
+            }
+            Err(RecvTimeoutError::Disconnected) => Err("its thread is gone".to_owned()),
+        }
+    }
+}
+
 impl Drop for VcpuHandle {
     fn drop(&mut self) {
         self.kick();
@@ -256,6 +288,7 @@ impl Runner {
                 Command::Save(answer) => {
                     drop(answer.send(vcpu_state::save(&self.vcpu, &self.msr_indices)));
                 }
+                Command::Look(answer) => drop(answer.send(look::take(&self.vcpu))),
                 Command::Quit => return,
             }
         }
@@ -265,6 +298,9 @@ impl Runner {
         if self.index == 0 {
             self.bus.milestones.entered.get_or_init(Instant::now);
         }
+        // A run that was ended late left it set after the handle had cleared it. A stop that comes now sets its flag before this byte,
+        // so it is seen just below.
+        self.page.immediate_exit().store(0, Ordering::SeqCst);
         while !self.dead && !self.stop.load(Ordering::SeqCst) {
             self.step();
         }
@@ -326,7 +362,15 @@ impl Runner {
                     )));
                 }
             }
-            VcpuExit::Shutdown => return Step::Event(VcpuEvent::Reset("triple fault")),
+            VcpuExit::Shutdown => {
+                // AMD's KVM has put the vCPU into its reset state by now (rip 0xfff0); Intel's shows where it was.
+                tracing::warn!(
+                    "vCPU {} triple faulted; KVM's last registers: {}",
+                    self.index,
+                    self.registers()
+                );
+                return Step::Event(VcpuEvent::Reset("triple fault"));
+            }
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => return Step::Event(VcpuEvent::PowerOff),
             VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => {
                 return Step::Event(VcpuEvent::Reset("KVM system event"));
@@ -364,7 +408,13 @@ impl Runner {
     }
 
     fn failed(&self, what: String) -> VcpuEvent {
-        let registers = match (self.vcpu.get_regs(), self.vcpu.get_sregs()) {
+        let registers = self.registers();
+        tracing::warn!("vCPU {}: {what}; {registers}", self.index);
+        VcpuEvent::Failed(format!("{what}; {registers}"))
+    }
+
+    fn registers(&self) -> String {
+        match (self.vcpu.get_regs(), self.vcpu.get_sregs()) {
             (Ok(r), Ok(s)) => format!(
                 "rip={:#x} rsp={:#x} rflags={:#x} cs={:#x} cpl={} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x} \
                  rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} rdi={:#x}",
@@ -386,7 +436,6 @@ impl Runner {
                 r.rdi
             ),
             _ => "registers not to be had".into(),
-        };
-        VcpuEvent::Failed(format!("{what}; {registers}"))
+        }
     }
 }

@@ -160,6 +160,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Snapshot(spec) => vm.snapshot(&spec, fds).map(Reply::Frozen),
         Request::Stats => Ok(Reply::Stats(vm.stats())),
         Request::Milestones => Ok(Reply::Milestones(vm.milestones())),
+        Request::Inspect => vm.inspect().map(Reply::Looks),
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
         Request::Boot(_) | Request::Restart(_) | Request::Restore(_) | Request::Kill => {
             Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() })

@@ -9,6 +9,8 @@
 //! A worker is a *shell* until its first [`Request::Boot`] or [`Request::Restore`]; after that it is that VM until
 //! it exits. End of file on the socket does **not** end a running VM (a VM outlives the daemon); it ends a shell.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// Descriptor number of the worker's end of the control socket.
@@ -23,6 +25,8 @@ pub const VCPUS_MAX: u8 = 32;
 pub const DISKS_MAX: usize = 8;
 /// Most network interfaces of a VM.
 pub const NETWORKS_MAX: usize = 4;
+/// How long a worker waits for its vCPUs when it is asked where they are.
+pub const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most layers under a disk, the base not counted.
 pub const LAYERS_MAX: usize = 16;
 
@@ -64,6 +68,9 @@ pub enum Request {
     PowerButton,
     /// When this VM's boot reached what. Does not disturb the guest.
     Milestones,
+    /// Where each vCPU is. The vCPUs stand still for a moment; devices do not. Answered within [`LOOK_TIMEOUT`] also when one of
+    /// them does not come out of its exit.
+    Inspect,
 }
 
 /// How the guest is entered.
@@ -199,6 +206,48 @@ pub enum Reply {
     Frozen(Frozen),
     Stats(Stats),
     Milestones(Milestones),
+    /// One for each vCPU, in order.
+    Looks(Vec<VcpuLook>),
+}
+
+/// One vCPU, for [`Request::Inspect`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuLook {
+    pub index: u8,
+    /// Or why there are none.
+    pub registers: Result<Registers, String>,
+}
+
+/// Registers that tell where a guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    pub activity: Activity,
+    pub rip: u64,
+    pub rsp: u64,
+    pub rflags: u64,
+    pub cr0: u64,
+    pub cr2: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// Highest interrupt vector that waits to be delivered.
+    pub pending: Option<u8>,
+    /// Highest interrupt vector that the guest is serving.
+    pub serving: Option<u8>,
+}
+
+/// What a vCPU is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Activity {
+    Running,
+    /// In HLT.
+    Halted,
+    /// An application processor that the guest has not started.
+    NotStarted,
+    /// KVM's number of another state.
+    Other(u32),
 }
 
 /// When a boot reached what; times as in [`monotonic_ns`].

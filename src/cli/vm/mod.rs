@@ -3,6 +3,7 @@
 mod call;
 mod console;
 pub mod create;
+mod inspect;
 mod network;
 mod profile;
 
@@ -62,6 +63,17 @@ pub enum Command {
     /// Show what a VM has done so far: exits, page faults, frames
     #[command(after_help = "Example:\n  coldspark vm stats web")]
     Stats {
+        #[command(flatten)]
+        socket: SocketArgument,
+        /// Id or name
+        vm: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show where a VM's CPUs are and what its console said last: for a guest that seems to hang
+    #[command(after_help = "Example:\n  coldspark vm inspect web")]
+    Inspect {
         #[command(flatten)]
         socket: SocketArgument,
         /// Id or name
@@ -208,6 +220,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
             }
         }
         Command::Stats { socket, vm, json } => network::stats(&socket, vm, json).await?,
+        Command::Inspect { socket, vm, json } => inspect::run(&socket, vm, json).await?,
         Command::Ls { socket, json } => list(&socket, json).await?,
         Command::Rm { socket, mut vms, all } => {
             let mut client = socket.connect().await?.vms;
