@@ -192,7 +192,7 @@ impl Fleet {
         progress: mpsc::Sender<Progress>,
     ) -> Result<Created, FleetError> {
         let arrived = Instant::now();
-        let mut profiler = Profiler::new();
+        let mut profiler = Profiler::begin();
         let names: Vec<String> = request.name.iter().cloned().collect();
         names.iter().try_for_each(|name| id::check_name("a VM", name))?;
         self.registry.check_room(1, &names)?;

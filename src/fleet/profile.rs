@@ -40,7 +40,7 @@ pub struct Profiler {
 
 impl Profiler {
     /// The request has just arrived.
-    pub fn new() -> Self {
+    pub fn begin() -> Self {
         Self { arrived_ns: monotonic_ns(), reached: Vec::new() }
     }
 
@@ -169,7 +169,7 @@ mod tests {
             arrived in any::<u64>(), step in any::<u32>(), entered in any::<Option<u64>>(),
             output in any::<Option<u64>>(), at_ns in any::<u64>(), tsc in any::<u64>(), khz in any::<u32>()
         ) {
-            let mut profiler = Profiler::new();
+            let mut profiler = Profiler::begin();
             profiler.booted(&booted(arrived, &[("memory", step), ("vm", u32::MAX)]));
             profiler.reached("ready");
             let clock = Some(GuestClock { at_ns, tsc, khz });

@@ -1,5 +1,7 @@
 //! The VM of a worker: from a request's descriptors to a machine, and from a machine to a snapshot's files.
 
+mod look;
+
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -11,10 +13,9 @@ use userfaultfd::Uffd;
 
 use super::fault;
 use super::protocol::{
-    Activity, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion,
-    FromWorker, Frozen, GuestClock, Hardware, HostReport, LAYERS_MAX, LOOK_TIMEOUT, LinkKind, MemoryMode,
-    MemoryRegion, Milestones, ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, Registers, RestoreSpec,
-    Restored, SnapshotSpec, Stats, Step, VcpuLook, monotonic_ns,
+    BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
+    Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
+    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, monotonic_ns,
 };
 use super::{Daemon, duplicate};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
@@ -25,7 +26,6 @@ use crate::snapshot::state::machine::{MachineState, RegionState};
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
-use crate::vmm::look::{self, Look};
 use crate::vmm::machine::{self, BootOptions, DiskPart, EmptyVm, Machine, NetworkPart, Parts};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
@@ -587,23 +587,6 @@ impl Vm {
         Ok(self.machine.press_power_button()?)
     }
 
-    /// Where each vCPU is.
-    pub fn inspect(&self) -> Result<Vec<VcpuLook>, Fault> {
-        let looks = self.machine.look(self.running, Instant::now() + LOOK_TIMEOUT)?;
-        let look =
-            |(index, look): (u8, Result<Look, String>)| VcpuLook { index, registers: look.map(registers) };
-        Ok((0..).zip(looks).map(look).collect())
-    }
-
-    pub fn milestones(&self) -> Milestones {
-        let (entered, first_output, clock) = self.machine.milestones();
-        Milestones {
-            entered_ns: entered.map(at_ns),
-            first_output_ns: first_output.map(at_ns),
-            clock: clock.map(|clock| GuestClock { at_ns: at_ns(clock.at), tsc: clock.tsc, khz: clock.khz }),
-        }
-    }
-
     pub fn stats(&self) -> Stats {
         let (minor_faults, major_faults) = faults();
         Stats {
@@ -613,28 +596,6 @@ impl Vm {
             private_dirty_bytes: private_dirty().unwrap_or(0),
             networks: self.machine.networks().into_iter().map(network_stats).collect(),
         }
-    }
-}
-
-fn registers(look: Look) -> Registers {
-    Registers {
-        activity: match look.activity {
-            look::Activity::Running => Activity::Running,
-            look::Activity::Halted => Activity::Halted,
-            look::Activity::NotStarted => Activity::NotStarted,
-            look::Activity::Other(state) => Activity::Other(state),
-        },
-        rip: look.rip,
-        rsp: look.rsp,
-        rflags: look.rflags,
-        cr0: look.cr0,
-        cr2: look.cr2,
-        cr3: look.cr3,
-        cr4: look.cr4,
-        efer: look.efer,
-        cpl: look.cpl,
-        pending: look.pending,
-        serving: look.serving,
     }
 }
 
