@@ -133,6 +133,15 @@ impl Fleet {
             },
         )?;
         clock.lap("prepare");
+        // Asked before there is a guest: the question waits for it in the agent's socket, which saves a way there and back.
+        let identity = async {
+            match request.managed {
+                true => identify(&started.vm, generation).await,
+                false => Ok(()),
+            }
+        };
+        tokio::pin!(identity);
+        let mut identified = None;
         let restored = {
             let mut fds = vec![
                 started.console.as_fd(),
@@ -142,14 +151,25 @@ impl Fleet {
             ];
             fds.extend(disks.iter().flat_map(|disk| disk.fds()));
             fds.extend(links.iter().flat_map(OpenLink::fd));
-            restore(&started, Request::Restore(spec), &fds).await?
+            let restoring = restore(&started, Request::Restore(spec), &fds);
+            tokio::pin!(restoring);
+            loop {
+                tokio::select! {
+                    biased;
+                    restored = &mut restoring => break restored?,
+                    confirmed = &mut identity, if identified.is_none() => identified = Some(confirmed),
+                }
+            }
         };
         // The worker has its own: from now on a link ends with it.
         drop(links);
         clock.lap("restore");
         clock.inside("restore", &restored.steps);
+        match identified {
+            Some(confirmed) => confirmed?,
+            None => identity.await?,
+        }
         if request.managed {
-            identify(&started.vm, generation).await?;
             clock.lap("identity");
         }
         started.vm.status.send_modify(|status| {
