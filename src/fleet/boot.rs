@@ -126,7 +126,7 @@ pub(super) struct Started {
 impl Fleet {
     /// Makes a VM of a shell.
     pub(super) fn start(self: &Arc<Self>, shell: Shell, start: Start) -> Result<Started, FleetError> {
-        let Shell { process, link, events, console, agent, host: _ } = shell;
+        let Shell { process, link, events, console, agent, .. } = shell;
         let state = if start.generation.is_some() { State::Running } else { State::Booting };
         let status = Status {
             state,

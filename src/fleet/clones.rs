@@ -88,7 +88,7 @@ impl Fleet {
     ) -> Result<Guard, FleetError> {
         let mut clock = Clock::new(arrived);
         let links = network::open(&networks).await?;
-        let shell = self.shells.take().await?;
+        let shell = self.shells.take_for(&source.open).await?;
         clock.lap("shell");
         source.check_fits(&shell.host)?;
         let generation = id::random::<16>()?;

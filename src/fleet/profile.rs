@@ -6,10 +6,8 @@
 //! computed from one reading before the first guest instruction and its frequency; the worker is not trusted, so nothing
 //! here can overflow.
 
-use std::time::Instant;
-
 use super::kernel_words::KernelWords;
-use crate::worker::protocol::{Booted, GuestClock, Milestones, monotonic_ns};
+use crate::worker::protocol::{Booted, GuestClock, Milestones, instant_ns, monotonic_ns};
 
 /// What a boot reached, and when.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,11 +106,6 @@ pub fn phase_name(step: &str) -> &str {
         "start" => "vCPUs running",
         other => other,
     }
-}
-
-fn instant_ns(instant: Instant) -> u64 {
-    let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    monotonic_ns().saturating_sub(ago)
 }
 
 /// The counter at `ns`; `None` if that would be before its zero: before the VM was made.

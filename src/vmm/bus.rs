@@ -57,29 +57,23 @@ impl Bus {
     /// A bus with one virtio-mmio window for each of `virtio`, from [`VIRTIO_MMIO_START`] on.
     pub fn new(chipset: Chipset, mmio: Vec<MmioTransport>, memory: GuestMemory) -> Self {
         let virtio = mmio.iter().map(|window| window.transport().clone()).collect();
-        Bus {
-            chipset,
-            virtio,
-            mmio,
-            pc: None,
-            memory,
-            exits: AtomicU64::new(0),
-            milestones: Milestones::default(),
-        }
+        Bus::of(chipset, virtio, mmio, None, memory)
     }
 
     /// A bus with PCI and the functions on it.
     pub fn with_pc(chipset: Chipset, pc: Pc, memory: GuestMemory) -> Self {
         let virtio = pc.functions.iter().map(|function| function.transport().clone()).collect();
-        Bus {
-            chipset,
-            virtio,
-            mmio: Vec::new(),
-            pc: Some(pc),
-            memory,
-            exits: AtomicU64::new(0),
-            milestones: Milestones::default(),
-        }
+        Bus::of(chipset, virtio, Vec::new(), Some(pc), memory)
+    }
+
+    fn of(
+        chipset: Chipset,
+        virtio: Vec<Arc<Mutex<Transport>>>,
+        mmio: Vec<MmioTransport>,
+        pc: Option<Pc>,
+        memory: GuestMemory,
+    ) -> Self {
+        Bus { chipset, virtio, mmio, pc, memory, exits: AtomicU64::new(0), milestones: Milestones::default() }
     }
 
     /// A guest `in` of `data.len()` bytes (1, 2 or 4) from `port`.

@@ -1,7 +1,7 @@
 //! The machine: memory, split interrupt chip, vCPUs and devices put together, in the order that is cheap.
 //!
-//! A VM with its split irqchip and boot CPU is made ahead ([`EmptyVm`]), so memory slots come last: with a split irqchip
-//! that is as cheap as the other order (with KVM's own it costs milliseconds). Everything is created standing still; [`Machine::resume`] lets it go.
+//! It begins with a [`Shell`], parts of which were made ahead ([`crate::vmm::shell`]). Everything is created standing still;
+//! [`Machine::resume`] lets it go.
 //!
 //! ```text
 //!   boot / restore --> paused --resume--> running --pause--> paused --save--> paused ...
@@ -17,10 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use kvm_bindings::{
-    CpuId, KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_clock_data, kvm_enable_cap, kvm_msr_entry,
-    kvm_userspace_memory_region,
-};
+use kvm_bindings::{CpuId, Msrs, kvm_clock_data, kvm_msr_entry};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -30,15 +27,16 @@ use super::boot::{
     ReadAt,
 };
 use super::bus::{Bus, Pc, SharedBus, lock};
+use super::chipset::Chipset;
 use super::chipset::pci::{Function, PciBus, intx_pin};
 use super::chipset::power::{self, Power};
-use super::chipset::{Chipset, ioapic};
 use super::devices::{DeviceThread, DevicesError};
 use super::host::Host;
 use super::irq::{Interrupt, KvmMessages, Messages};
 use super::look::Look;
 use super::memory::{MemoryError, Ram, VIRTIO_MMIO_BYTES, VIRTIO_MMIO_START};
 use super::milestones::GuestClock;
+use super::shell::Shell;
 use super::vcpu::{EventSink, Looking, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::block::pool::Pool;
@@ -65,15 +63,11 @@ use crate::snapshot::state::virtio::TransportState;
 /// Most vCPUs.
 pub const VCPUS_MAX: u8 = 32;
 /// I/O APIC pins of the virtio-mmio slots: those without a legacy owner. (A PC's are in `chipset::pci`.)
-const SLOT_PINS: [u8; 16] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
+pub(super) const SLOT_PINS: [u8; 16] = [5, 6, 7, 9, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22];
 /// Most network interfaces.
 pub const NETWORKS_MAX: usize = 4;
 /// Most disks: the slots, less console, rng and network interfaces.
 pub const DISKS_MAX: usize = SLOT_PINS.len() - 2 - NETWORKS_MAX;
-
-/// Intel's KVM keeps a task state and a page table in guest space for real mode; below the I/O APIC nothing else lives.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 
 /// Write-back memory type as default, as firmware leaves it (SDM volume 3, 12.11.2.1).
 const MSR_MTRR_DEFAULT_TYPE: u32 = 0x2ff;
@@ -129,64 +123,8 @@ pub enum MachineError {
     Descriptors(io::Error),
 }
 
-fn call(call: &'static str) -> impl FnOnce(errno::Error) -> MachineError {
+pub(super) fn call(call: &'static str) -> impl FnOnce(errno::Error) -> MachineError {
     move |source| MachineError::Kvm { call, source }
-}
-
-/// A KVM VM with a split interrupt chip, the boot CPU and no memory: what a worker makes before it knows which VM it
-/// is to be. Slots come after the irqchip then, which is cheap once the VM has aged for a moment (DESIGN.md).
-pub struct EmptyVm {
-    vm: VmFd,
-    boot_cpu: VcpuFd,
-}
-
-impl EmptyVm {
-    pub fn new(host: &Host) -> Result<Self, MachineError> {
-        let vm = host.kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
-        if cpuid::vendor(&host.supported_cpuid) == "GenuineIntel" {
-            vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
-            vm.set_tss_address(TSS_ADDRESS).map_err(call("KVM_SET_TSS_ADDR"))?;
-        }
-        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-        split.args[0] = ioapic::PINS as u64;
-        vm.enable_cap(&split).map_err(call("KVM_CAP_SPLIT_IRQCHIP"))?;
-        let boot_cpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
-        Ok(EmptyVm { vm, boot_cpu })
-    }
-}
-
-/// A VM with its memory.
-pub struct Shell {
-    vm: Arc<VmFd>,
-    boot_cpu: Option<VcpuFd>,
-    ram: Ram,
-}
-
-impl Shell {
-    /// Puts `ram` into the VM.
-    pub fn new(empty: EmptyVm, ram: Ram) -> Result<Self, MachineError> {
-        let EmptyVm { vm, boot_cpu } = empty;
-        for (slot, (region, address)) in ram.regions().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: 0,
-                guest_phys_addr: region.guest_address,
-                memory_size: region.bytes,
-                userspace_addr: address.addr() as u64,
-            };
-            // SAFETY: the memory stays mapped as long as `ram`, which this value keeps beside the VM.
-            unsafe { vm.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))?;
-        }
-        Ok(Shell { vm: Arc::new(vm), boot_cpu: Some(boot_cpu), ram })
-    }
-
-    /// vCPU `index`; to be asked for in ascending order.
-    fn vcpu(&mut self, index: u8) -> Result<VcpuFd, MachineError> {
-        match self.boot_cpu.take() {
-            Some(boot_cpu) if index == 0 => Ok(boot_cpu),
-            _ => self.vm.create_vcpu(u64::from(index)).map_err(call("KVM_CREATE_VCPU")),
-        }
-    }
 }
 
 /// What a machine is made of besides memory.
@@ -269,7 +207,7 @@ impl Frame {
         let changed =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Descriptors)?;
         let told = changed.try_clone().map_err(MachineError::Descriptors)?;
-        let chipset = Chipset::new(shell.vm.clone(), parts.console, told, parts.ready_port)
+        let chipset = Chipset::new(shell.ioapic(), parts.console, told, parts.ready_port)
             .map_err(call("the chipset's lines and timer"))?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let (mut disks, mut serials) = (Vec::new(), Vec::new());
@@ -292,7 +230,7 @@ impl Frame {
             networks.push(net.counters());
             virtio.push(Box::new(net));
         }
-        let memory = shell.ram.memory().clone();
+        let memory = shell.ram().memory().clone();
         let bus = match hardware {
             Hardware::Microvm => {
                 let windows = mmio_windows(&chipset, virtio)?;
@@ -330,6 +268,7 @@ impl Frame {
                 VcpuHandle::start(index as u8, vcpu, msrs, bus, events)
             })
             .collect::<Result<_, _>>()?;
+        let (vm, ram) = shell.into_parts()?;
         Ok(Machine {
             vcpus,
             devices: self.devices,
@@ -337,8 +276,8 @@ impl Frame {
             disks: self.disks,
             serials: self.serials,
             networks: self.networks,
-            vm: shell.vm,
-            ram: shell.ram,
+            vm,
+            ram,
             clock: None,
         })
     }
@@ -363,12 +302,12 @@ fn pc(
     devices: Vec<Box<dyn VirtioDevice>>,
     transitional: bool,
 ) -> Result<Pc, MachineError> {
-    let messages: Arc<dyn Messages> = Arc::new(KvmMessages(shell.vm.clone()));
+    let messages: Arc<dyn Messages> = Arc::new(KvmMessages(shell.vm()));
     let level = |pin: u8| chipset.ioapic.level_line(pin.into()).map(Box::new).map_err(call("KVM_IRQFD"));
     let mut functions = Vec::new();
     for (slot, device) in (1..).zip(devices) {
         let wires = Wires { messages: messages.clone(), intx: level(intx_pin(slot))? };
-        let memory = shell.ram.memory().clone();
+        let memory = shell.ram().memory().clone();
         functions.push(Arc::new(VirtioFunction::new(device, slot, transitional, wires, memory)?));
     }
     let power = Power::new(level(power::SCI)?);
@@ -402,7 +341,7 @@ impl Machine {
             })
             .collect();
         let mut loaded = boot::load(&BootInput {
-            memory: shell.ram.memory(),
+            memory: shell.ram().memory(),
             kernel: options.kernel,
             module: options.module,
             protocol: options.protocol,
@@ -452,7 +391,7 @@ impl Machine {
         if !(1..=VCPUS_MAX).contains(&machine.vcpus) {
             return Err(MachineError::Vcpus(machine.vcpus));
         }
-        if !shell.ram.regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
+        if !shell.ram().regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
             return Err(MachineError::Mismatch("other memory regions".into()));
         }
         let has = machine.devices.iter().filter(|name| *name == "net").count();
@@ -479,7 +418,7 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()?;
         let tsc = saved.first().map_or(0, vcpu_state::saved_tsc);
         let clock = kvm_clock_data { clock: machine.clock_ns, ..Default::default() };
-        shell.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
+        shell.vm().set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
         let vcpus = (0..machine.vcpus).map(|index| shell.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
         // Three passes, so that KVM sees the time stamp counters as one: `restore_tsc` says why.
         for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
@@ -487,6 +426,10 @@ impl Machine {
                 .map_err(|source| MachineError::VcpuState { index, source })?;
         }
         for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
+            if !shell.has_cpuid(index, &saved.cpuid) {
+                vcpu_state::set_cpuid(vcpu, saved)
+                    .map_err(|source| MachineError::VcpuState { index, source })?;
+            }
             vcpu_state::restore(vcpu, saved).map_err(|source| MachineError::VcpuState { index, source })?;
         }
         frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;

@@ -53,6 +53,16 @@ pub fn layout(memory_bytes: u64) -> Result<Vec<RegionState>, MemoryError> {
     Ok(regions)
 }
 
+/// Refuses regions, of a snapshot perhaps, that are not those of a VM with as much memory.
+pub fn check(regions: &[RegionState]) -> Result<(), MemoryError> {
+    let total = regions.iter().try_fold(0u64, |sum, r| sum.checked_add(r.bytes));
+    let expected = total.ok_or_else(|| MemoryError::Regions("they overflow".into())).and_then(layout)?;
+    match regions == expected {
+        true => Ok(()),
+        false => Err(MemoryError::Regions("they are not where this version puts them".into())),
+    }
+}
+
 /// Host memory behind one region.
 ///
 /// # Safety
@@ -73,11 +83,7 @@ impl Ram {
     /// RAM of regions and the memory behind each, in ascending order of guest addresses. The regions may come from a
     /// snapshot: they are checked.
     pub fn new(regions: Vec<(RegionState, Box<dyn Backing>)>) -> Result<Self, MemoryError> {
-        let total = regions.iter().try_fold(0u64, |sum, (r, _)| sum.checked_add(r.bytes));
-        let expected = total.ok_or_else(|| MemoryError::Regions("they overflow".into())).and_then(layout)?;
-        if !regions.iter().map(|(region, _)| *region).eq(expected) {
-            return Err(MemoryError::Regions("they are not where this version puts them".into()));
-        }
+        check(&regions.iter().map(|(region, _)| *region).collect::<Vec<_>>())?;
         let mapped = regions
             .iter()
             .map(|(region, backing)| {

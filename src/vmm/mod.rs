@@ -26,6 +26,7 @@ pub mod look;
 pub mod machine;
 pub mod memory;
 pub mod milestones;
+pub mod shell;
 pub mod vcpu;
 pub mod vcpu_state;
 pub mod virtio;

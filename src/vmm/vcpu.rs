@@ -202,9 +202,7 @@ impl VcpuHandle {
         let state = wait.recv().map_err(|_| VcpuError::Gone(self.index))?;
         state.map_err(|source| VcpuError::State { index: self.index, source })
     }
-}
 
-impl VcpuHandle {
     /// Begins a look at the registers, which stops the vCPU if it runs; [`Looking::wait_until`] has them. [`VcpuHandle::resume`] must
     /// follow if it is to run on. Unlike a pause this does not need the vCPU to get there: it may hang in a device.
     pub fn look(&self) -> Result<Looking, VcpuError> {

@@ -91,17 +91,22 @@ pub fn restore_tsc(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), Vcp
     }
 }
 
-/// Sets a new vCPU to a saved state, all but the time stamp counter ([`restore_tsc`], before this).
-pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
-    if state.msrs.len() > MSRS_MAX {
-        return Err(VcpuStateError::TooMany { what: "MSRs", count: state.msrs.len(), max: MSRS_MAX });
-    }
+/// Shows a new vCPU the processor that the saved one had; before [`restore`], and as long ahead of it as one likes.
+pub fn set_cpuid(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| VcpuStateError::TooMany {
         what: "CPUID entries",
         count: state.cpuid.len(),
         max: CPUID_ENTRIES_MAX,
     })?;
-    vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+    vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
+}
+
+/// Sets a new vCPU to a saved state, all but the time stamp counter ([`restore_tsc`]) and CPUID ([`set_cpuid`]), which come before
+/// this.
+pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+    if state.msrs.len() > MSRS_MAX {
+        return Err(VcpuStateError::TooMany { what: "MSRs", count: state.msrs.len(), max: MSRS_MAX });
+    }
     vcpu.set_sregs(&state.sregs).map_err(call("KVM_SET_SREGS"))?;
     vcpu.set_regs(&state.regs).map_err(call("KVM_SET_REGS"))?;
     vcpu.set_xcrs(&state.xcrs).map_err(call("KVM_SET_XCRS"))?;

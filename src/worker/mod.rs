@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`protocol`] | the messages |
 //! | [`channel`] | the socket they travel on |
+//! | [`ahead`] | what a shell does for clones of a snapshot before it is asked for one |
 //! | [`vm`] | the VM: from a request's descriptors to a machine, and from a machine to a snapshot's files |
 //! | [`fault`] | errors as the daemon is told them |
 //! | [`warm`] | the program's own pages, mapped ahead |
@@ -11,6 +12,7 @@
 //! Threads: this one takes requests, one for each vCPU, one for the devices. Opened by path at the start, before
 //! anything of a guest is seen: `/dev/kvm` and the userfault device. Nothing later.
 
+mod ahead;
 pub mod channel;
 mod fault;
 pub mod protocol;
@@ -104,6 +106,10 @@ fn run(die_with_parent: bool) -> Result<(), String> {
             Request::Boot(_) | Request::Restore(_) if vm.is_some() => {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
             }
+            Request::Expect if vm.is_some() => {
+                reply(Err(fault::wrong_state("this worker has its VM already")));
+            }
+            Request::Expect => reply(shell.expect(fds).map(|()| Reply::Done)),
             Request::Boot(spec) => match shell.boot(&daemon, &spec, fds, arrived) {
                 Ok((new, booted)) => {
                     vm = Some(new);
@@ -162,7 +168,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Milestones => Ok(Reply::Milestones(vm.milestones())),
         Request::Inspect => vm.inspect().map(Reply::Looks),
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
-        Request::Boot(_) | Request::Restart(_) | Request::Restore(_) | Request::Kill => {
+        Request::Boot(_) | Request::Restart(_) | Request::Expect | Request::Restore(_) | Request::Kill => {
             Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() })
         }
     }

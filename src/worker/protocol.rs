@@ -9,7 +9,7 @@
 //! A worker is a *shell* until its first [`Request::Boot`] or [`Request::Restore`]; after that it is that VM until
 //! it exits. End of file on the socket does **not** end a running VM (a VM outlives the daemon); it ends a shell.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,9 @@ pub enum Request {
     /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay, then for each
     /// network interface that is not down its link. Answered when the vCPUs have been told to run.
     Boot(BootSpec),
+    /// To a shell: do ahead what is the same for all clones of a snapshot. Descriptor: its state file. Answered when done; a shell that
+    /// could not do it, or that becomes another VM after all, is none the worse for it.
+    Expect,
     /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then disks and links
     /// as in `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
@@ -277,6 +280,12 @@ pub fn monotonic_ns() -> u64 {
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
     let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000).saturating_add(u64::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// An instant of this process on the clock of [`monotonic_ns`].
+pub fn instant_ns(instant: Instant) -> u64 {
+    let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    monotonic_ns().saturating_sub(ago)
 }
 
 /// What a cold boot chose.

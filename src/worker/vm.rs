@@ -11,31 +11,29 @@ use std::time::{Duration, Instant};
 
 use userfaultfd::Uffd;
 
+use super::ahead::{self, Ahead, Seat, read_state};
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
     Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
-    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, monotonic_ns,
+    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, instant_ns,
 };
 use super::{Daemon, duplicate};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
 use crate::snapshot::memory::image::{PageMap, SourceRegion, write_image};
-use crate::snapshot::memory::mapped::{Mapping, UserfaultDevice};
-use crate::snapshot::state::file::StateFile;
-use crate::snapshot::state::machine::{MachineState, RegionState};
+use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
+use crate::snapshot::state::machine::RegionState;
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, EmptyVm, Machine, NetworkPart, Parts};
+use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts};
 use crate::vmm::memory::{self, Backing, Ram};
+use crate::vmm::shell::{self, EmptyVm};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
 use crate::vmm::virtio::net::NetConfig;
 use crate::vmm::virtio::net::counters::Counted;
 use crate::vmm::virtio::net::link::Link;
 use crate::vmm::x86::{cpuid, features};
-
-/// Largest state file that is read.
-const STATE_BYTES_MAX: u64 = 16 << 20;
 
 /// What a worker prepares before it is told which VM to be.
 #[derive(Default)]
@@ -43,6 +41,8 @@ pub struct Shell {
     host: Option<Result<Arc<Host>, Fault>>,
     /// Made ahead; taken by the first request that gets as far.
     vm: Option<EmptyVm>,
+    /// For clones of the snapshot that was named; has taken `vm`.
+    ahead: Option<Ahead>,
     userfault: Option<UserfaultDevice>,
 }
 
@@ -129,12 +129,6 @@ impl Steps {
         self.steps.push(Step { name: name.into(), us: micros(now - self.last) });
         self.last = now;
     }
-}
-
-/// An instant as the protocol has it.
-fn at_ns(instant: Instant) -> u64 {
-    let ago = u64::try_from(instant.elapsed().as_nanos()).unwrap_or(u64::MAX);
-    monotonic_ns().saturating_sub(ago)
 }
 
 fn micros(duration: Duration) -> u32 {
@@ -231,6 +225,18 @@ impl Shell {
         self.vm = self.host().ok().and_then(|host| EmptyVm::new(&host).ok());
     }
 
+    /// [`Request::Expect`](super::protocol::Request::Expect).
+    pub fn expect(&mut self, fds: Vec<OwnedFd>) -> Result<(), Fault> {
+        let mut fds = Descriptors::new(fds);
+        let file = fds.file()?;
+        fds.end()?;
+        // One that was expected before is expected no more; this is nobody's waiting time.
+        self.ahead = None;
+        let vm = self.take_vm(&*self.host()?)?;
+        self.ahead = Some(Ahead::of(vm, file)?);
+        Ok(())
+    }
+
     /// The VM that was made ahead, or another.
     fn take_vm(&mut self, host: &Host) -> Result<EmptyVm, Fault> {
         match self.vm.take() {
@@ -301,9 +307,12 @@ impl Shell {
         let Handed { console, agent, kernel, module, disks, networks: plugs } = handed;
         let networks = plugs.iter().map(Plug::part).collect::<Result<_, _>>()?;
         let again = console.try_clone().map_err(fault::io("the console socket"))?;
-        let ram = backed(&memory::layout(spec.memory_bytes)?, |region| Mapping::anonymous(region.bytes))?;
+        let anonymous = |region: RegionState| Ok((region, Mapping::anonymous(region.bytes)?));
+        let memory = memory::layout(spec.memory_bytes)?.into_iter().map(anonymous);
+        let ram = backed(memory.collect::<Result<_, MapError>>()?)?;
         steps.done("memory");
-        let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
+        ahead::forget(self.ahead.take());
+        let shell = shell::Shell::new(self.take_vm(&host)?, ram)?;
         steps.done("vm");
         let parts = Parts {
             console,
@@ -336,7 +345,7 @@ impl Shell {
             running: true,
             disks_uneven: false,
         };
-        let arrived_ns = at_ns(arrived);
+        let arrived_ns = instant_ns(arrived);
         Ok((vm, Booted { protocol, choices: loaded.choices, arrived_ns, steps: steps.steps }))
     }
 
@@ -362,30 +371,37 @@ impl Shell {
             .zip(links)
             .map(|(kind, fd)| Ok(NetworkPart { link: plug(*kind, fd)?, config: None }))
             .collect::<Result<_, Fault>>()?;
-        let state = read_state(&state)?;
-        let machine_state: MachineState = state.get(0)?;
-        steps.done("state");
+        let Seat { state, vm, mut memory } = match self.ahead.take() {
+            Some(ahead) if ahead.is_of(&state) => ahead.seat,
+            other => {
+                ahead::forget(other);
+                Seat::new(self.take_vm(&host)?, read_state(&state)?)?
+            }
+        };
+        steps.done("vm");
         let mut uffd = None;
-        let ram = match spec.memory_mode {
-            MemoryMode::Mapped => backed(&machine_state.memory, |region| {
-                Mapping::of_file(&memory_file, region.file_offset, region.bytes)
-            })?,
+        match spec.memory_mode {
+            MemoryMode::Mapped => {
+                for (region, mapping) in &mut memory {
+                    mapping.back_with_file(&memory_file, region.file_offset)?;
+                }
+            }
             MemoryMode::Userfault => {
                 let device = self
                     .userfault
                     .as_ref()
                     .ok_or_else(|| fault::wrong_state("the worker is not prepared"))?;
                 let created = device.create()?;
-                let ram = backed(&machine_state.memory, |region| Mapping::userfault(&created, region.bytes))?;
+                for (_, mapping) in &mut memory {
+                    mapping.back_with_userfault(&created)?;
+                }
                 // Before anything touches memory: KVM itself does, when it sets the guest's clock page.
-                hand_over(daemon, &created, &ram)?;
+                hand_over(daemon, &created, &memory)?;
                 uffd = Some(created);
-                ram
             }
-        };
+        }
+        let shell = vm.with_memory(backed(memory)?)?;
         steps.done("memory");
-        let shell = machine::Shell::new(self.take_vm(&host)?, ram)?;
-        steps.done("vm");
         let parts = Parts {
             console,
             agent,
@@ -427,44 +443,26 @@ struct Handed {
 }
 
 /// RAM with a mapping behind each region.
-fn backed<E>(
-    regions: &[RegionState],
-    mut map: impl FnMut(&RegionState) -> Result<Mapping, E>,
-) -> Result<Ram, Fault>
-where
-    Fault: From<E>,
-{
-    let parts = regions
-        .iter()
-        .map(|region| Ok((*region, Box::new(Backed(map(region)?)) as Box<dyn Backing>)))
-        .collect::<Result<Vec<_>, E>>()?;
-    Ok(Ram::new(parts)?)
+fn backed(memory: Vec<(RegionState, Mapping)>) -> Result<Ram, Fault> {
+    let back = |(region, mapping)| (region, Box::new(Backed(mapping)) as Box<dyn Backing>);
+    Ok(Ram::new(memory.into_iter().map(back).collect())?)
 }
 
 /// Gives the daemon's pager the userfaultfd.
-fn hand_over(daemon: &Daemon, uffd: &Uffd, ram: &Ram) -> Result<(), Fault> {
+fn hand_over(daemon: &Daemon, uffd: &Uffd, memory: &[(RegionState, Mapping)]) -> Result<(), Fault> {
     // SAFETY: the Uffd outlives the borrow.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) };
     let fd = duplicate(fd).map_err(fault::io("the userfaultfd"))?;
-    let regions = ram
-        .regions()
-        .map(|(region, address)| FaultRegion {
-            host_address: address.addr() as u64,
+    let regions = memory
+        .iter()
+        .map(|(region, mapping)| FaultRegion {
+            host_address: mapping.address().addr() as u64,
             bytes: region.bytes,
             file_offset: region.file_offset,
         })
         .collect();
     daemon.send(&FromWorker::Event(Event::Userfault { regions }), &[fd.as_fd()]);
     Ok(())
-}
-
-fn read_state(file: &File) -> Result<StateFile, Fault> {
-    let mut bytes = Vec::new();
-    // The descriptor is shared with other clones' workers, and with it its position: read by offset.
-    let length = file.metadata().map_err(fault::io("the state file"))?.len().min(STATE_BYTES_MAX);
-    bytes.resize(usize::try_from(length).unwrap_or(0), 0);
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, 0).map_err(fault::io("the state file"))?;
-    Ok(StateFile::from_bytes(&bytes)?)
 }
 
 /// Turns vCPU events into messages. An end of the guest ends the process once it was told.

@@ -57,6 +57,8 @@ struct Registers {
     asserted: [u32; PINS],
     /// Level sources that each pin has.
     sources: [u32; PINS],
+    /// Those entries that have routes, as KVM knows them, and 0 for the others. `None`: not known.
+    routed: Option<[u64; PINS]>,
 }
 
 /// Which pins are masked, and which masked ones have an edge waiting; shared with the lines.
@@ -202,7 +204,7 @@ impl IoApic {
             // The route may stay: a line that raises now sees the mask first.
             return Ok(());
         }
-        self.set_routes(r)?;
+        self.set_routes(&mut r.routed, &r.entries)?;
         self.gate.masked.fetch_and(!bit, Ordering::SeqCst);
         let edge = self.gate.pending.fetch_and(!bit, Ordering::SeqCst) & bit != 0;
         if r.deliverable(pin) || edge {
@@ -218,12 +220,37 @@ impl IoApic {
         }
     }
 
+    /// Sets the routes that [`IoApic::restore`] of the same state will want, which waits for all vCPUs to have seen them; and connects
+    /// `pins`.
+    pub fn expect(&self, state: &IoApicState, pins: impl Iterator<Item = usize>) -> Result<(), errno::Error> {
+        let mut entries = [ENTRY_MASKED; PINS];
+        for (to, from) in entries.iter_mut().zip(&state.entries) {
+            *to = from & ENTRY_WRITABLE;
+        }
+        self.set_routes(&mut self.lock().routed, &entries)?;
+        for pin in pins {
+            self.line(pin)?;
+        }
+        Ok(())
+    }
+
     /// Sets the MSI routes of all unmasked entries.
-    fn set_routes(&self, r: &Registers) -> Result<(), errno::Error> {
+    fn set_routes(
+        &self,
+        routed: &mut Option<[u64; PINS]>,
+        entries: &[u64; PINS],
+    ) -> Result<(), errno::Error> {
+        let wanted = entries.map(|entry| if has_route(entry) { entry & ENTRY_WRITABLE } else { 0 });
+        if *routed == Some(wanted) {
+            return Ok(());
+        }
         let routes: Vec<_> =
-            r.entries.iter().enumerate().filter_map(|(pin, entry)| route(pin, *entry)).collect();
+            entries.iter().enumerate().filter_map(|(pin, entry)| route(pin, *entry)).collect();
         let routing = KvmIrqRouting::from_entries(&routes).map_err(|_| errno::Error::new(libc::ENOMEM))?;
-        self.routing.set(&routing)
+        *routed = None;
+        self.routing.set(&routing)?;
+        *routed = Some(wanted);
+        Ok(())
     }
 
     pub fn save(&self) -> IoApicState {
@@ -247,19 +274,25 @@ impl IoApic {
             *to = from & (ENTRY_WRITABLE | in_service);
             masked |= u32::from(*to & ENTRY_MASKED != 0) << pin;
         }
-        self.set_routes(&r)?;
+        let r = &mut *r;
+        self.set_routes(&mut r.routed, &r.entries)?;
         self.gate.masked.store(masked, Ordering::SeqCst);
         self.gate.pending.store(state.pending & masked, Ordering::SeqCst);
         Ok(())
     }
 }
 
-/// The MSI that an entry stands for (82093AA section 3.2.4; SDM volume 3, 11.11). None: masked, or wired to a PIC.
+/// Neither masked nor wired to a PIC.
+fn has_route(entry: u64) -> bool {
+    entry & ENTRY_MASKED == 0 && entry >> 8 & 7 != DELIVERY_EXTINT
+}
+
+/// The MSI that an entry stands for (82093AA section 3.2.4; SDM volume 3, 11.11), if it has a route.
 fn route(pin: usize, entry: u64) -> Option<kvm_irq_routing_entry> {
-    let delivery = entry >> 8 & 7;
-    if entry & ENTRY_MASKED != 0 || delivery == DELIVERY_EXTINT {
+    if !has_route(entry) {
         return None;
     }
+    let delivery = entry >> 8 & 7;
     let destination = (entry >> 56) as u32;
     let logical = (entry >> 11 & 1) as u32;
     let redirect = u32::from(delivery == DELIVERY_LOWEST);
@@ -281,7 +314,14 @@ fn route(pin: usize, entry: u64) -> Option<kvm_irq_routing_entry> {
 
 impl Default for Registers {
     fn default() -> Self {
-        Registers { select: 0, id: 0, entries: [ENTRY_MASKED; PINS], asserted: [0; PINS], sources: [0; PINS] }
+        Registers {
+            select: 0,
+            id: 0,
+            entries: [ENTRY_MASKED; PINS],
+            asserted: [0; PINS],
+            sources: [0; PINS],
+            routed: None,
+        }
     }
 }
 
@@ -402,7 +442,67 @@ impl Level for LevelLine {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
+
+    /// Counts how often routes were set, and keeps how many; fails as long as it is told to.
+    #[derive(Default)]
+    struct Table {
+        set: AtomicUsize,
+        routes: AtomicUsize,
+        refuses: std::sync::atomic::AtomicBool,
+    }
+
+    impl Routing for Table {
+        fn connect(&self, _: &EventFd, _: u32) -> Result<(), errno::Error> {
+            Ok(())
+        }
+
+        fn set(&self, routes: &KvmIrqRouting) -> Result<(), errno::Error> {
+            if self.refuses.load(Ordering::SeqCst) {
+                return Err(errno::Error::new(libc::ENOMEM));
+            }
+            self.set.fetch_add(1, Ordering::SeqCst);
+            self.routes.store(routes.as_slice().len(), Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn routes_are_set_ahead_and_again_only_if_they_differ() {
+        let table = Arc::new(Table::default());
+        let is = || (table.set.load(Ordering::SeqCst), table.routes.load(Ordering::SeqCst));
+        let ioapic = IoApic::new(table.clone());
+        let mut state = ioapic.save();
+        state.entries[5] = 0x31;
+        state.entries[6] = 0x32 | ENTRY_LEVEL | ENTRY_REMOTE_IRR;
+        ioapic.expect(&state, [5, 6].into_iter()).unwrap();
+        assert_eq!(is(), (1, 2));
+        assert_ne!(ioapic.save(), state, "nothing but the routes");
+        ioapic.restore(&state).unwrap();
+        assert_eq!(is(), (1, 2));
+        assert_eq!(ioapic.save(), state);
+        // Another state than was expected.
+        state.entries[6] = 0x33;
+        ioapic.restore(&state).unwrap();
+        assert_eq!(is(), (2, 2));
+        // The guest masks one, which keeps its route, and lets another in.
+        let write = |pin: usize, value: u32| {
+            ioapic.write(REGISTER_SELECT, &[INDEX_ENTRIES + 2 * pin as u8])?;
+            ioapic.write(REGISTER_WINDOW, &value.to_le_bytes())
+        };
+        write(5, ENTRY_MASKED as u32 | 0x31).unwrap();
+        assert_eq!(is(), (2, 2));
+        write(7, 0x34).unwrap();
+        assert_eq!(is(), (3, 2));
+        // What was refused is not taken for done.
+        table.refuses.store(true, Ordering::SeqCst);
+        write(5, 0x31).unwrap_err();
+        table.refuses.store(false, Ordering::SeqCst);
+        write(8, 0x35).unwrap();
+        assert_eq!(is(), (4, 4));
+    }
 
     #[test]
     fn an_entry_becomes_the_msi_of_the_manual() {

@@ -66,12 +66,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Chipset {
     /// A chipset after reset. `console` must be non-blocking; `interest_changed` is handed to the serial port.
     pub fn new(
-        routing: Arc<dyn ioapic::Routing>,
+        ioapic: Arc<ioapic::IoApic>,
         console: UnixStream,
         interest_changed: EventFd,
         ready_port: Option<u16>,
     ) -> Result<Self, errno::Error> {
-        let ioapic = Arc::new(ioapic::IoApic::new(routing));
         let serial_line = ioapic.line(SERIAL_PIN)?;
         Ok(Chipset {
             serial: Arc::new(serial::Serial::new(console, serial_line, interest_changed)),

@@ -10,9 +10,9 @@ use crate::snapshot::codec;
 use crate::snapshot::state::chipset::ChipsetState;
 use crate::snapshot::state::pc::PcState;
 use crate::vmm::bus::lock;
-use crate::vmm::chipset::PortEffect;
 use crate::vmm::chipset::ioapic::{IOAPIC_START, PINS};
 use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START, MEMORY_START};
+use crate::vmm::chipset::{PortEffect, SERIAL_PIN};
 use crate::vmm::irq::Interrupt;
 
 #[derive(Debug, Clone)]
@@ -258,7 +258,12 @@ proptest! {
         let saved = machine.save_chipset();
         let clone = Machine::new(front);
         prop_assert!(clone.restore_chipset(&saved));
-        prop_assert_eq!(clone.save_chipset(), saved);
+        let mut again = clone.save_chipset();
+        // The serial port raises its line in a clone if it has anything to say: an edge that the source may have had already.
+        let serial = 1 << SERIAL_PIN;
+        prop_assert_eq!(again.0.ioapic.pending & saved.0.ioapic.pending & serial, saved.0.ioapic.pending & serial);
+        again.0.ioapic.pending &= saved.0.ioapic.pending | !serial;
+        prop_assert_eq!(again, saved);
         machine.check_chipset();
         clone.check_chipset();
     }

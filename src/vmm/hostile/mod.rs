@@ -29,7 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::{Bus, Pc, lock};
 use super::chipset::Chipset;
-use super::chipset::ioapic::{PINS, Routing};
+use super::chipset::ioapic::{IoApic, PINS, Routing};
 use super::chipset::pci::{Function, PciBus, intx_pin};
 use super::chipset::power::{self, Power};
 use super::irq::Messages;
@@ -166,7 +166,8 @@ impl Machine {
         let (net_device, wire) = UnixDatagram::pair().unwrap();
         wire.set_nonblocking(true).unwrap();
         let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let chipset = Chipset::new(Arc::new(Wiring), console, wake, Some(READY_PORT)).unwrap();
+        let chipset =
+            Chipset::new(Arc::new(IoApic::new(Arc::new(Wiring))), console, wake, Some(READY_PORT)).unwrap();
         let overlay = Some(tempfile::tempfile().unwrap());
         let disk = Arc::new(LayeredDisk::open(None, vec![], overlay, DISK_BYTES).unwrap());
         // All offloads, as with a TAP.

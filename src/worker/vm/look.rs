@@ -2,9 +2,11 @@
 
 use std::time::Instant;
 
-use super::{Vm, at_ns};
+use super::Vm;
 use crate::vmm::look::{self, Look};
-use crate::worker::protocol::{Activity, Fault, GuestClock, LOOK_TIMEOUT, Milestones, Registers, VcpuLook};
+use crate::worker::protocol::{
+    Activity, Fault, GuestClock, LOOK_TIMEOUT, Milestones, Registers, VcpuLook, instant_ns,
+};
 
 impl Vm {
     /// Where each vCPU is.
@@ -18,9 +20,13 @@ impl Vm {
     pub fn milestones(&self) -> Milestones {
         let (entered, first_output, clock) = self.machine.milestones();
         Milestones {
-            entered_ns: entered.map(at_ns),
-            first_output_ns: first_output.map(at_ns),
-            clock: clock.map(|clock| GuestClock { at_ns: at_ns(clock.at), tsc: clock.tsc, khz: clock.khz }),
+            entered_ns: entered.map(instant_ns),
+            first_output_ns: first_output.map(instant_ns),
+            clock: clock.map(|clock| GuestClock {
+                at_ns: instant_ns(clock.at),
+                tsc: clock.tsc,
+                khz: clock.khz,
+            }),
         }
     }
 }
