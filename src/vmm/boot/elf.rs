@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use memchr::memmem::Finder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::error::BootError;
@@ -27,8 +28,9 @@ const SECTIONS_MAX: usize = 8192;
 const NOTES_BYTES_MAX: u64 = 1 << 20;
 const NAMES_BYTES_MAX: u64 = 1 << 20;
 const INTERPRETER_BYTES_MAX: u64 = 256;
-/// How much of a file is searched at once, and the longest text to be searched for.
-const SCAN_BYTES: usize = 1 << 20;
+/// How much of a file is searched at once (it stays in the processor's cache while one text after the other is looked for), and the
+/// longest text to be searched for.
+const SCAN_BYTES: usize = 128 << 10;
 pub const TEXT_BYTES_MAX: usize = 64;
 
 const TYPE_EXECUTABLE: u16 = 2;
@@ -38,6 +40,8 @@ const OSABI_FREEBSD: u8 = 9;
 const SEGMENT_LOAD: u32 = 1;
 const SEGMENT_INTERPRETER: u32 = 3;
 const SEGMENT_NOTE: u32 = 4;
+/// Of the flags of a segment (write 2, execute 1), read alone.
+const FLAGS_READ: u32 = 4;
 const SECTION_NOTE: u32 = 7;
 const XEN_GUEST_OS: u32 = 6;
 const XEN_PHYS32_ENTRY: u32 = 18;
@@ -50,6 +54,8 @@ pub struct Segment {
     pub memory_bytes: u64,
     pub virtual_address: u64,
     pub physical_address: u64,
+    /// Neither to be executed nor written: constants, where a linker gives them a segment of their own.
+    pub constant: bool,
 }
 
 /// What an ELF file says of itself.
@@ -125,6 +131,7 @@ impl Elf {
                 physical_address: u64_at(raw, 24),
                 file_bytes: u64_at(raw, 32),
                 memory_bytes: u64_at(raw, 40),
+                constant: u32_at(raw, 4) & 7 == FLAGS_READ,
             };
             match u32_at(raw, 0) {
                 SEGMENT_LOAD if segment.memory_bytes > 0 => {
@@ -241,21 +248,14 @@ impl Elf {
         Ok(range)
     }
 
-    /// Which of `texts` (none longer than [`TEXT_BYTES_MAX`]) the segments' bytes in the file contain.
+    /// Which of `texts` (none longer than [`TEXT_BYTES_MAX`]), constants of the program, the segments' bytes in the file contain.
+    /// If segments of constants have any of them they have them all: the others, which are larger by far, are not looked into then.
     pub fn contains(&self, file: &File, texts: &[&[u8]]) -> Result<Vec<bool>, BootError> {
         let mut found = vec![false; texts.len()];
-        let mut buffer = vec![0u8; SCAN_BYTES + TEXT_BYTES_MAX];
-        for segment in &self.segments {
-            let mut done = 0;
-            while done < segment.file_bytes && found.contains(&false) {
-                // Parts overlap by the longest text, so that one across a border is seen.
-                let bytes = (segment.file_bytes - done).min(buffer.len() as u64) as usize;
-                let Some(part) = buffer.get_mut(..bytes) else { break };
-                read_at(file, part, segment.offset.saturating_add(done))?;
-                for (text, found) in texts.iter().zip(&mut found).filter(|(_, found)| !**found) {
-                    *found = find(part, text);
-                }
-                done += SCAN_BYTES as u64;
+        for constant in [true, false] {
+            if !found.contains(&true) {
+                let segments = self.segments.iter().filter(|segment| segment.constant == constant);
+                search(file, segments, texts, &mut found)?;
             }
         }
         Ok(found)
@@ -287,12 +287,29 @@ impl Segment {
     }
 }
 
-/// True if `text` is somewhere in `bytes`.
-fn find(bytes: &[u8], text: &[u8]) -> bool {
-    // SAFETY: both pointers and lengths are those of live slices; memmem only reads them. (The standard library has
-    // no search for byte strings, and one byte at a time is slow on a kernel of 30 MiB.)
-    let at = unsafe { libc::memmem(bytes.as_ptr().cast(), bytes.len(), text.as_ptr().cast(), text.len()) };
-    !at.is_null()
+/// Sets `found` for those of `texts` that are in these segments.
+fn search<'a>(
+    file: &File,
+    segments: impl Iterator<Item = &'a Segment>,
+    texts: &[&[u8]],
+    found: &mut [bool],
+) -> Result<(), BootError> {
+    let finders: Vec<Finder<'_>> = texts.iter().map(Finder::new).collect();
+    let mut buffer = vec![0u8; SCAN_BYTES + TEXT_BYTES_MAX];
+    for segment in segments {
+        let mut done = 0;
+        while done < segment.file_bytes && found.contains(&false) {
+            // Parts overlap by the longest text, so that one across a border is seen.
+            let bytes = (segment.file_bytes - done).min(buffer.len() as u64) as usize;
+            let Some(part) = buffer.get_mut(..bytes) else { break };
+            read_at(file, part, segment.offset.saturating_add(done))?;
+            for (finder, found) in finders.iter().zip(found.iter_mut()).filter(|(_, found)| !**found) {
+                *found = finder.find(part).is_some();
+            }
+            done += SCAN_BYTES as u64;
+        }
+    }
+    Ok(())
 }
 
 /// Copies `bytes` bytes at `offset` of `file` to guest memory at `address`, without a buffer between.
@@ -343,7 +360,8 @@ fn check_header(header: &[u8; HEADER_BYTES]) -> Result<(), BootError> {
 }
 
 fn check_segment(segment: &Segment, bytes: u64) -> Result<(), BootError> {
-    let Segment { offset, file_bytes, memory_bytes, virtual_address, physical_address } = *segment;
+    let Segment { offset, file_bytes, memory_bytes, virtual_address, physical_address, constant: _ } =
+        *segment;
     if file_bytes > memory_bytes {
         return Err(BootError::BadElf(format!(
             "a segment with {file_bytes} bytes in the file but {memory_bytes} in memory"

@@ -144,6 +144,25 @@ fn texts_are_found_wherever_they_lie() {
     }
 }
 
+#[test]
+fn segments_of_constants_come_first_and_suffice() {
+    let segment = |n: u64, text: &[u8]| {
+        let start = KERNEL_START + n * (2 << 20);
+        (KERNBASE + start, start, text.to_vec(), 2 << 20)
+    };
+    let found = |texts: [&[u8]; 2], constant: usize| {
+        let segments = vec![segment(0, texts[0]), segment(1, texts[1])];
+        let mut content = ElfBuilder { segments, ..ElfBuilder::freebsd() }.build();
+        let flags = 64 + 56 * constant + 4;
+        content[flags] = 4;
+        let elf = read(&content).expect("good");
+        elf.contains(&file(&content), &[b"needle", b"noodle"]).expect("readable")
+    };
+    assert_eq!(found([b"a noodle", b"a needle"], 1), [true, false], "the program's text is not looked into");
+    assert_eq!(found([b"a noodle", b"a needle"], 0), [false, true]);
+    assert_eq!(found([b"a needle, a noodle", b"nothing"], 1), [true, true], "constants are elsewhere");
+}
+
 proptest! {
     #[test]
     fn damaged_files_do_not_panic(
