@@ -99,6 +99,7 @@ enum Source {
     SerialChanged,
     Timer,
     Serial,
+    SerialLinger,
     Virtio(usize),
 }
 
@@ -123,6 +124,7 @@ impl Worker {
             (self.wake.as_raw_fd(), Source::Wake),
             (self.serial_changed.as_raw_fd(), Source::SerialChanged),
             (timer, Source::Timer),
+            (self.bus.chipset.serial.linger_fd(), Source::SerialLinger),
         ] {
             self.watch(source, &[HostInterest { fd, readable: true, writable: false }])?;
         }
@@ -157,6 +159,8 @@ impl Worker {
                                 for device in &self.bus.virtio {
                                     lock(device).quiesce(&self.bus.memory);
                                 }
+                                // A line that the guest has begun is the source's to print, not every clone's.
+                                self.bus.chipset.serial.console_writable();
                                 let _ = done.send(());
                                 if !self.stand(commands) {
                                     return;
@@ -206,6 +210,10 @@ impl Worker {
                 if set.intersects(EventSet::IN | EventSet::HANG_UP | EventSet::ERROR) {
                     serial.console_readable();
                 }
+            }
+            Source::SerialLinger => {
+                self.bus.chipset.serial.lingered();
+                return self.refresh(Source::Serial);
             }
             Source::Virtio(slot) => {
                 if let Some(device) = self.bus.virtio.get(slot) {

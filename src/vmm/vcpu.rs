@@ -317,10 +317,8 @@ impl Runner {
         let step = self.run_once();
         if let Step::Event(event) = &step {
             self.dead = !matches!(event, VcpuEvent::Ready(_));
-            if self.dead {
-                // The last words of a guest that ends must not be lost with it.
-                self.bus.chipset.serial.flush(LAST_WORDS_LIMIT);
-            }
+            // What it printed before comes before; and the last words of a guest that ends must not be lost with it.
+            self.bus.chipset.serial.flush(if self.dead { LAST_WORDS_LIMIT } else { Duration::ZERO });
             (self.events)(event.clone());
         }
         step

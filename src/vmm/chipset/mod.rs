@@ -73,7 +73,7 @@ impl Chipset {
     ) -> Result<Self, errno::Error> {
         let serial_line = ioapic.line(SERIAL_PIN)?;
         Ok(Chipset {
-            serial: Arc::new(serial::Serial::new(console, serial_line, interest_changed)),
+            serial: Arc::new(serial::Serial::new(console, serial_line, interest_changed)?),
             pit: Mutex::new(pit::Pit::new()?),
             pit_line: ioapic.line(PIT_PIN)?,
             ioapic,

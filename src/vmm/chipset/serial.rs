@@ -4,15 +4,20 @@
 //! the transmit interrupt only when IIR reported it; enabling the transmit interrupt while the transmitter is
 //! empty raises it at once; and the transmitter can be *busy* (LSR.THRE clear) when nobody takes the output, so
 //! that a flood is slowed down and not lost. `hw.broken_txfifo`, which FreeBSD sets for Firecracker, is not needed here.
+//!
+//! Output goes to the console by lines: a kernel prints a byte at a time, and each one that is handed on by itself wakes everybody between
+//! it and the reader's screen, which made up most of a FreeBSD's boot. What has no line's end is handed on after [`LINGER`].
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::snapshot::state::chipset::SerialState;
 use crate::vmm::irq::Interrupt;
@@ -23,6 +28,11 @@ const RECEIVE_FIFO_BYTES: usize = 16;
 const TRANSMIT_BUSY_BYTES: usize = 16 << 10;
 /// Output at which bytes written in spite of a busy transmitter are dropped, as the real chip overwrites them.
 const TRANSMIT_BYTES_MAX: usize = 64 << 10;
+
+/// Output that is handed on though its line has no end yet.
+const LINE_BYTES_MAX: usize = 256;
+/// How long output waits for the end of its line: longer than a kernel takes for the rest of it, shorter than anybody notices.
+const LINGER: Duration = Duration::from_millis(1);
 
 const IER_RECEIVED: u8 = 1 << 0;
 const IER_TRANSMIT_EMPTY: u8 = 1 << 1;
@@ -63,6 +73,11 @@ struct Registers {
     active: u8,
     /// The other end of the console is gone; output is discarded.
     closed: bool,
+    /// The console takes no more at the moment.
+    blocked: bool,
+    /// The linger timer runs.
+    lingers: bool,
+    linger: TimerFd,
 }
 
 /// The serial port. Ports are touched by vCPU threads, the console socket by the device thread and, for output, by
@@ -86,8 +101,12 @@ pub struct Interest {
 
 impl Serial {
     /// A port in its state after reset. `console` must be non-blocking; `interest_changed` is written when
-    /// [`Serial::interest`] may answer differently.
-    pub fn new(console: UnixStream, interrupt: Arc<dyn Interrupt>, interest_changed: EventFd) -> Self {
+    /// [`Serial::interest`] may answer differently. Fails if the host has no descriptor left.
+    pub fn new(
+        console: UnixStream,
+        interrupt: Arc<dyn Interrupt>,
+        interest_changed: EventFd,
+    ) -> Result<Self, errno::Error> {
         let registers = Registers {
             interrupt_enable: 0,
             fifo_control: 0,
@@ -103,14 +122,17 @@ impl Serial {
             transmit: VecDeque::new(),
             active: 0,
             closed: false,
+            blocked: false,
+            lingers: false,
+            linger: TimerFd::new()?,
         };
-        Serial {
+        Ok(Serial {
             registers: Mutex::new(registers),
             console,
             interrupt,
             interest_changed,
             first_output: OnceLock::new(),
-        }
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -127,13 +149,15 @@ impl Serial {
         &self.console
     }
 
+    /// Readable when [`Serial::lingered`] is to be called. For the device thread's epoll.
+    pub fn linger_fd(&self) -> RawFd {
+        self.lock().linger.as_raw_fd()
+    }
+
     /// What to watch the console socket for now.
     pub fn interest(&self) -> Interest {
         let r = self.lock();
-        Interest {
-            readable: !r.closed && r.receive_room() > 0,
-            writable: !r.closed && !r.transmit.is_empty(),
-        }
+        Interest { readable: !r.closed && r.receive_room() > 0, writable: !r.closed && r.blocked }
     }
 
     /// Reads register `offset` (0 to 7).
@@ -226,11 +250,18 @@ impl Serial {
         } else if !r.closed && r.transmit.len() < TRANSMIT_BYTES_MAX {
             self.first_output.get_or_init(Instant::now);
             r.transmit.push_back(value);
-            let waited = r.transmit.len() > 1;
             // With a backlog the device thread is already waiting for the socket.
-            if !waited {
-                self.drain(r);
-                if !r.transmit.is_empty() {
+            if !r.blocked {
+                if value == b'\n' || r.transmit.len() >= LINE_BYTES_MAX {
+                    self.drain(r);
+                } else if !r.lingers {
+                    // A timer that cannot be set: as if it had run out.
+                    r.lingers = r.linger.reset(LINGER, None).is_ok();
+                    if !r.lingers {
+                        self.drain(r);
+                    }
+                }
+                if r.blocked {
                     self.wake();
                 }
             }
@@ -242,13 +273,14 @@ impl Serial {
 
     /// Hands as much output to the console as it takes.
     fn drain(&self, r: &mut Registers) {
+        r.blocked = false;
         while !r.transmit.is_empty() {
             let (front, _) = r.transmit.as_slices();
             match (&self.console).write(front) {
-                Ok(0) => break,
-                Ok(written) => drop(r.transmit.drain(..written)),
+                Ok(written) if written > 0 => drop(r.transmit.drain(..written)),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Ok(_) => return r.blocked = true,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return r.blocked = true,
                 Err(_) => {
                     r.closed = true;
                     r.transmit.clear();
@@ -273,11 +305,22 @@ impl Serial {
         }
         if r.closed {
             r.transmit.clear();
+            r.blocked = false;
         }
         self.update(&mut r);
     }
 
-    /// The device thread: the console socket takes output again.
+    /// The device thread: output has waited long enough for the end of its line.
+    pub fn lingered(&self) {
+        let mut r = self.lock();
+        r.lingers = false;
+        // Makes it unreadable. That fails only for times that make no sense.
+        let _ = r.linger.clear();
+        drop(r);
+        self.console_writable();
+    }
+
+    /// The device thread: the console socket takes output again, or output is to go now.
     pub fn console_writable(&self) {
         let mut r = self.lock();
         let was_busy = r.busy();
@@ -460,7 +503,7 @@ mod tests {
         theirs.set_nonblocking(true).unwrap();
         let count = Arc::new(Count::default());
         let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (Serial::new(ours, count.clone(), wake), theirs, count)
+        (Serial::new(ours, count.clone(), wake).unwrap(), theirs, count)
     }
 
     #[test]
@@ -502,6 +545,33 @@ mod tests {
         }
         assert_eq!(got, sent);
         assert_ne!(port.read(5) & LSR_TRANSMIT_EMPTY, 0);
+    }
+
+    #[test]
+    fn output_goes_by_lines_and_what_is_no_line_after_a_moment() {
+        let (port, mut console, _) = port();
+        let print = |bytes: &[u8]| bytes.iter().for_each(|byte| port.write(0, *byte));
+        let mut taken = [0u8; 1024];
+        print(b"a li");
+        assert_eq!(console.read(&mut taken).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        print(b"ne\nlogin: ");
+        assert_eq!(console.read(&mut taken).unwrap(), 7);
+        let mut poll = libc::pollfd { fd: port.linger_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid pollfd, which lives through the call.
+        assert_eq!(unsafe { libc::poll(&mut poll, 1, 60_000) }, 1);
+        port.lingered();
+        let count = console.read(&mut taken).unwrap();
+        assert_eq!(&taken[..count], b"login: ");
+        // And again, and what is too long for a line.
+        print(&[b'x'; LINE_BYTES_MAX + 3]);
+        assert_eq!(console.read(&mut taken).unwrap(), LINE_BYTES_MAX);
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::poll(&mut poll, 1, 60_000) }, 1);
+        port.lingered();
+        assert_eq!(console.read(&mut taken).unwrap(), 3);
+        // Nothing waits: the timer stands.
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::poll(&mut poll, 1, 0) }, 0);
     }
 
     #[test]
