@@ -380,12 +380,14 @@ impl Machine {
         Ok((machine, loaded))
     }
 
-    /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood.
+    /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood. `done` hears the name of
+    /// each step when it is done.
     pub fn restore(
         host: &Host,
         mut shell: Shell,
         mut parts: Parts,
         state: &StateFile,
+        done: &mut dyn FnMut(&'static str),
     ) -> Result<Self, MachineError> {
         let machine: MachineState = state.get(0)?;
         if !(1..=VCPUS_MAX).contains(&machine.vcpus) {
@@ -413,6 +415,7 @@ impl Machine {
                 machine.devices
             )));
         }
+        done("devices");
         let saved = (0..u32::from(machine.vcpus))
             .map(|index| state.get::<VcpuState>(index))
             .collect::<Result<Vec<_>, _>>()?;
@@ -432,6 +435,7 @@ impl Machine {
             }
             vcpu_state::restore(vcpu, saved).map_err(|source| MachineError::VcpuState { index, source })?;
         }
+        done("vcpus");
         frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
         match (&frame.bus.pc, &pc) {
             (Some(here), Some(saved)) => restore_pc(here, saved, state)?,
@@ -445,7 +449,10 @@ impl Machine {
                 }
             }
         }
-        frame.into_machine(host, shell, vcpus)
+        done("device states");
+        let machine = frame.into_machine(host, shell, vcpus)?;
+        done("threads");
+        Ok(machine)
     }
 
     /// Lets it run.

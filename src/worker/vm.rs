@@ -410,8 +410,7 @@ impl Shell {
             ready_port: spec.ready_port,
             events: sink(daemon.clone()),
         };
-        let machine = Machine::restore(&host, shell, parts, &state)?;
-        steps.done("vcpus and devices");
+        let machine = Machine::restore(&host, shell, parts, &state, &mut |step| steps.done(step))?;
         if !spec.paused {
             machine.resume()?;
         }

@@ -61,6 +61,8 @@ struct Samples {
     clone_reply: Vec<f64>,
     first_call: Vec<f64>,
     delete: Vec<f64>,
+    /// A call that does next to nothing.
+    empty_call: Vec<f64>,
     floor: Vec<f64>,
     /// In the order of their first appearance.
     steps: Vec<(String, Vec<f64>)>,
@@ -97,9 +99,13 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
         // In turn, so that both see the same host.
         let floor = Arc::clone(&floor);
         let floor_ms = tokio::task::spawn_blocking(move || floor.run()).await??;
+        let calling = Instant::now();
+        client.vms.list_vms(proto::ListVmsRequest::default()).await?;
+        let empty_call_ms = ms(calling);
         let one = clone_once(&mut client, &snapshot, arguments.memory_mode.number()).await?;
         if n >= WARM_UP {
             samples.floor.push(floor_ms);
+            samples.empty_call.push(empty_call_ms);
             samples.take(one);
             bar.inc(1);
         }
@@ -212,6 +218,7 @@ impl Samples {
             &mut self.clone_reply,
             &mut self.first_call,
             &mut self.delete,
+            &mut self.empty_call,
             &mut self.floor,
         ];
         for list in lists.into_iter().chain(self.steps.iter_mut().map(|(_, list)| list)) {
@@ -244,6 +251,7 @@ impl Samples {
             "first_call_ms": spread(&self.first_call),
             "steps_us": steps,
             "delete_ms": spread(&self.delete),
+            "empty_call_ms": spread(&self.empty_call),
             "floor_ms": spread(&self.floor),
         })
     }
@@ -261,6 +269,7 @@ impl Samples {
             row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
         }
         row("  first call to the agent", &self.first_call, 1.0);
+        row("a call that does nothing", &self.empty_call, 1.0);
         row("raw KVM restore (floor)", &self.floor, 1.0);
         row("ending a VM", &self.delete, 1.0);
         let build =
