@@ -17,10 +17,9 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 use indicatif::ProgressBar;
-use prost::bytes::Bytes;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::host;
+use super::{guest, host, ms, spread};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -28,8 +27,6 @@ use crate::cli::private::PrivateService;
 use crate::cli::tiny::{SAY_DONE, Tiny};
 use crate::cli::units;
 use crate::cli::vm::MemoryMode;
-use proto::agent_call_request::Op;
-use proto::agent_call_response::Result as Answer;
 
 /// Runs before those that count.
 const WARM_UP: u32 = 5;
@@ -87,7 +84,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
     let mut client = service.client.clone();
-    let snapshot = prepare(&mut client, arguments).await?;
+    let snapshot = guest::snapshot(&mut client, arguments.memory, arguments.vcpus).await?;
     let floor = Arc::new(Floor::new(service, arguments.memory)?);
     let bar = match arguments.json || !std::io::stderr().is_terminal() {
         true => ProgressBar::hidden(),
@@ -114,28 +111,6 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     Ok(samples)
 }
 
-/// Cold-boots and freezes the embedded guest; gives the snapshot's id.
-async fn prepare(client: &mut Client, arguments: &Arguments) -> anyhow::Result<String> {
-    use proto::create_vm_event::Event;
-    let request = proto::CreateVmRequest {
-        source: Some(proto::create_vm_request::Source::Embedded(true)),
-        vcpus: arguments.vcpus,
-        memory_bytes: arguments.memory,
-        ..proto::CreateVmRequest::default()
-    };
-    let mut events = client.vms.create_vm(request).await?.into_inner();
-    let mut ready = None;
-    while let Some(event) = events.message().await? {
-        if let Some(Event::Ready(vm)) = event.event {
-            ready = Some(vm);
-        }
-    }
-    let vm = ready.context("the service ended the stream before the VM was ready")?;
-    let request = proto::CreateSnapshotRequest { vm: vm.id, name: String::new(), stop_after: true };
-    let taken = client.snapshots.create_snapshot(request).await?.into_inner();
-    Ok(taken.snapshot.context("the service's answer has no snapshot")?.id)
-}
-
 /// One clone.
 struct One {
     first_output_ms: f64,
@@ -145,26 +120,11 @@ struct One {
 }
 
 async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> anyhow::Result<One> {
-    let request = proto::CloneVmRequest {
-        snapshot: snapshot.to_owned(),
-        count: 1,
-        memory_mode,
-        identity: proto::Identity::Managed.into(),
-        ..proto::CloneVmRequest::default()
-    };
-    let word = Bytes::from_static(b"first answer");
     let begin = Instant::now();
-    let vms = client.vms.clone_vm(request).await?.into_inner().vms;
+    let vm = guest::clones(client, snapshot, 1, memory_mode).await?.remove(0);
     let clone_reply_ms = ms(begin);
-    let vm = vms.into_iter().next().context("the service's answer has no VM")?;
-    let op = Op::Echo(proto::EchoOp { data: word.clone() });
-    let request = proto::AgentCallRequest { vm: vm.id.clone(), timeout_ms: 0, op: Some(op) };
-    let answer = client.agent.call(request).await?.into_inner();
+    guest::first_answer(client, &vm.id).await?;
     let first_output_ms = ms(begin);
-    match answer.result {
-        Some(Answer::Echo(echo)) if echo.data == word => {}
-        other => anyhow::bail!("{}: answered {other:?} to an echo", vm.id),
-    }
     let deleting = Instant::now();
     client.vms.delete_vm(proto::DeleteVmRequest { vm: vm.id }).await?;
     Ok(One { first_output_ms, clone_reply_ms, delete_ms: ms(deleting), steps: vm.steps })
@@ -190,10 +150,6 @@ impl Floor {
     fn run(&self) -> anyhow::Result<f64> {
         Ok(self.tiny.restore(&self.file, self.bytes)?.as_secs_f64() * 1e3)
     }
-}
-
-fn ms(since: Instant) -> f64 {
-    since.elapsed().as_secs_f64() * 1e3
 }
 
 impl Samples {
@@ -227,14 +183,6 @@ impl Samples {
     }
 
     fn json(&self, arguments: &Arguments) -> Value {
-        const SHARES: [(&str, f64); 5] =
-            [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p999", 0.999), ("max", 1.0)];
-        let spread = |values: &[f64]| -> Value {
-            let shares = SHARES.map(|(name, share)| {
-                (name.to_owned(), json!(units::round3(units::percentile(values, share))))
-            });
-            Value::Object(Map::from_iter(shares))
-        };
         let steps: BTreeMap<&str, Value> =
             self.steps.iter().map(|(name, values)| (name.as_str(), spread(values))).collect();
         json!({

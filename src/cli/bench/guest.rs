@@ -1,0 +1,61 @@
+//! What all benches do with the embedded guest.
+
+use anyhow::Context;
+use prost::bytes::Bytes;
+
+use crate::api::client::Client;
+use crate::api::proto;
+use proto::agent_call_request::Op;
+use proto::agent_call_response::Result as Answer;
+
+/// Cold-boots and freezes the embedded guest; gives the snapshot's id.
+pub async fn snapshot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> anyhow::Result<String> {
+    use proto::create_vm_event::Event;
+    let request = proto::CreateVmRequest {
+        source: Some(proto::create_vm_request::Source::Embedded(true)),
+        vcpus,
+        memory_bytes,
+        ..proto::CreateVmRequest::default()
+    };
+    let mut events = client.vms.create_vm(request).await?.into_inner();
+    let mut ready = None;
+    while let Some(event) = events.message().await? {
+        if let Some(Event::Ready(vm)) = event.event {
+            ready = Some(vm);
+        }
+    }
+    let vm = ready.context("the service ended the stream before the VM was ready")?;
+    let request = proto::CreateSnapshotRequest { vm: vm.id, name: String::new(), stop_after: true };
+    let taken = client.snapshots.create_snapshot(request).await?.into_inner();
+    Ok(taken.snapshot.context("the service's answer has no snapshot")?.id)
+}
+
+/// Clones with identities of their own; as many as were asked for.
+pub async fn clones(
+    client: &mut Client,
+    snapshot: &str,
+    count: u32,
+    memory_mode: i32,
+) -> anyhow::Result<Vec<proto::Vm>> {
+    let request = proto::CloneVmRequest {
+        snapshot: snapshot.to_owned(),
+        count,
+        memory_mode,
+        identity: proto::Identity::Managed.into(),
+        ..proto::CloneVmRequest::default()
+    };
+    let vms = client.vms.clone_vm(request).await?.into_inner().vms;
+    anyhow::ensure!(vms.len() == count as usize, "asked for {count} clones, the service made {}", vms.len());
+    Ok(vms)
+}
+
+/// Has the guest say something, and looks whether it does.
+pub async fn first_answer(client: &mut Client, vm: &str) -> anyhow::Result<()> {
+    let word = Bytes::from_static(b"first answer");
+    let op = Op::Echo(proto::EchoOp { data: word.clone() });
+    let request = proto::AgentCallRequest { vm: vm.to_owned(), timeout_ms: 0, op: Some(op) };
+    match client.agent.call(request).await?.into_inner().result {
+        Some(Answer::Echo(echo)) if echo.data == word => Ok(()),
+        other => anyhow::bail!("{vm}: answered {other:?} to an echo"),
+    }
+}
