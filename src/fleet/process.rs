@@ -6,8 +6,6 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
@@ -21,7 +19,6 @@ use tokio::sync::{Notify, oneshot, watch};
 use super::error::FleetError;
 use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX};
 use crate::worker::channel::Channel;
-use crate::worker::protocol::CONTROL_FD;
 
 /// How to start a worker.
 #[derive(Debug, Clone)]
@@ -110,15 +107,11 @@ pub struct Spawner {
 impl Spawner {
     /// Must be called inside a tokio runtime.
     pub fn start(program: WorkerProgram) -> Result<Self, FleetError> {
-        // In the child the control socket is moved to CONTROL_FD. Nothing of the standard library's own may be
-        // there at that moment, so this process keeps the number occupied.
-        let placeholder = occupy(CONTROL_FD).map_err(FleetError::io("cannot reserve a descriptor"))?;
         let (orders, inbox) = std::sync::mpsc::channel::<oneshot::Sender<Started>>();
         let runtime = Handle::current();
         std::thread::Builder::new()
             .name("spawner".into())
             .spawn(move || {
-                let _placeholder = placeholder;
                 let _runtime = runtime.enter();
                 while let Ok(order) = inbox.recv() {
                     if !order.is_closed() {
@@ -164,34 +157,17 @@ impl Spawner {
     }
 }
 
-/// Makes descriptor `number` taken by something, whatever it was.
-fn occupy(number: i32) -> io::Result<OwnedFd> {
-    let null = std::fs::File::open("/dev/null")?;
-    // SAFETY: F_DUPFD_CLOEXEC only makes a new descriptor, not below `number`.
-    let fd = unsafe { libc::fcntl(null.as_raw_fd(), libc::F_DUPFD_CLOEXEC, number) };
-    match fd {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: fcntl gave us this descriptor.
-        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-    }
-}
-
 fn start(program: &WorkerProgram) -> Started {
     let (ours, theirs) = Channel::pair().map_err(FleetError::io("cannot make a control socket"))?;
     let mut command = Command::new(&program.program);
     command.args(&program.arguments).arg0("coldspark");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(false);
-    let control = theirs.as_raw_fd();
-    // SAFETY: between fork and exec only async-signal-safe calls: dup2, or fcntl when the number is right already.
-    unsafe {
-        command.pre_exec(move || {
-            let result = match control {
-                CONTROL_FD => libc::fcntl(CONTROL_FD, libc::F_SETFD, 0),
-                other => libc::dup2(other, CONTROL_FD),
-            };
-            if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
+    // The control socket is standard input, `CONTROL_FD`. With nothing to be run between fork and exec the standard library takes
+    // posix_spawn, which neither copies this process's page tables nor makes its next writes fault.
+    command
+        .stdin(Stdio::from(theirs.into_fd()))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(false);
     let child = command
         .spawn()
         .map_err(FleetError::io(format!("cannot start a worker process ({})", program.program.display())))?;
@@ -243,9 +219,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_worker_has_the_control_socket_as_descriptor_three_and_can_be_killed() {
+    async fn a_worker_has_the_control_socket_as_standard_input_and_can_be_killed() {
         // The word 7 as one packet, then wait.
-        let spawner = Spawner::start(shell("printf '\\007' >&3; exec sleep 1000")).unwrap();
+        let spawner = Spawner::start(shell("printf '\\007' >&0; exec sleep 1000")).unwrap();
         let (process, channel) = spawner.spawn().await.unwrap();
         let channel = AsyncChannel::new(channel).unwrap();
         assert_eq!(channel.recv::<u8>().await.unwrap().0, 7);

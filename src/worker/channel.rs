@@ -76,6 +76,11 @@ impl Channel {
         })
     }
 
+    /// The socket itself, to be given to a process.
+    pub fn into_fd(self) -> OwnedFd {
+        self.socket
+    }
+
     /// Wraps an end that was inherited or received: it must be a connected `SOCK_SEQPACKET` socket.
     pub fn from_fd(socket: OwnedFd) -> Self {
         Self { socket }

@@ -1,6 +1,6 @@
 //! The control protocol between the daemon and a worker.
 //!
-//! Transport: one `SOCK_SEQPACKET` Unix socket pair, the worker's end being descriptor 3. One packet is one
+//! Transport: one `SOCK_SEQPACKET` Unix socket pair, the worker's end being its standard input. One packet is one
 //! message: bincode 2 ([`crate::snapshot::codec`]) of [`ToWorker`] or [`FromWorker`], at most
 //! [`MESSAGE_BYTES_MAX`] bytes, with at most [`FDS_MAX`] descriptors by `SCM_RIGHTS`, in the order that the
 //! message's doc gives. A request is answered by exactly one [`FromWorker::Reply`] with the same id; events
@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// Descriptor number of the worker's end of the control socket.
-pub const CONTROL_FD: i32 = 3;
+/// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
+/// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
+pub const CONTROL_FD: i32 = 0;
 /// Largest packet either side sends or accepts.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most descriptors in one packet (the kernel's own limit is 253).
