@@ -30,6 +30,8 @@ pub enum Need {
     FreeBsdGeneric,
     /// Its userland has network commands.
     FreeBsdNetwork,
+    /// The wish for a long run.
+    FreeBsdSoak,
     /// A processor that is not emulated: under this trial's load QEMU's TCG damages the rig's outer kernel.
     RealProcessor,
 }
@@ -55,6 +57,7 @@ impl Need {
                 (!in_rig()).then_some(()).ok_or_else(|| reason.into())
             }
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
+            Need::FreeBsdSoak => freebsd_soak().map(|_| ()),
             Need::FreeBsdNetwork => {
                 let told = std::env::var("COLDSPARK_FREEBSD_NETWORK").is_ok_and(|value| value == "yes");
                 let reason =
@@ -85,6 +88,19 @@ pub fn freebsd() -> Result<(PathBuf, PathBuf), String> {
 pub fn freebsd_generic() -> Result<(PathBuf, PathBuf), String> {
     let reason = "no unmodified FreeBSD kernel given (docs/testing.md says how)";
     Ok((path_from("COLDSPARK_FREEBSD_GENERIC", reason)?, path_from("COLDSPARK_FREEBSD_DISK", reason)?))
+}
+
+/// Boots and restores to be done.
+pub fn freebsd_soak() -> Result<(u32, u32), String> {
+    const SOAK: &str = "COLDSPARK_FREEBSD_SOAK";
+    let given = std::env::var(SOAK).unwrap_or_default();
+    if given.is_empty() {
+        return Err(format!("{SOAK} is not set: no long run is wanted (docs/testing.md)"));
+    }
+    let counts = given
+        .split_once(',')
+        .and_then(|(boots, restores)| Some((boots.parse().ok()?, restores.parse().ok()?)));
+    counts.ok_or_else(|| format!("{SOAK} is {given:?}, not BOOTS,RESTORES"))
 }
 
 fn path_from(variable: &str, reason: &str) -> Result<PathBuf, String> {

@@ -18,6 +18,7 @@
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
+//! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
 mod bad_input;
 mod client;
@@ -35,6 +36,7 @@ mod linux;
 mod many_cpus;
 mod network;
 mod serial;
+mod soak;
 mod stock_client;
 mod tap;
 mod trial;
@@ -61,6 +63,7 @@ fn main() -> ExitCode {
         linux::trials(),
         network::trials(),
         freebsd::trials(),
+        soak::trials(),
     ];
     let mut trials: Vec<_> = trials.into_iter().flatten().collect();
     // The rig's way to ask for a group: as a filter, `freebsd/` would also find `embedded/freebsd/...`.
