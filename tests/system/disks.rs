@@ -11,15 +11,11 @@ use libtest_mimic::Trial;
 use tonic::Code;
 
 use crate::client::{Client, ask, expect_status};
-use crate::console::Console;
 use crate::daemon::{Daemon, eventually};
 use crate::host::{self, Need};
-use crate::linux::{self, PROMPT, shell};
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm];
-const UNDER_LOAD: &[Need] =
-    &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::LinuxGuest, Need::RealProcessor];
 /// What one message to the embedded guest can carry: less than 1 MiB.
 const PIECE_SECTORS: u64 = 2047;
 const PIECE_BYTES: usize = PIECE_SECTORS as usize * 512;
@@ -29,7 +25,6 @@ pub fn trials() -> Vec<Trial> {
         trial("disks/written-flushed-killed-read-again", NEEDS, 400, killed),
         trial("disks/three-of-every-kind", NEEDS, 60, every_kind),
         trial("disks/a-file-under-two-overlays", NEEDS, 90, two_overlays),
-        trial("disks/snapshot-under-load", UNDER_LOAD, 100, under_load),
     ]
 }
 
@@ -87,7 +82,7 @@ fn disk_threads(vm: &Vm) -> anyhow::Result<usize> {
     Ok(count)
 }
 
-fn new_file(stage: &Stage, name: &str, bytes: u64) -> anyhow::Result<PathBuf> {
+pub fn new_file(stage: &Stage, name: &str, bytes: u64) -> anyhow::Result<PathBuf> {
     let path = stage.logs.join(name);
     File::create(&path)?.set_len(bytes)?;
     Ok(path)
@@ -234,82 +229,5 @@ async fn two_overlays(stage: Stage) -> anyhow::Result<()> {
     let own = ask!(&mut client, &clone.id, DiskRead(DiskReadOp { disk: 0, first_sector: 4000, sectors: 1 }));
     ensure!(own.data.iter().all(|byte| *byte == 1), "the clone lost what its source had written");
     ensure!(client.verify(&snapshot.id).await? > 0);
-    Ok(())
-}
-
-/// Passes of the guest's two writers over the disk, and how much each of them writes in a pass.
-const PASSES: u64 = 4;
-const HALF_BYTES: u64 = 2 << 20;
-
-/// What the guest does in the background: in each pass two writers fill a half of the disk each, past the page cache and
-/// at the same time; then the disk is read back and summed beside what was to be written.
-fn writers() -> String {
-    let text = |half: u64| format!("yes \"pass $p half {half}\" | head -c {HALF_BYTES}");
-    let writer = |half: u64| {
-        let seek = half * HALF_BYTES / 32768;
-        format!(
-            "({}) | dd of=/dev/vdb bs=32k seek=$(({seek})) iflag=fullblock oflag=direct 2>/dev/null &",
-            text(half)
-        )
-    };
-    format!(
-        "(for p in $(seq {PASSES}); do {} {} wait; sync; \
-         echo $(dd if=/dev/vdb bs=32k iflag=direct 2>/dev/null | md5sum) $( ({}; {}) | md5sum); \
-         done; echo fin''ished) >/tmp/passes 2>&1 &",
-        writer(0),
-        writer(1),
-        text(0),
-        text(1)
-    )
-}
-
-async fn expect_sums(console: &mut Console, who: &str) -> anyhow::Result<()> {
-    eventually(&format!("{who} finishes its writes"), 60, async || {
-        Ok(shell(console, "tail -n 1 /tmp/passes").await? == "finished")
-    })
-    .await?;
-    let passes = shell(console, "cat /tmp/passes").await?;
-    let sums: Vec<&str> = passes.lines().filter(|line| *line != "finished").collect();
-    ensure!(sums.len() as u64 == PASSES, "{who}: {passes}");
-    for line in sums {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        ensure!(words.len() == 4 && words[0].len() == 32 && words[0] == words[2], "{who}: {line}");
-    }
-    let faults = shell(console, "dmesg | grep -ciE 'I/O error|BUG:|Oops|hung task'").await?;
-    ensure!(faults == "0", "{who}: its kernel complained {faults} times");
-    Ok(())
-}
-
-/// A snapshot while two writers have requests under way: the source and its clones finish with the right sums.
-async fn under_load(stage: Stage) -> anyhow::Result<()> {
-    let daemon = Daemon::start(&stage).await?;
-    let mut client = daemon.client().await?;
-    linux::import(&mut client, BootProtocol::Linux).await?;
-    let path = new_file(&stage, "load.raw", 2 * HALF_BYTES)?;
-    let request = CreateVmRequest {
-        source: Some(Source::Image("linux".into())),
-        disks: vec![DiskFile { path: path.to_string_lossy().into_owned(), mode: DiskMode::Overlay.into() }],
-        ..Default::default()
-    };
-    let vm = client.boot(request).await?.vm;
-    let mut source = client.console(&vm.id).await?;
-    source.expect(PROMPT).await?;
-    source.type_line(&writers()).await?;
-    source.expect(PROMPT).await?;
-    eventually("the first pass is done", 30, async || {
-        Ok(!shell(&mut source, "cat /tmp/passes").await?.is_empty())
-    })
-    .await?;
-    let snapshot = client.snapshot(&vm.id, "busy").await?;
-    let mut clones =
-        client.clone_vms(&snapshot.id, 2, MemoryMode::Mapped, Identity::Unmanaged).await.context("mapped")?;
-    let userfault = client.clone_vms(&snapshot.id, 1, MemoryMode::Userfault, Identity::Unmanaged).await;
-    clones.extend(userfault.context("userfault")?);
-    for (n, clone) in clones.iter().enumerate() {
-        let mut console = client.console(&clone.id).await?;
-        expect_sums(&mut console, &format!("clone {n}")).await?;
-    }
-    expect_sums(&mut source, "the source").await?;
-    ensure!(fs::read(&path)?.iter().all(|byte| *byte == 0), "the file under the overlays was written to");
     Ok(())
 }

@@ -32,8 +32,6 @@ pub enum Need {
     FreeBsdNetwork,
     /// The wish for a long run.
     FreeBsdSoak,
-    /// A processor that is not emulated: under this trial's load QEMU's TCG damages the rig's outer kernel.
-    RealProcessor,
 }
 
 impl Need {
@@ -52,10 +50,6 @@ impl Need {
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
-            Need::RealProcessor => {
-                let reason = "the rig's outer kernel is damaged under this load (docs/testing.md)";
-                (!in_rig()).then_some(()).ok_or_else(|| reason.into())
-            }
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::FreeBsdSoak => freebsd_soak().map(|_| ()),
             Need::FreeBsdNetwork => {

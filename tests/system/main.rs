@@ -17,6 +17,7 @@
 //! | `watch` | the profile of a boot, and what is told of one that hangs |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
+//! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
 //! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
@@ -33,6 +34,7 @@ mod freebsd;
 mod host;
 mod images;
 mod linux;
+mod load;
 mod many_cpus;
 mod network;
 mod serial;
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         images::trials(),
         linux::trials(),
         network::trials(),
+        load::trials(),
         freebsd::trials(),
         soak::trials(),
     ];

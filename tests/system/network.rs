@@ -1,7 +1,7 @@
 //! Networks: packets both ways between a guest and the host's TAP, through snapshots, clones and reboots; and TAPs that
 //! cannot be had.
 
-mod guests;
+pub mod guests;
 
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
@@ -21,14 +21,12 @@ use crate::client::{Client, expect_status};
 use crate::console::Console;
 use crate::daemon::{Daemon, eventually};
 use crate::freebsd::Kernel;
-use crate::host::{self, Need};
+use crate::host::Need;
 use crate::tap::{self, Echo, Tap};
 use crate::trial::{Stage, limit, trial};
 
-/// What goes each way over TCP, in one connection, while a snapshot is taken: on a host, and in the rig, which moves about
-/// 1 MB a second when it shares its processors.
+/// What goes each way over TCP, in one connection, while a snapshot is taken.
 const TRANSFER_BYTES: u64 = 256 << 20;
-const RIG_TRANSFER_BYTES: u64 = 24 << 20;
 /// The same in a clone.
 const CLONE_TRANSFER_BYTES: u64 = 8 << 20;
 const PINGS: u16 = 20;
@@ -211,13 +209,6 @@ async fn expect_network(
     Ok(())
 }
 
-/// Bytes of the large transfer; `COLDSPARK_NETWORK_MIB` says otherwise.
-fn transfer_bytes() -> u64 {
-    let asked = std::env::var("COLDSPARK_NETWORK_MIB").ok().and_then(|mib| mib.parse::<u64>().ok());
-    let usual = if host::in_rig() { RIG_TRANSFER_BYTES } else { TRANSFER_BYTES };
-    asked.map_or(usual, |mib| mib << 20)
-}
-
 async fn road(stage: Stage, guest: Guest) -> anyhow::Result<()> {
     let mut report = Report(guest, String::new());
     let result = stations(&stage, guest, &mut report).await;
@@ -243,7 +234,7 @@ async fn stations(stage: &Stage, guest: Guest, report: &mut Report) -> anyhow::R
     expect_pings(guest, &mut source, &tap, "source", report).await?;
 
     // A transfer with a snapshot in its middle.
-    let bytes = transfer_bytes();
+    let bytes = TRANSFER_BYTES;
     let echo = Echo::listen(tap.address)?;
     guest.start_echo(&mut source, &echo, tap.address).await?;
     let returned = Arc::clone(&echo.returned);
