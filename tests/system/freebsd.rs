@@ -27,6 +27,8 @@ const RIG_ENVIRONMENT: &str = "hw.use_xsave=0 kern.timecounter.smp_tsc=1";
 
 const GENERIC_NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::FreeBsdGeneric];
 
+const POWER_NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsdGeneric, Need::FreeBsdPower];
+
 /// Which kernel, and so which machine: it is left to the service to choose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernel {
@@ -55,6 +57,7 @@ pub fn trials() -> Vec<Trial> {
         one("native", NEEDS, Kernel::Microvm, 4),
         one("generic", GENERIC_NEEDS, Kernel::Generic, 1),
         one("generic", GENERIC_NEEDS, Kernel::Generic, 4),
+        trial("freebsd/power-button", POWER_NEEDS, 60, power_button),
     ]
 }
 
@@ -222,5 +225,27 @@ async fn expect_good_clone(
         ensure!(!jumped, "the {name} clock jumped: {before:?}, {first:?}, {second:?} in {elapsed} s");
     }
     ensure!(ask(console, "rand").await?.starts_with("rand="));
+    Ok(())
+}
+
+/// Asked to stop, FreeBSD gets the power button's event, tells its init, and powers itself off by ACPI; so does a clone.
+async fn power_button(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = boot(&mut client, Kernel::Generic, 2).await.context("cold boot")?;
+    let mut console = client.console(&vm.id).await?;
+    console.expect(READY).await?;
+    console.expect(PROMPT).await?;
+    let snapshot = client.snapshot(&vm.id, "ready").await?.id;
+    let clone = client.clone_vms(&snapshot, 1, MemoryMode::Mapped, Identity::Unmanaged).await?.remove(0);
+    for vm in [vm, clone] {
+        let request = StopVmRequest { vm: vm.id.clone(), timeout_ms: 120_000 };
+        let stopped = client.vms.stop_vm(request).await?.into_inner();
+        ensure!(stopped.not_asked.is_empty(), "{}: it was not asked: {}", vm.id, stopped.not_asked);
+        ensure!(stopped.by_itself, "{}: it did not power off within {} us", vm.id, stopped.took_us);
+        let reason = client.vm(&vm.id).await?.exit_reason;
+        ensure!(reason.contains("off"), "{}: {reason}", vm.id);
+        std::fs::write(stage.logs.join(format!("stop-{}.txt", vm.id)), format!("{} us\n", stopped.took_us))?;
+    }
     Ok(())
 }

@@ -30,6 +30,8 @@ pub enum Need {
     FreeBsdGeneric,
     /// Its userland has network commands.
     FreeBsdNetwork,
+    /// Its userland powers off when the kernel tells it to.
+    FreeBsdPower,
     /// The wish for a long run.
     FreeBsdSoak,
 }
@@ -53,10 +55,10 @@ impl Need {
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::FreeBsdSoak => freebsd_soak().map(|_| ()),
             Need::FreeBsdNetwork => {
-                let told = std::env::var("COLDSPARK_FREEBSD_NETWORK").is_ok_and(|value| value == "yes");
-                let reason =
-                    "COLDSPARK_FREEBSD_NETWORK is not `yes`: no FreeBSD userland with network commands";
-                told.then_some(()).ok_or_else(|| reason.into())
+                yes("COLDSPARK_FREEBSD_NETWORK", "no FreeBSD userland with network commands")
+            }
+            Need::FreeBsdPower => {
+                yes("COLDSPARK_FREEBSD_POWER", "no FreeBSD userland that powers off when told")
             }
         }
     }
@@ -95,6 +97,11 @@ pub fn freebsd_soak() -> Result<(u32, u32), String> {
         .split_once(',')
         .and_then(|(boots, restores)| Some((boots.parse().ok()?, restores.parse().ok()?)));
     counts.ok_or_else(|| format!("{SOAK} is {given:?}, not BOOTS,RESTORES"))
+}
+
+fn yes(variable: &str, reason: &str) -> Result<(), String> {
+    let told = std::env::var(variable).is_ok_and(|value| value == "yes");
+    told.then_some(()).ok_or_else(|| format!("{variable} is not `yes`: {reason}"))
 }
 
 fn path_from(variable: &str, reason: &str) -> Result<PathBuf, String> {
