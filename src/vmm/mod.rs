@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`host`] | what this host's KVM offers |
 //! | [`machine`] | all of it put together: boot, restore, pause, resume, save |
+//! | [`shell`] | what can be made before it is known which machine it will be |
 //! | [`memory`] | the guest-physical layout and the RAM |
 //! | [`vcpu`], [`vcpu_state`] | a vCPU's thread; its registers out of KVM and back |
 //! | [`bus`] | what a vCPU's exits reach |
