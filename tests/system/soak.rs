@@ -17,7 +17,6 @@ use crate::host::{self, Need};
 use crate::trial::{Stage, limit, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::Userfault, Need::FreeBsd, Need::FreeBsdSoak];
-const VCPUS: u32 = 4;
 /// What one boot and one restore may take before they count as hung.
 const BOOT_SECONDS: u64 = 20;
 const RESTORE_SECONDS: u64 = 10;
@@ -26,6 +25,16 @@ pub fn trials() -> Vec<Trial> {
     let (boots, restores) = host::freebsd_soak().unwrap_or_default();
     let seconds = 60 + u64::from(boots) * BOOT_SECONDS + u64::from(restores) * RESTORE_SECONDS;
     vec![trial("freebsd/soak", NEEDS, seconds, move |stage| soak(stage, boots, restores))]
+}
+
+/// vCPUs of each VM.
+fn vcpus() -> anyhow::Result<u32> {
+    const VCPUS: &str = "COLDSPARK_FREEBSD_SOAK_VCPUS";
+    let given = std::env::var(VCPUS).unwrap_or_default();
+    if given.is_empty() {
+        return Ok(4);
+    }
+    given.parse().with_context(|| format!("{VCPUS} is {given:?}, not a number of vCPUs"))
 }
 
 /// What happened, line by line, in a file that is there also when the rest is not.
@@ -65,12 +74,13 @@ fn summary(times: &mut [f64]) -> String {
 async fn soak(stage: Stage, boots: u32, restores: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    import(&mut client, Kernel::Microvm, VCPUS).await?;
+    let vcpus = vcpus()?;
+    import(&mut client, Kernel::Microvm, vcpus).await?;
     let file = File::create(stage.logs.join("soak.txt"))?;
     let mut diary = Diary { file, boots: Vec::new(), restores: Vec::new(), failures: Vec::new() };
     for n in 0..boots {
         let begin = Instant::now();
-        let result = boot(&mut client).await;
+        let result = boot(&mut client, vcpus).await;
         if result.is_ok() {
             diary.boots.push(begin.elapsed().as_secs_f64());
         }
@@ -81,7 +91,7 @@ async fn soak(stage: Stage, boots: u32, restores: u32) -> anyhow::Result<()> {
         for n in 0..restores {
             let mode = if n % 2 == 0 { MemoryMode::Mapped } else { MemoryMode::Userfault };
             let begin = Instant::now();
-            let result = restore(&mut client, &snapshot, mode).await;
+            let result = restore(&mut client, &snapshot, mode, vcpus).await;
             if result.is_ok() {
                 diary.restores.push(begin.elapsed().as_secs_f64());
             }
@@ -104,9 +114,9 @@ fn image() -> CreateVmRequest {
 }
 
 /// A cold boot that answers, then is ended. (A boot that is not ready in time tells by itself where it stood.)
-async fn boot(client: &mut Client) -> anyhow::Result<()> {
+async fn boot(client: &mut Client, vcpus: u32) -> anyhow::Result<()> {
     let vm = client.boot(image()).await?.vm;
-    let good = within(client, (&vm, true), BOOT_SECONDS, "cpus", &format!("cpus={VCPUS}")).await;
+    let good = within(client, (&vm, true), BOOT_SECONDS, &[("cpus", &format!("cpus={vcpus}"))]).await;
     client.delete_vm(&vm.id).await?;
     good
 }
@@ -122,21 +132,22 @@ async fn snapshot(client: &mut Client) -> anyhow::Result<String> {
     Ok(snapshot)
 }
 
-/// A clone whose timers end a sleep, then is ended.
-async fn restore(client: &mut Client, snapshot: &str, mode: MemoryMode) -> anyhow::Result<()> {
+/// A clone that answers and whose timers end a sleep, then is ended.
+async fn restore(client: &mut Client, snapshot: &str, mode: MemoryMode, vcpus: u32) -> anyhow::Result<()> {
     let vm = client.clone_vms(snapshot, 1, mode, Identity::Unmanaged).await?.remove(0);
-    let good = within(client, (&vm, false), RESTORE_SECONDS, "sleep 20", "slept").await;
+    let cpus = format!("cpus={vcpus}");
+    let asked = [("ping", "pong"), ("cpus", &cpus), ("sleep 20", "slept")];
+    let good = within(client, (&vm, false), RESTORE_SECONDS, &asked).await;
     client.delete_vm(&vm.id).await?;
     good
 }
 
-/// The VM answers this in time, or it is told where it stands.
+/// The VM answers these (command, beginning of the answer) in time, or it is told where it stands.
 async fn within(
     client: &mut Client,
     (vm, cold): (&Vm, bool),
     seconds: u64,
-    command: &str,
-    wanted: &str,
+    asked: &[(&str, &str)],
 ) -> anyhow::Result<()> {
     let answered = async {
         let mut console = client.console(&vm.id).await?;
@@ -145,14 +156,16 @@ async fn within(
             console.expect(READY).await?;
             console.expect(PROMPT).await?;
         }
-        let answer = ask(&mut console, command).await?;
-        ensure!(answer.starts_with(wanted), "answered {answer:?} to {command:?}");
+        for (command, wanted) in asked {
+            let answer = ask(&mut console, command).await?;
+            ensure!(answer.starts_with(wanted), "answered {answer:?} to {command:?}");
+        }
         anyhow::Ok(())
     };
     let problem = match tokio::time::timeout(limit(seconds), answered).await {
         Ok(Ok(())) => return Ok(()),
         Ok(Err(error)) => format!("{error:#}"),
-        Err(_) => format!("no answer to {command:?} in {} s", limit(seconds).as_secs()),
+        Err(_) => format!("no answer to {asked:?} in {} s", limit(seconds).as_secs()),
     };
     let looked = client.vms.inspect_vm(InspectVmRequest { vm: vm.id.clone() }).await;
     anyhow::bail!("{problem}; it stands: {looked:?}")
