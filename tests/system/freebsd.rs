@@ -184,7 +184,7 @@ async fn clones_of(
         eventually("the VM ends", 20, async || Ok(client.vm(&vm.id).await?.state() == VmState::Exited))
             .await?;
         let reason = client.vm(&vm.id).await?.exit_reason;
-        ensure!(reason.contains("off"), "{}: {reason}", vm.id);
+        ensure!(reason.contains("switched itself off"), "{}: {reason}", vm.id);
     }
 
     // Clones reboot cleanly too: that is their end, and they say how.
@@ -244,7 +244,7 @@ async fn power_button(stage: Stage) -> anyhow::Result<()> {
         ensure!(stopped.not_asked.is_empty(), "{}: it was not asked: {}", vm.id, stopped.not_asked);
         ensure!(stopped.by_itself, "{}: it did not power off within {} us", vm.id, stopped.took_us);
         let reason = client.vm(&vm.id).await?.exit_reason;
-        ensure!(reason.contains("off"), "{}: {reason}", vm.id);
+        ensure!(reason.contains("switched itself off"), "{}: {reason}", vm.id);
         std::fs::write(stage.logs.join(format!("stop-{}.txt", vm.id)), format!("{} us\n", stopped.took_us))?;
     }
     Ok(())

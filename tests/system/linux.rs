@@ -123,7 +123,7 @@ async fn power_button(stage: Stage) -> anyhow::Result<()> {
     let stopped = client.vms.stop_vm(request).await?.into_inner();
     ensure!(stopped.by_itself && stopped.not_asked.is_empty(), "{stopped:?}");
     let reason = stopped.vm.context("no VM in the answer")?.exit_reason;
-    ensure!(reason.contains("off"), "{reason}");
+    ensure!(reason.contains("switched itself off"), "{reason}");
     Ok(())
 }
 
@@ -354,7 +354,7 @@ async fn road(stage: Stage, protocol: BootProtocol, machine: Machine) -> anyhow:
         eventually("the clone ends", 20, async || Ok(client.vm(id).await?.state() == VmState::Exited))
             .await?;
         let reason = client.vm(id).await?.exit_reason;
-        ensure!(reason.contains("off"), "{reason}");
+        ensure!(reason.contains("switched itself off"), "{reason}");
     }
     Ok(())
 }
