@@ -184,6 +184,9 @@ async fn expect_pings(
     what: &str,
     report: &mut Report,
 ) -> anyhow::Result<()> {
+    // One that does not count: FreeBSD 12 keeps one packet while it asks for an address (`net.link.ether.inet.maxhold`; today it
+    // is 16) and drops those before it.
+    ping(tap.guest(), 1).await?;
     let answered = ping(tap.guest(), PINGS).await?;
     report.pings(&format!("{what}, host to guest"), PINGS, answered);
     ensure!(answered == PINGS, "{what}: {answered} of {PINGS} pings were answered");
