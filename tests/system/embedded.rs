@@ -294,7 +294,7 @@ async fn ready_by_console_pattern(stage: Stage) -> anyhow::Result<()> {
     let before = client.list_vms().await?.len();
     let message = expect_status(
         "ready point that never comes",
-        client.boot(request("words that no guest says", 3000)).await,
+        client.boot(request("words that no guest says", 20_000)).await,
         &[Code::DeadlineExceeded],
     )?;
     ensure!(message.contains(word), "the message should show the last console lines: {message}");
