@@ -1,10 +1,12 @@
 //! A trial: a name, what it needs, a time limit, and an async body with its own daemon.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -61,6 +63,7 @@ where
         let stage = Stage::new(&for_runner).map_err(|error| format!("{error:?}"))?;
         let logs = stage.logs.clone();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let watched = Watched::begin(&for_runner, limit(seconds) + limit(20));
         let result = runtime.block_on(async {
             tokio::time::timeout(limit(seconds), body(stage))
                 .await
@@ -68,10 +71,67 @@ where
         });
         // Not waiting for tasks that a failed trial left behind.
         runtime.shutdown_background();
+        drop(watched);
         result
             .map(|()| Completion::Completed)
             .map_err(|error| format!("{error:#}\n{}{}", places(&error), last_lines_of_all(&logs)).into())
     })
+}
+
+/// Ends the whole program if a trial has not ended a while after its limit, which its body may ignore by blocking; says then where
+/// all threads of the program and of those that it started are.
+struct Watched(Option<Sender<()>>);
+
+impl Watched {
+    fn begin(name: &str, patience: Duration) -> Watched {
+        let (alive, ended) = std::sync::mpsc::channel::<()>();
+        let name = name.to_owned();
+        std::thread::spawn(move || {
+            if ended.recv_timeout(patience) == Err(RecvTimeoutError::Timeout) {
+                println!("stuck: {name} has not ended after {} s; all threads are here:", patience.as_secs());
+                print!("{}", threads());
+                std::process::exit(101);
+            }
+        });
+        Watched(Some(alive))
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.0.take();
+    }
+}
+
+/// Each thread of this program (in the rig, where nobody else is: of all programs): its name, state, and where in the kernel it waits.
+fn threads() -> String {
+    let mut text = String::new();
+    let processes: Vec<PathBuf> = if host::in_rig() {
+        fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    } else {
+        vec!["/proc/self".into()]
+    };
+    let tasks = processes.iter().filter_map(|process| fs::read_dir(process.join("task")).ok());
+    for task in tasks.flatten().flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let stat = read("stat");
+        let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().next()).unwrap_or("?");
+        let (name, wait, stack) = (read("comm"), read("wchan"), read("stack"));
+        // Threads of the kernel have no memory of their own.
+        if read("statm").starts_with("0 ") {
+            continue;
+        }
+        let stack: Vec<&str> =
+            stack.lines().filter_map(|line| line.split_whitespace().nth(1)).take(6).collect();
+        let _ = writeln!(
+            text,
+            "    {} {} {state} {wait} {}",
+            task.path().display(),
+            name.trim(),
+            stack.join(" < ")
+        );
+    }
+    text
 }
 
 /// Where in these files the error came from (`main` turns capturing on).
