@@ -13,6 +13,7 @@ use super::status::invalid;
 use crate::agent::ops::{Pages, TouchMode};
 use crate::agent::{AgentReply, AgentRequest, Hello, wire};
 use crate::fleet::Fleet;
+use crate::fleet::clones::FirstCall;
 use crate::fleet::error::FleetError;
 use crate::fleet::limits::{AGENT_TIMEOUT_DEFAULT, AGENT_TIMEOUT_MAX};
 
@@ -35,17 +36,7 @@ impl AgentService for Agent {
     ) -> Result<Response<proto::AgentCallResponse>, Status> {
         let proto::AgentCallRequest { vm, timeout_ms, op } = request.into_inner();
         let vm = self.fleet.vm(&vm)?;
-        let op = op.ok_or_else(|| invalid("say what to ask the agent: one of `op`"))?;
-        let within = match timeout_ms {
-            0 => AGENT_TIMEOUT_DEFAULT,
-            ms => Duration::from_millis(ms.into()),
-        };
-        if within > AGENT_TIMEOUT_MAX {
-            return Err(invalid(format!(
-                "a timeout of {timeout_ms} ms; the most is {}",
-                AGENT_TIMEOUT_MAX.as_millis()
-            )));
-        }
+        let (op, within) = (op_in(op)?, timeout_in(timeout_ms)?);
         if let Op::Hello(_) = op {
             let hello = vm.agent.hello().ok_or(FleetError::NoAgent)?;
             let result = Some(Answer::Hello(hello_result(&hello)));
@@ -62,6 +53,39 @@ impl AgentService for Agent {
         let result = Some(answer(&op, reply)?);
         Ok(Response::new(proto::AgentCallResponse { us, result }))
     }
+}
+
+/// A call that is made together with a clone.
+pub fn first_call_in(call: proto::AgentCallRequest) -> Result<(Op, FirstCall), Status> {
+    if !call.vm.is_empty() {
+        return Err(invalid("first_call goes to the clone: leave its `vm` empty"));
+    }
+    let op = op_in(call.op)?;
+    let first = FirstCall { request: agent_request(&op)?, within: timeout_in(call.timeout_ms)? };
+    Ok((op, first))
+}
+
+/// The answer to it.
+pub fn first_answer_out(op: &Op, (reply, us): (AgentReply, u64)) -> Result<proto::AgentCallResponse, Status> {
+    Ok(proto::AgentCallResponse { us, result: Some(answer(op, reply)?) })
+}
+
+fn op_in(op: Option<Op>) -> Result<Op, Status> {
+    op.ok_or_else(|| invalid("say what to ask the agent: one of `op`"))
+}
+
+fn timeout_in(timeout_ms: u32) -> Result<Duration, Status> {
+    let within = match timeout_ms {
+        0 => AGENT_TIMEOUT_DEFAULT,
+        ms => Duration::from_millis(ms.into()),
+    };
+    if within > AGENT_TIMEOUT_MAX {
+        return Err(invalid(format!(
+            "a timeout of {timeout_ms} ms; the most is {}",
+            AGENT_TIMEOUT_MAX.as_millis()
+        )));
+    }
+    Ok(within)
 }
 
 fn touch_mode(number: i32) -> Result<TouchMode, Status> {

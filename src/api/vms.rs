@@ -10,10 +10,10 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::convert::{self, optional};
-use super::network;
 use super::proto;
 use super::proto::vm_service_server::VmService;
 use super::status::invalid;
+use super::{agent, network};
 use crate::fleet::Fleet;
 use crate::fleet::boot::{CreateVm, Created, Progress};
 use crate::fleet::clones::CloneVm;
@@ -97,6 +97,7 @@ impl VmService for Vms {
         request: Request<proto::CloneVmRequest>,
     ) -> Result<Response<proto::CloneVmResponse>, Status> {
         let request = request.into_inner();
+        let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
         let request = CloneVm {
             snapshot: request.snapshot,
             count: request.count.max(1),
@@ -104,9 +105,24 @@ impl VmService for Vms {
             managed: convert::identity_in(request.identity)?,
             name: optional(request.name),
             networks: network::requests_in(request.networks)?,
+            first_call,
         };
-        let vms = self.fleet.clone_vm(request).await?;
-        Ok(Response::new(proto::CloneVmResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
+        let clones = self.fleet.clone_vm(request).await?;
+        let answer = match (op, clones.answer) {
+            (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
+                Ok(answer) => Some(answer),
+                Err(status) => {
+                    // Of another kind than what was asked: a clone to whom nobody will talk.
+                    for vm in &clones.vms {
+                        self.fleet.delete_vm(&vm.id).await?;
+                    }
+                    return Err(status);
+                }
+            },
+            _ => None,
+        };
+        let vms = clones.vms.iter().map(|vm| convert::vm(vm)).collect();
+        Ok(Response::new(proto::CloneVmResponse { vms, answer }))
     }
 
     async fn get_vm(&self, request: Request<proto::GetVmRequest>) -> Result<Response<proto::Vm>, Status> {

@@ -74,6 +74,11 @@ impl PrivateService {
         full.await.context("worker processes do not start; `coldspark doctor` tells why")
     }
 
+    /// How many shells are left.
+    pub fn shells_ready(&self) -> usize {
+        self.fleet.shells_ready()
+    }
+
     /// For files of the command's own; removed with the service.
     pub fn folder(&self) -> &Path {
         &self.folder.0

@@ -69,10 +69,40 @@ impl AgentClient {
         self.now().ask(request, within).await
     }
 
+    /// Asks; the answer is waited for with [`Asked::answer`]. What is asked first reaches the guest first.
+    ///
+    /// # Errors
+    /// Those of [`ask`](Self::ask) that can be known already.
+    pub async fn begin(&self, request: AgentRequest) -> Result<Asked, FleetError> {
+        let conversation = self.now();
+        let answer = conversation.begin(request).await?;
+        Ok(Asked { conversation, answer })
+    }
+
     /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
     /// it would take its clones' first bytes for the rest of the old one (wire.rs).
     pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
         self.now().quiet(within).await
+    }
+}
+
+/// A request that the guest has not answered yet. Dropped, its answer is for nobody.
+#[derive(Debug)]
+pub struct Asked {
+    conversation: Arc<Conversation>,
+    answer: oneshot::Receiver<Result<AgentReply, FleetError>>,
+}
+
+impl Asked {
+    /// Waits for the answer.
+    ///
+    /// # Errors
+    /// As [`AgentClient::ask`].
+    pub async fn answer(self, within: Duration) -> Result<AgentReply, FleetError> {
+        match tokio::time::timeout(within, self.answer).await {
+            Ok(answer) => answer.map_err(|_| self.conversation.gone())?,
+            Err(_) => Err(FleetError::AgentTimeout(within.as_millis())),
+        }
     }
 }
 
@@ -130,31 +160,35 @@ impl Conversation {
     }
 
     async fn ask(&self, request: AgentRequest, within: Duration) -> Result<AgentReply, FleetError> {
-        match &*self.presence.borrow() {
-            Presence::Here(_) => {}
-            Presence::Silent => return Err(FleetError::NoAgent),
-            Presence::Lost(reason) => return Err(FleetError::WrongState(reason.clone())),
-        }
         let exchange = async {
-            let answer = {
-                let _gate = self.gate.lock().await;
-                let permit =
-                    Arc::clone(&self.under_way).try_acquire_owned().map_err(|_| FleetError::Limit {
-                        what: "requests to one agent",
-                        limit: AGENT_REQUESTS_MAX,
-                        hint: "wait for some answers first",
-                    })?;
-                let (sender, answer) = oneshot::channel();
-                // The queue has room for as many as there are permits.
-                let order = Order { request, answer: sender, permit };
-                self.orders.try_send(order).map_err(|_| self.gone())?;
-                answer
-            };
+            let answer = self.begin(request).await?;
             answer.await.map_err(|_| self.gone())?
         };
         tokio::time::timeout(within, exchange)
             .await
             .map_err(|_| FleetError::AgentTimeout(within.as_millis()))?
+    }
+
+    /// Queues a request; waits only while none may begin ([`Quiet`]).
+    async fn begin(
+        &self,
+        request: AgentRequest,
+    ) -> Result<oneshot::Receiver<Result<AgentReply, FleetError>>, FleetError> {
+        match &*self.presence.borrow() {
+            Presence::Here(_) => {}
+            Presence::Silent => return Err(FleetError::NoAgent),
+            Presence::Lost(reason) => return Err(FleetError::WrongState(reason.clone())),
+        }
+        let _gate = self.gate.lock().await;
+        let permit = Arc::clone(&self.under_way).try_acquire_owned().map_err(|_| FleetError::Limit {
+            what: "requests to one agent",
+            limit: AGENT_REQUESTS_MAX,
+            hint: "wait for some answers first",
+        })?;
+        let (sender, answer) = oneshot::channel();
+        // The queue has room for as many as there are permits.
+        self.orders.try_send(Order { request, answer: sender, permit }).map_err(|_| self.gone())?;
+        Ok(answer)
     }
 
     async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {

@@ -5,10 +5,11 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::task::JoinSet;
 
+use super::agent::Asked;
 use super::boot::{Start, Started, micros, step};
 use super::disks::VmFolder;
 use super::error::FleetError;
@@ -35,11 +36,28 @@ pub struct CloneVm {
     pub name: Option<String>,
     /// Links for the guest's interfaces, from the first.
     pub networks: Vec<NetworkRequest>,
+    /// Asked of the only clone, just after its identity.
+    pub first_call: Option<FirstCall>,
+}
+
+/// What a clone is asked before its caller hears of it.
+#[derive(Debug, Clone)]
+pub struct FirstCall {
+    pub request: AgentRequest,
+    pub within: Duration,
+}
+
+/// Clones that run.
+#[derive(Debug)]
+pub struct Clones {
+    pub vms: Vec<Arc<Vm>>,
+    /// To the first call, and the microseconds from the request's arrival to it.
+    pub answer: Option<(AgentReply, u64)>,
 }
 
 impl Fleet {
     /// Starts clones, all at once, all or none.
-    pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Vec<Arc<Vm>>, FleetError> {
+    pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
         let arrived = Instant::now();
         if !(1..=CLONES_MAX).contains(&request.count) {
             return Err(FleetError::Invalid(format!(
@@ -50,14 +68,17 @@ impl Fleet {
         let names = names(&request)?;
         self.registry.check_room(request.count as usize, &names)?;
         let source = self.snapshots.source(&request.snapshot).await?;
-        if request.managed && source.hello.is_none() {
+        if (request.managed || request.first_call.is_some()) && source.hello.is_none() {
             return Err(FleetError::NoAgentInSnapshot);
+        }
+        if request.first_call.is_some() && request.count != 1 {
+            return Err(FleetError::Invalid("first_call goes to one clone: let count be 1".to_owned()));
         }
         let networks = network::plan_clones(&request.networks, &source.networks, request.count)?;
         let mut names = names.into_iter();
         if request.count == 1 {
-            let guard = self.clone_one(source, request, networks, names.next(), arrived).await?;
-            return Ok(guard.hand_over().into_iter().collect());
+            let (guard, answer) = self.clone_one(source, request, networks, names.next(), arrived).await?;
+            return Ok(Clones { vms: guard.hand_over().into_iter().collect(), answer });
         }
         // Dropping the set, or a guard in it, ends what was started.
         let mut clones = JoinSet::new();
@@ -69,13 +90,13 @@ impl Fleet {
         }
         let mut guards = Vec::with_capacity(request.count as usize);
         while let Some(clone) = clones.join_next().await {
-            guards.push(
-                clone.map_err(|error| FleetError::Internal(format!("a clone's task failed: {error}")))??,
-            );
+            let (guard, _) =
+                clone.map_err(|error| FleetError::Internal(format!("a clone's task failed: {error}")))??;
+            guards.push(guard);
         }
         let mut vms: Vec<Arc<Vm>> = guards.into_iter().filter_map(Guard::hand_over).collect();
         vms.sort_by_key(|vm| vm.number);
-        Ok(vms)
+        Ok(Clones { vms, answer: None })
     }
 
     async fn clone_one(
@@ -85,7 +106,7 @@ impl Fleet {
         networks: Vec<VmNetwork>,
         name: Option<String>,
         arrived: Instant,
-    ) -> Result<Guard, FleetError> {
+    ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
         let mut clock = Clock::new(arrived);
         let links = network::open(&networks).await?;
         let shell = self.shells.take_for(&source.open).await?;
@@ -133,15 +154,29 @@ impl Fleet {
             },
         )?;
         clock.lap("prepare");
-        // Asked before there is a guest: the question waits for it in the agent's socket, which saves a way there and back.
-        let identity = async {
-            match request.managed {
-                true => identify(&started.vm, generation).await,
-                false => Ok(()),
+        // Asked before there is a guest: the questions wait for it in the agent's socket, which saves a way there and back.
+        let talk = async {
+            let identity = match request.managed {
+                true => Some(ask_identity(&started.vm, generation).await?),
+                false => None,
+            };
+            let first = match request.first_call {
+                Some(call) => Some((started.vm.agent.begin(call.request).await?, call.within)),
+                None => None,
+            };
+            let mut confirmed = None;
+            if let Some(identity) = identity {
+                confirm(&started.vm, identity, generation).await?;
+                confirmed = Some(Instant::now());
             }
+            let answer = match first {
+                Some((first, within)) => Some(answer(&started.vm, first, within).await?),
+                None => None,
+            };
+            Ok::<_, FleetError>((confirmed, answer))
         };
-        tokio::pin!(identity);
-        let mut identified = None;
+        tokio::pin!(talk);
+        let mut told = None;
         let restored = {
             let mut fds = vec![
                 started.console.as_fd(),
@@ -157,7 +192,7 @@ impl Fleet {
                 tokio::select! {
                     biased;
                     restored = &mut restoring => break restored?,
-                    confirmed = &mut identity, if identified.is_none() => identified = Some(confirmed),
+                    answered = &mut talk, if told.is_none() => told = Some(answered),
                 }
             }
         };
@@ -165,18 +200,22 @@ impl Fleet {
         drop(links);
         clock.lap("restore");
         clock.inside("restore", &restored.steps);
-        match identified {
-            Some(confirmed) => confirmed?,
-            None => identity.await?,
+        let (confirmed, answer) = match told {
+            Some(answered) => answered?,
+            None => talk.await?,
+        };
+        if let Some(confirmed) = confirmed {
+            clock.lap_at("identity", confirmed);
         }
-        if request.managed {
-            clock.lap("identity");
+        if answer.is_some() {
+            clock.lap("first call");
         }
+        let start_us = micros(arrived);
         started.vm.status.send_modify(|status| {
-            status.start_us = micros(arrived);
+            status.start_us = start_us;
             status.steps = clock.steps;
         });
-        Ok(started.guard)
+        Ok((started.guard, answer.map(|reply| (reply, start_us))))
     }
 }
 
@@ -204,24 +243,35 @@ async fn restore(
     }
 }
 
-/// Makes the guest another one, and has it confirm that.
-async fn identify(vm: &Vm, generation: [u8; 16]) -> Result<(), FleetError> {
+/// Tells the guest that it is another one now.
+async fn ask_identity(vm: &Vm, generation: [u8; 16]) -> Result<Asked, FleetError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let request = AgentRequest::Identity {
         generation,
         entropy: id::random()?,
         wall_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
     };
-    let asked = tokio::select! {
-        answer = vm.agent.ask(request, IDENTITY_TIMEOUT) => answer,
+    vm.agent.begin(request).await
+}
+
+/// Waits until it has confirmed that.
+async fn confirm(vm: &Vm, identity: Asked, generation: [u8; 16]) -> Result<(), FleetError> {
+    match answer(vm, identity, IDENTITY_TIMEOUT).await? {
+        AgentReply::Generation { generation: confirmed, .. } if confirmed == generation => Ok(()),
+        _ => Err(FleetError::WrongGeneration),
+    }
+}
+
+/// Waits for an answer, or the VM's end.
+async fn answer(vm: &Vm, asked: Asked, within: Duration) -> Result<AgentReply, FleetError> {
+    let answered = tokio::select! {
+        answer = asked.answer(within) => answer,
         reason = vm.ended() => Err(FleetError::Ended(reason)),
     };
-    match asked {
-        Ok(AgentReply::Generation { generation: confirmed, .. }) if confirmed == generation => Ok(()),
-        Ok(_) => Err(FleetError::WrongGeneration),
+    match answered {
         // The port closes a moment before the end is known.
         Err(FleetError::WrongState(_)) => Err(FleetError::Ended(vm.ended().await)),
-        Err(error) => Err(error),
+        other => other,
     }
 }
 
@@ -238,8 +288,14 @@ impl Clock {
 
     /// The time since the last lap was spent on `name`.
     fn lap(&mut self, name: &str) {
-        self.steps.push(step(name, micros(self.last)));
-        self.last = Instant::now();
+        self.lap_at(name, Instant::now());
+    }
+
+    /// Until `end`.
+    fn lap_at(&mut self, name: &str, end: Instant) {
+        let us = end.saturating_duration_since(self.last).as_micros();
+        self.steps.push(step(name, u64::try_from(us).unwrap_or(u64::MAX)));
+        self.last = self.last.max(end);
     }
 
     /// What the worker did inside of `name`: not to be added to the sum.

@@ -123,6 +123,11 @@ impl Fleet {
         self.shells.full().await;
     }
 
+    /// How many shells are ready.
+    pub fn shells_ready(&self) -> usize {
+        self.shells.count()
+    }
+
     /// Ends every VM and waits for their ends.
     pub async fn close(&self) {
         self.shells.close();

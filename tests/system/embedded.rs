@@ -2,8 +2,10 @@
 
 use std::collections::HashSet;
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use coldspark::agent::expect;
+use coldspark::api::proto::agent_call_request::Op;
+use coldspark::api::proto::agent_call_response::Result as Answer;
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
@@ -43,6 +45,7 @@ pub fn trials() -> Vec<Trial> {
     trials.push(trial("embedded/snapshots-of-snapshots", MAPPED, 120, snapshots_of_snapshots));
     trials.push(trial("embedded/snapshots-in-turn", MAPPED, 120, snapshots_in_turn));
     trials.push(trial("embedded/unmanaged-clone", MAPPED, 60, unmanaged_clone));
+    trials.push(trial("embedded/first-call", USERFAULT, 60, first_call));
     trials.push(trial("embedded/memory-above-4-gib", LARGE, 120, memory_above_4_gib));
     trials
 }
@@ -400,6 +403,48 @@ async fn unmanaged_clone(stage: Stage) -> anyhow::Result<()> {
     let clone = client.clone_vms("here", 1, MemoryMode::Mapped, Identity::Unmanaged).await?.remove(0);
     let after = ask!(&mut client, &clone.id, Generation(GenerationOp {}));
     ensure!(after == before, "an unmanaged clone was told something: {before:?}, then {after:?}");
+    Ok(())
+}
+
+/// The clone's first answer comes with the clone, and is that of the clone; what cannot be answered leaves no clone.
+async fn first_call(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(64 << 20).await?;
+    client.snapshot(&vm.id, "here").await?;
+    let with = |op: Option<Op>| CloneVmRequest {
+        snapshot: "here".into(),
+        first_call: Some(AgentCallRequest { op, ..Default::default() }),
+        ..Default::default()
+    };
+    let generation = Some(Op::Generation(GenerationOp {}));
+    for mode in [MemoryMode::Mapped, MemoryMode::Userfault, MemoryMode::Mapped] {
+        let request = CloneVmRequest { memory_mode: mode.into(), ..with(generation.clone()) };
+        let made = client.vms.clone_vm(request).await?.into_inner();
+        let (clone, answer) = (&made.vms[0], made.answer.context("no answer")?);
+        let Some(Answer::Generation(told)) = answer.result else { bail!("{answer:?}") };
+        ensure!(told.generation == clone.generation && told.generation.len() == 16, "{told:?}, {clone:?}");
+        ensure!(answer.us > 0 && answer.us <= clone.start_us, "{} us of {}", answer.us, clone.start_us);
+        let last: Vec<&str> = clone.steps.iter().rev().take(2).map(|step| &step.name[..]).collect();
+        ensure!(last == ["first call", "identity"], "{:?}", clone.steps);
+        ensure!(ask!(&mut client, &clone.id, Generation(GenerationOp {})) == told);
+        client.delete_vm(&clone.id).await?;
+    }
+    let two = CloneVmRequest { count: 2, ..with(generation.clone()) };
+    let mut named = with(generation);
+    named.first_call.as_mut().context("it has one")?.vm = "another".into();
+    let no_disk = DiskReadOp { disk: 7, first_sector: 0, sectors: 1 };
+    for (what, request) in [
+        ("two clones", two),
+        ("another VM's name", named),
+        ("nothing asked", with(None)),
+        ("hello", with(Some(Op::Hello(HelloOp {})))),
+        ("a disk that is not there", with(Some(Op::DiskRead(no_disk)))),
+    ] {
+        expect_status(what, client.vms.clone_vm(request).await, &[Code::InvalidArgument])?;
+    }
+    let living = client.list_vms().await?;
+    ensure!(living.iter().filter(|vm| vm.state() != VmState::Exited).count() == 1, "{living:?}");
     Ok(())
 }
 

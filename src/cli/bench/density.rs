@@ -95,7 +95,7 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     let mut answer = Vec::new();
     for vm in &vms {
         let begin = Instant::now();
-        guest::first_answer(&mut client, &vm.id).await?;
+        guest::answer(&mut client, &vm.id).await?;
         answer.push(ms(begin));
     }
     let memory = vms.iter().map(|vm| resources::memory(vm.worker_pid)).collect::<anyhow::Result<Vec<_>>>()?;

@@ -49,13 +49,42 @@ pub async fn clones(
     Ok(vms)
 }
 
-/// Has the guest say something, and looks whether it does.
-pub async fn first_answer(client: &mut Client, vm: &str) -> anyhow::Result<()> {
-    let word = Bytes::from_static(b"first answer");
-    let op = Op::Echo(proto::EchoOp { data: word.clone() });
-    let request = proto::AgentCallRequest { vm: vm.to_owned(), timeout_ms: 0, op: Some(op) };
-    match client.agent.call(request).await?.into_inner().result {
-        Some(Answer::Echo(echo)) if echo.data == word => Ok(()),
+/// What guests are asked to say.
+const WORD: &[u8] = b"first answer";
+
+fn echo(vm: String) -> proto::AgentCallRequest {
+    let op = Op::Echo(proto::EchoOp { data: Bytes::from_static(WORD) });
+    proto::AgentCallRequest { vm, timeout_ms: 0, op: Some(op) }
+}
+
+fn check(vm: &str, answer: Option<proto::AgentCallResponse>) -> anyhow::Result<()> {
+    match answer.and_then(|answer| answer.result) {
+        Some(Answer::Echo(echo)) if echo.data == WORD => Ok(()),
         other => anyhow::bail!("{vm}: answered {other:?} to an echo"),
     }
+}
+
+/// One clone with an identity of its own, and its first answer, in one request.
+pub async fn answering_clone(
+    client: &mut Client,
+    snapshot: &str,
+    memory_mode: i32,
+) -> anyhow::Result<proto::Vm> {
+    let request = proto::CloneVmRequest {
+        snapshot: snapshot.to_owned(),
+        memory_mode,
+        identity: proto::Identity::Managed.into(),
+        first_call: Some(echo(String::new())),
+        ..proto::CloneVmRequest::default()
+    };
+    let made = client.vms.clone_vm(request).await?.into_inner();
+    let vm = made.vms.into_iter().next().context("the service's answer has no VM")?;
+    check(&vm.id, made.answer)?;
+    Ok(vm)
+}
+
+/// Has the guest say something, and looks whether it does.
+pub async fn answer(client: &mut Client, vm: &str) -> anyhow::Result<()> {
+    let answer = client.agent.call(echo(vm.to_owned())).await?.into_inner();
+    check(vm, Some(answer))
 }

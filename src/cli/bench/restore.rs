@@ -1,10 +1,10 @@
 //! `coldspark bench restore`: from the request for a clone to its first answer.
 //!
 //! One clone at a time of the embedded guest, over the whole road: a gRPC request on a Unix socket, a shell, the restore,
-//! the identity exchange with the agent, the reply; then an echo to the agent and back. Beside it, in turn with it, the floor:
+//! the identity exchange with the agent, an echo from it, the reply. Beside it, in turn with it, the floor:
 //! a raw KVM restore of a memory file of the same size up to the first output of a guest of three bytes (see
-//! [`crate::cli::tiny`]). Service and client are one process here; between two clones the reserve of shells is
-//! filled again, as it would be in a service that is not overrun.
+//! [`crate::cli::tiny`]). Service and client are one process here; when all shells but one are used, the clones wait until the reserve
+//! is full again, as it would be in a service that is not overrun.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -30,8 +30,6 @@ use crate::cli::vm::MemoryMode;
 
 /// Runs before those that count.
 const WARM_UP: u32 = 5;
-/// Shells kept by the service.
-const SHELLS: usize = 4;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -46,6 +44,9 @@ pub struct Arguments {
     /// vCPUs
     #[arg(long, value_name = "N", default_value_t = 1)]
     vcpus: u32,
+    /// Shells kept by the service; 0: each clone waits for a process of its own
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=64))]
+    shells: u16,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -55,8 +56,8 @@ pub struct Arguments {
 #[derive(Default)]
 struct Samples {
     first_output: Vec<f64>,
-    clone_reply: Vec<f64>,
-    first_call: Vec<f64>,
+    /// A call to the agent of a clone that has answered before.
+    next_call: Vec<f64>,
     delete: Vec<f64>,
     /// A call that does next to nothing.
     empty_call: Vec<f64>,
@@ -66,7 +67,7 @@ struct Samples {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let service = PrivateService::start(SHELLS).await?;
+    let service = PrivateService::start(arguments.shells.into()).await?;
     let samples = tokio::select! {
         samples = measure(&service, &arguments) => samples,
         interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
@@ -92,7 +93,9 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     };
     let mut samples = Samples::default();
     for n in 0..arguments.count + WARM_UP {
-        service.settle().await?;
+        if service.shells_ready() <= 1 {
+            service.settle().await?;
+        }
         // In turn, so that both see the same host.
         let floor = Arc::clone(&floor);
         let floor_ms = tokio::task::spawn_blocking(move || floor.run()).await??;
@@ -114,20 +117,21 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
 /// One clone.
 struct One {
     first_output_ms: f64,
-    clone_reply_ms: f64,
+    next_call_ms: f64,
     delete_ms: f64,
     steps: Vec<proto::Step>,
 }
 
 async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> anyhow::Result<One> {
     let begin = Instant::now();
-    let vm = guest::clones(client, snapshot, 1, memory_mode).await?.remove(0);
-    let clone_reply_ms = ms(begin);
-    guest::first_answer(client, &vm.id).await?;
+    let vm = guest::answering_clone(client, snapshot, memory_mode).await?;
     let first_output_ms = ms(begin);
+    let calling = Instant::now();
+    guest::answer(client, &vm.id).await?;
+    let next_call_ms = ms(calling);
     let deleting = Instant::now();
     client.vms.delete_vm(proto::DeleteVmRequest { vm: vm.id }).await?;
-    Ok(One { first_output_ms, clone_reply_ms, delete_ms: ms(deleting), steps: vm.steps })
+    Ok(One { first_output_ms, next_call_ms, delete_ms: ms(deleting), steps: vm.steps })
 }
 
 /// The raw restore.
@@ -155,8 +159,7 @@ impl Floor {
 impl Samples {
     fn take(&mut self, one: One) {
         self.first_output.push(one.first_output_ms);
-        self.clone_reply.push(one.clone_reply_ms);
-        self.first_call.push(one.first_output_ms - one.clone_reply_ms);
+        self.next_call.push(one.next_call_ms);
         self.delete.push(one.delete_ms);
         for step in one.steps {
             // Durations of a local service stay far below what a float holds exactly.
@@ -171,8 +174,7 @@ impl Samples {
     fn sort(&mut self) {
         let lists = [
             &mut self.first_output,
-            &mut self.clone_reply,
-            &mut self.first_call,
+            &mut self.next_call,
             &mut self.delete,
             &mut self.empty_call,
             &mut self.floor,
@@ -193,10 +195,9 @@ impl Samples {
             "memory_mode": arguments.memory_mode.name(),
             "memory_bytes": arguments.memory,
             "vcpus": arguments.vcpus,
-            "shells": SHELLS,
+            "shells": arguments.shells,
             "request_to_first_output_ms": spread(&self.first_output),
-            "request_to_clone_reply_ms": spread(&self.clone_reply),
-            "first_call_ms": spread(&self.first_call),
+            "next_call_ms": spread(&self.next_call),
             "steps_us": steps,
             "delete_ms": spread(&self.delete),
             "empty_call_ms": spread(&self.empty_call),
@@ -211,12 +212,11 @@ impl Samples {
             table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
         };
         row("request to first answer", &self.first_output, 1.0);
-        row("  request to clone reply", &self.clone_reply, 1.0);
         for (name, values) in &self.steps {
-            let indent = if name.contains('/') { "      " } else { "    " };
+            let indent = if name.contains('/') { "    " } else { "  " };
             row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
         }
-        row("  first call to the agent", &self.first_call, 1.0);
+        row("a call to its agent", &self.next_call, 1.0);
         row("a call that does nothing", &self.empty_call, 1.0);
         row("raw KVM restore (floor)", &self.floor, 1.0);
         row("ending a VM", &self.delete, 1.0);

@@ -137,8 +137,7 @@ async fn one_client(
     let (mut first_output, mut delete) = (Vec::new(), Vec::new());
     while left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok() {
         let begin = Instant::now();
-        let vm = guest::clones(&mut client, snapshot, 1, memory_mode).await?.remove(0);
-        guest::first_answer(&mut client, &vm.id).await?;
+        let vm = guest::answering_clone(&mut client, snapshot, memory_mode).await?;
         first_output.push(ms(begin));
         let deleting = Instant::now();
         client.vms.delete_vm(proto::DeleteVmRequest { vm: vm.id }).await?;

@@ -206,6 +206,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 .into(),
                 name,
                 networks: nets,
+                first_call: None,
             };
             let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
             if json {
