@@ -22,7 +22,7 @@ use super::vm::{Origin, Vm};
 use super::{Fleet, id};
 use crate::agent::{AgentReply, AgentRequest};
 use crate::worker::channel::ChannelError;
-use crate::worker::protocol::{MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
+use crate::worker::protocol::{LinkKind, MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
 
 /// Clones that were asked for.
 #[derive(Debug, Clone)]
@@ -109,12 +109,23 @@ impl Fleet {
     ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
         let mut clock = Clock::new(arrived);
         let links = network::open(&networks).await?;
-        let shell = self.shells.take_for(&source.open).await?;
+        // One that needs neither the pager nor a link may have been made ahead.
+        let plain =
+            request.memory_mode == MemoryMode::Mapped && links.iter().all(|link| link.kind == LinkKind::Down);
+        let mut shell = self.shells.take_for(&source, plain).await?;
         clock.lap("shell");
         source.check_fits(&shell.host)?;
         let generation = id::random::<16>()?;
-        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
-        let disks = source.disks(&mut folder)?;
+        let seat = if plain { shell.take_seat(&source.id()) } else { None };
+        let is_made = seat.is_some();
+        let (folder, disks) = match seat {
+            Some(seat) => (seat.folder, seat.disks),
+            None => {
+                let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
+                let disks = source.disks(&mut folder)?;
+                (folder, disks)
+            }
+        };
         let facts = &source.open.manifest.facts;
         let faults = match request.memory_mode {
             MemoryMode::Mapped => None,
@@ -124,7 +135,6 @@ impl Fleet {
         };
         let spec = RestoreSpec {
             memory_mode: request.memory_mode,
-            generation,
             disks: disks.iter().map(|disk| disk.spec()).collect(),
             networks: links.iter().map(|link| link.kind).collect(),
             paused: false,
@@ -178,15 +188,22 @@ impl Fleet {
         tokio::pin!(talk);
         let mut told = None;
         let restored = {
-            let mut fds = vec![
-                started.console.as_fd(),
-                started.agent.as_fd(),
-                source.open.state.as_fd(),
-                source.open.memory.as_fd(),
-            ];
-            fds.extend(disks.iter().flat_map(|disk| disk.fds()));
-            fds.extend(links.iter().flat_map(OpenLink::fd));
-            let restoring = restore(&started, Request::Restore(spec), &fds);
+            let mut fds = Vec::new();
+            let order = match is_made {
+                true => Request::Start,
+                false => {
+                    fds.extend([
+                        started.console.as_fd(),
+                        started.agent.as_fd(),
+                        source.open.state.as_fd(),
+                        source.open.memory.as_fd(),
+                    ]);
+                    fds.extend(disks.iter().flat_map(|disk| disk.fds()));
+                    fds.extend(links.iter().flat_map(OpenLink::fd));
+                    Request::Restore(spec)
+                }
+            };
+            let restoring = restore(&started, order, &fds);
             tokio::pin!(restoring);
             loop {
                 tokio::select! {

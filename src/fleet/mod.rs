@@ -106,7 +106,7 @@ impl Fleet {
         let snapshots = Snapshots::open(&config.data_dir.join("snapshots"))?;
         let images = Images::open(&config.data_dir.join("images"))?;
         let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
-        let shells = Shells::start(Spawner::start(config.worker)?, config.shells);
+        let shells = Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone());
         Ok(Arc::new(Self {
             shells,
             registry: Registry::new(config.vms_max),

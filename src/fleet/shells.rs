@@ -1,13 +1,16 @@
 //! The reserve of shells: worker processes started ahead, so that no clone waits for a fork.
 //!
-//! Most of them expect clones of the snapshot that was cloned last, and have done what is the same for all of these
-//! ([`Request::Expect`]). One, if there is more than one, is left as it is: for a cold boot, or the first clone of another snapshot. A shell
-//! that expected something else serves too; it has to begin again.
+//! Most of them expect clones like the one that was started last: of the same snapshot, and if that one needed nothing that must be
+//! asked for (a link, the pager), each is such a clone already, with disks and an id of its own, but for the moment in which its clocks
+//! go on ([`Request::Seat`]); otherwise it has done what is the same for all clones of the snapshot ([`Request::Expect`]). One, if there is
+//! more than one, is left as it is: for a cold boot, or the first clone of another snapshot. A shell that expected something else serves
+//! too; it has to begin again.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -15,19 +18,23 @@ use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
+use super::disks::{VmDisk, VmFolder};
 use super::error::FleetError;
+use super::id;
 use super::limits::WORKER_TIMEOUT;
 use super::link::{Events, Link};
 use super::process::{Process, Spawner};
-use crate::snapshot::store::OpenSnapshot;
+use super::snapshots::Source;
 use crate::worker::channel::AsyncChannel;
-use crate::worker::protocol::{Event, HostReport, Request};
+use crate::worker::protocol::{Event, HostReport, MemoryMode, Request, RestoreSpec};
 
 /// Most shells that can be asked for.
 pub const SHELLS_MAX: usize = 64;
-/// The reserve is filled when no clone has been started for this long: starting processes would take the CPUs
-/// from clones that are on their way. An empty reserve is filled at once.
-const QUIET: Duration = Duration::from_millis(5);
+/// The reserve is filled when no shell has been taken for this long: starting processes takes the CPUs from clones that are on their way,
+/// and who asks for one now is likely to ask for another.
+const QUIET: Duration = Duration::from_millis(50);
+/// The same while it is being filled, and when only one is left. An empty reserve is filled at once.
+const PAUSE: Duration = Duration::from_millis(5);
 /// After a failure to start a worker.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -41,8 +48,60 @@ pub struct Shell {
     pub host: HostReport,
     pub console: Socket,
     pub agent: Socket,
-    /// The snapshot whose clones it expects.
-    expects: Option<String>,
+    expects: Expects,
+}
+
+/// What a shell has done ahead.
+#[derive(Debug)]
+enum Expects {
+    Nothing,
+    /// A clone of the snapshot with this id.
+    Clone(String),
+    /// It is one.
+    Seat(Seat),
+}
+
+impl Expects {
+    /// The snapshot's id.
+    fn snapshot(&self) -> Option<&str> {
+        match self {
+            Self::Nothing => None,
+            Self::Clone(snapshot) => Some(snapshot),
+            Self::Seat(seat) => Some(&seat.snapshot),
+        }
+    }
+
+    fn is(&self, snapshot: &str, seat: bool) -> bool {
+        self.snapshot() == Some(snapshot) && matches!(self, Self::Seat(_)) == seat
+    }
+}
+
+/// A clone that was made ahead: it is let run by [`Request::Start`].
+#[derive(Debug)]
+pub struct Seat {
+    snapshot: String,
+    pub folder: VmFolder,
+    pub disks: Vec<VmDisk>,
+}
+
+impl Shell {
+    /// The clone that it is, if it is one of this snapshot.
+    pub fn take_seat(&mut self, snapshot: &str) -> Option<Seat> {
+        match std::mem::replace(&mut self.expects, Expects::Nothing) {
+            Expects::Seat(seat) if seat.snapshot == snapshot => Some(seat),
+            // What it made is given up with the next request.
+            _ => None,
+        }
+    }
+}
+
+/// What the next clones are expected to be.
+#[derive(Debug, Default)]
+struct Expected {
+    /// Weak: a snapshot that is deleted must not keep its disk space because it was cloned once.
+    source: Weak<Source>,
+    /// They need nothing that must be asked for.
+    seats: bool,
 }
 
 /// A stream socket: the daemon's end, and the end that goes to the worker.
@@ -69,15 +128,16 @@ pub struct Shells {
     ready: Mutex<VecDeque<Shell>>,
     taken: Notify,
     filler: OnceLock<AbortHandle>,
-    /// What was cloned last. Weak: a snapshot that is deleted must not keep its disk space because it was cloned once.
-    expected: Mutex<Weak<OpenSnapshot>>,
-    /// How many are ready.
-    count: watch::Sender<usize>,
+    expected: Mutex<Expected>,
+    /// Where the folders of VMs are.
+    vms_dir: PathBuf,
+    /// Nothing is left to do in the background.
+    settled: watch::Sender<bool>,
 }
 
 impl Shells {
     /// Starts filling in the background; a `size` of 0 keeps none.
-    pub fn start(spawner: Spawner, size: usize) -> Arc<Self> {
+    pub fn start(spawner: Spawner, size: usize, vms_dir: PathBuf) -> Arc<Self> {
         let shells = Arc::new(Self {
             spawner,
             size: size.min(SHELLS_MAX),
@@ -85,7 +145,8 @@ impl Shells {
             taken: Notify::new(),
             filler: OnceLock::new(),
             expected: Mutex::default(),
-            count: watch::Sender::new(0),
+            vms_dir,
+            settled: watch::Sender::new(false),
         });
         let filler = tokio::spawn(fill(Arc::clone(&shells)));
         let _ = shells.filler.set(filler.abort_handle());
@@ -94,23 +155,48 @@ impl Shells {
 
     /// Takes a shell for a cold boot; starts one when there is none left.
     pub async fn take(&self) -> Result<Shell, FleetError> {
-        self.take_best(None).await
+        self.take_best(&[&|expects| matches!(expects, Expects::Nothing)]).await
     }
 
-    /// Takes a shell for a clone, if possible one that expects it; those that follow will.
-    pub async fn take_for(&self, snapshot: &Arc<OpenSnapshot>) -> Result<Shell, FleetError> {
-        *self.expected() = Arc::downgrade(snapshot);
-        let id = snapshot.manifest.id.to_string();
-        self.take_best(Some(&id)).await
+    /// Takes a shell for a clone, if possible one that expects it; those that follow will. `seat`: a clone that was made ahead will do.
+    pub async fn take_for(&self, source: &Arc<Source>, seat: bool) -> Result<Shell, FleetError> {
+        *self.expected() = Expected { source: Arc::downgrade(source), seats: seat };
+        let id = source.id();
+        self.take_best(&[
+            &|expects| expects.is(&id, seat),
+            // It has less to do again than others have.
+            &|expects| seat && expects.is(&id, false),
+            &|expects| matches!(expects, Expects::Nothing),
+        ])
+        .await
     }
 
-    async fn take_best(&self, wanted: Option<&str>) -> Result<Shell, FleetError> {
+    /// Ends the shells that expect clones of a snapshot that is gone: they hold its files.
+    pub fn forget(&self, snapshot: &str) {
+        let mut expected = self.expected();
+        if expected.source.upgrade().is_none_or(|source| source.id() == snapshot) {
+            *expected = Expected::default();
+        }
+        drop(expected);
+        let mut ready = self.lock();
+        let (gone, kept): (VecDeque<Shell>, _) =
+            ready.drain(..).partition(|shell| shell.expects.snapshot() == Some(snapshot));
+        *ready = kept;
+        drop(ready);
+        for shell in gone {
+            shell.process.kill();
+        }
+        self.taken.notify_one();
+    }
+
+    /// One that the first of `wishes` fits, or the second, and so on, or any.
+    async fn take_best(&self, wishes: &[&(dyn Fn(&Expects) -> bool + Sync)]) -> Result<Shell, FleetError> {
         let ready = loop {
             let shell = {
                 let mut ready = self.lock();
-                let of =
-                    |wanted: Option<&str>| ready.iter().position(|shell| shell.expects.as_deref() == wanted);
-                let best = of(wanted).or_else(|| of(None)).unwrap_or(0);
+                let mut best =
+                    wishes.iter().filter_map(|wish| ready.iter().position(|shell| wish(&shell.expects)));
+                let best = best.next().unwrap_or(0);
                 ready.remove(best)
             };
             match shell {
@@ -118,7 +204,7 @@ impl Shells {
                 other => break other,
             }
         };
-        self.count.send_replace(self.count());
+        self.settled.send_replace(false);
         self.taken.notify_one();
         match ready {
             Some(shell) => Ok(shell),
@@ -134,10 +220,10 @@ impl Shells {
         self.lock().clear();
     }
 
-    /// Waits until the reserve is full, as it is in a service that has been up for a moment.
+    /// Waits until the reserve is full and all is done ahead that can be, as in a service that has been up for a moment.
     pub async fn full(&self) {
         // The sender lives as long as this.
-        let _ = self.count.subscribe().wait_for(|count| *count >= self.size).await;
+        let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
     }
 
     /// How many are ready.
@@ -162,47 +248,88 @@ impl Shells {
         let host = host.inspect_err(|_| process.kill())?;
         tracing::debug!(?host, "a worker is ready");
         let (console, agent) = (Socket::new()?, Socket::new()?);
-        Ok(Shell { process, link, events, host, console, agent, expects: None })
+        Ok(Shell { process, link, events, host, console, agent, expects: Expects::Nothing })
     }
 
     /// Tells a shell what to expect, if something is expected and another shell is left that was told nothing. It is not in the
     /// reserve meanwhile. One that cannot do it is still a shell.
     async fn tell(&self, shell: &mut Shell) {
-        let blank = self.lock().iter().any(|shell| shell.expects.is_none());
-        let expected = self.expected().upgrade();
-        let Some(expected) = expected.filter(|_| blank || self.size < 2) else { return };
-        let state = [expected.state.as_fd()];
-        let told = shell.link.request(Request::Expect, &state);
-        match tokio::time::timeout(WORKER_TIMEOUT, told).await {
-            Ok(Ok(_)) => shell.expects = Some(expected.manifest.id.to_string()),
+        let blank = self.lock().iter().any(|shell| matches!(shell.expects, Expects::Nothing));
+        let (source, seats) = {
+            let expected = self.expected();
+            (expected.source.upgrade(), expected.seats)
+        };
+        let Some(source) = source.filter(|_| blank || self.size < 2) else { return };
+        shell.expects = Expects::Nothing;
+        let telling = async {
+            match seats {
+                true => self.seat(shell, &source).await.map(Expects::Seat),
+                false => {
+                    shell.link.request(Request::Expect, &[source.open.state.as_fd()]).await?;
+                    Ok(Expects::Clone(source.id()))
+                }
+            }
+        };
+        match tokio::time::timeout(WORKER_TIMEOUT, telling).await {
+            Ok(Ok(expects)) => {
+                // It may have been forgotten meanwhile.
+                let gone = self.expected().source.upgrade().is_none();
+                shell.expects = expects;
+                if gone {
+                    shell.process.kill();
+                }
+            }
             Ok(Err(error)) => {
                 // Nor could the next one: whoever clones it hears why.
                 tracing::debug!(%error, "a shell could not prepare for clones of a snapshot");
-                *self.expected() = Weak::new();
+                *self.expected() = Expected::default();
             }
             Err(_) => shell.process.kill(),
         }
     }
 
-    /// Takes a shell out of the reserve that could expect what it does not, unless it is the last that was told nothing.
-    fn take_idle(&self) -> Option<Shell> {
-        let expected = self.expected().upgrade()?.manifest.id.to_string();
-        let mut ready = self.lock();
-        let blank = ready.iter().filter(|shell| shell.expects.is_none()).count();
-        let other = ready.iter().position(|shell| shell.expects.as_ref().is_some_and(|is| *is != expected));
-        let place = match other {
-            Some(other) if blank > 0 || self.size < 2 => other,
-            _ if blank > 1 || (blank > 0 && self.size < 2) => {
-                ready.iter().position(|shell| shell.expects.is_none())?
-            }
-            _ => return None,
+    /// Makes a clone that only needs to be let run.
+    async fn seat(&self, shell: &Shell, source: &Source) -> Result<Seat, FleetError> {
+        source.check_fits(&shell.host)?;
+        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
+        let disks = source.disks(&mut folder)?;
+        let spec = RestoreSpec {
+            memory_mode: MemoryMode::Mapped,
+            disks: disks.iter().map(VmDisk::spec).collect(),
+            networks: Vec::new(),
+            paused: false,
+            ready_port: None,
         };
-        let idle = ready.remove(place);
-        self.count.send_replace(ready.len());
-        idle
+        let mut fds = vec![
+            shell.console.theirs.as_fd(),
+            shell.agent.theirs.as_fd(),
+            source.open.state.as_fd(),
+            source.open.memory.as_fd(),
+        ];
+        fds.extend(disks.iter().flat_map(VmDisk::fds));
+        shell.link.request(Request::Seat(spec), &fds).await?;
+        Ok(Seat { snapshot: source.id(), folder, disks })
     }
 
-    fn expected(&self) -> MutexGuard<'_, Weak<OpenSnapshot>> {
+    /// Takes a shell out of the reserve that could expect what it does not, unless it is the last that was told nothing.
+    fn take_idle(&self) -> Option<Shell> {
+        let (id, seats) = {
+            let expected = self.expected();
+            (expected.source.upgrade()?.id(), expected.seats)
+        };
+        let mut ready = self.lock();
+        let is_blank = |shell: &Shell| matches!(shell.expects, Expects::Nothing);
+        let blank = ready.iter().filter(|shell| is_blank(shell)).count();
+        let other = ready.iter().position(|shell| !is_blank(shell) && !shell.expects.is(&id, seats));
+        let place = match other {
+            Some(other) if blank > 0 || self.size < 2 => other,
+            _ if blank > 1 || (blank > 0 && self.size < 2) => ready.iter().position(is_blank)?,
+            _ => return None,
+        };
+        ready.remove(place)
+    }
+
+    fn expected(&self) -> MutexGuard<'_, Expected> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -212,7 +339,6 @@ impl Shells {
         } else {
             self.lock().push_back(shell);
         }
-        self.count.send_replace(self.count());
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Shell>> {
@@ -222,17 +348,28 @@ impl Shells {
 
 async fn fill(shells: Arc<Shells>) {
     let mut told = String::new();
+    // Nothing has been taken for a while.
+    let mut quiet = true;
     loop {
         let count = shells.count();
-        if count > 0 && tokio::time::timeout(QUIET, shells.taken.notified()).await.is_ok() {
-            // Another was taken meanwhile: not quiet yet.
+        let pause = if quiet || count == 1 { PAUSE } else { QUIET };
+        quiet = count == 0 || tokio::time::timeout(pause, shells.taken.notified()).await.is_err();
+        if !quiet {
             continue;
         }
         if let Some(mut shell) = shells.take_idle() {
             shells.tell(&mut shell).await;
             shells.put(shell);
         } else if count >= shells.size {
-            shells.taken.notified().await;
+            let taken = shells.taken.notified();
+            shells.settled.send_replace(true);
+            if shells.count() < shells.size {
+                // Taken meanwhile.
+                shells.settled.send_replace(false);
+                continue;
+            }
+            taken.await;
+            quiet = false;
         } else {
             match shells.make().await {
                 Ok(mut shell) => {

@@ -131,6 +131,11 @@ impl Source {
         Ok(Self { open, protocol, hello, pages, disks, networks, fits: OnceLock::new() })
     }
 
+    /// The snapshot's id.
+    pub fn id(&self) -> String {
+        self.open.manifest.id.to_string()
+    }
+
     /// Refuses a host that lacks what the guest was shown.
     pub fn check_fits(&self, host: &HostReport) -> Result<(), FleetError> {
         let refusal = self.fits.get_or_init(|| {
@@ -380,6 +385,7 @@ impl Fleet {
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let id = blocking(move || store.delete(&key)).await??;
         self.snapshots.lock().remove(id.as_str());
+        self.shells.forget(id.as_str());
         Ok(())
     }
 

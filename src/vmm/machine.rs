@@ -4,11 +4,13 @@
 //! [`Machine::resume`] lets it go.
 //!
 //! ```text
-//!   boot / restore --> paused --resume--> running --pause--> paused --save--> paused ...
+//!   boot / Prepared::into_machine --> paused --resume--> running --pause--> paused --save--> paused ...
 //! ```
 //!
 //! Pausing stops the vCPUs first and the device thread after them, which waits for what devices have begun: what the last
 //! instruction notified is either done or still in the ring, where the restored device finds it.
+
+mod prepared;
 
 use std::fs::File;
 use std::io;
@@ -17,11 +19,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use kvm_bindings::{CpuId, Msrs, kvm_clock_data, kvm_msr_entry};
+use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::prepared::Prepared;
 use super::boot::{
     self, BootError, BootInput, BootProtocol, DiskView, Hardware, HardwareWish, Loaded, MmioSlot, ModuleKind,
     ReadAt,
@@ -53,12 +56,9 @@ use super::virtio::{DeviceError, VirtioDevice};
 use super::x86::cpuid;
 use crate::snapshot::codec::CodecError;
 use crate::snapshot::layers::{Freeze, LayerError, LayeredDisk};
-use crate::snapshot::state::chipset::ChipsetState;
 use crate::snapshot::state::file::{StateError, StateFile};
 use crate::snapshot::state::machine::MachineState;
-use crate::snapshot::state::pc::{PcState, VirtioPciState};
-use crate::snapshot::state::vcpu::VcpuState;
-use crate::snapshot::state::virtio::TransportState;
+use crate::snapshot::state::pc::PcState;
 
 /// Most vCPUs.
 pub const VCPUS_MAX: u8 = 32;
@@ -380,81 +380,6 @@ impl Machine {
         Ok((machine, loaded))
     }
 
-    /// Sets a new machine to a saved state; its memory is the snapshot's. It stands where the snapshot stood. `done` hears the name of
-    /// each step when it is done.
-    pub fn restore(
-        host: &Host,
-        mut shell: Shell,
-        mut parts: Parts,
-        state: &StateFile,
-        done: &mut dyn FnMut(&'static str),
-    ) -> Result<Self, MachineError> {
-        let machine: MachineState = state.get(0)?;
-        if !(1..=VCPUS_MAX).contains(&machine.vcpus) {
-            return Err(MachineError::Vcpus(machine.vcpus));
-        }
-        if !shell.ram().regions().map(|(region, _)| region).eq(machine.memory.iter().copied()) {
-            return Err(MachineError::Mismatch("other memory regions".into()));
-        }
-        let has = machine.devices.iter().filter(|name| *name == "net").count();
-        if parts.networks.len() > has {
-            return Err(MachineError::Links { given: parts.networks.len(), has });
-        }
-        // Interfaces for which nothing was given have no link. (More than there can be are refused below.)
-        parts.networks.resize_with(has.min(NETWORKS_MAX), || NetworkPart { link: Link::Down, config: None });
-        let pc: Option<PcState> = state.get_if_there(0)?;
-        let hardware = match &pc {
-            Some(pc) => Hardware::Pc { transitional: pc.transitional },
-            None => Hardware::Microvm,
-        };
-        let frame = Frame::new(&shell, parts, hardware)?;
-        let names: Vec<&str> = frame.bus.virtio.iter().map(|device| lock(device).device_name()).collect();
-        if names != machine.devices {
-            return Err(MachineError::Mismatch(format!(
-                "it has the devices {:?}, this machine {names:?}",
-                machine.devices
-            )));
-        }
-        done("devices");
-        let saved = (0..u32::from(machine.vcpus))
-            .map(|index| state.get::<VcpuState>(index))
-            .collect::<Result<Vec<_>, _>>()?;
-        let tsc = saved.first().map_or(0, vcpu_state::saved_tsc);
-        let clock = kvm_clock_data { clock: machine.clock_ns, ..Default::default() };
-        shell.vm().set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
-        let vcpus = (0..machine.vcpus).map(|index| shell.vcpu(index)).collect::<Result<Vec<_>, _>>()?;
-        // Three passes, so that KVM sees the time stamp counters as one: `restore_tsc` says why.
-        for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
-            vcpu_state::restore_tsc(vcpu, saved, tsc)
-                .map_err(|source| MachineError::VcpuState { index, source })?;
-        }
-        for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
-            if !shell.has_cpuid(index, &saved.cpuid) {
-                vcpu_state::set_cpuid(vcpu, saved)
-                    .map_err(|source| MachineError::VcpuState { index, source })?;
-            }
-            vcpu_state::restore(vcpu, saved).map_err(|source| MachineError::VcpuState { index, source })?;
-        }
-        done("vcpus");
-        frame.bus.chipset.restore(&state.get::<ChipsetState>(0)?).map_err(call("KVM_SET_GSI_ROUTING"))?;
-        match (&frame.bus.pc, &pc) {
-            (Some(here), Some(saved)) => restore_pc(here, saved, state)?,
-            _ => {
-                for (slot, device) in frame.bus.virtio.iter().enumerate() {
-                    lock(device).restore(
-                        &state.get::<TransportState>(slot as u32)?,
-                        false,
-                        &frame.bus.memory,
-                    )?;
-                }
-            }
-        }
-        done("device states");
-        let machine = frame.into_machine(host, shell, vcpus)?;
-        done("threads");
-        Ok(machine)
-    }
-
     /// Lets it run.
     pub fn resume(&self) -> Result<(), MachineError> {
         for device in &self.bus.virtio {
@@ -594,19 +519,6 @@ impl Machine {
     pub fn exits(&self) -> u64 {
         self.bus.exits.load(Ordering::Relaxed)
     }
-}
-
-/// Sets functions, host bridge and power block to their saved states.
-fn restore_pc(here: &Pc, saved: &PcState, state: &StateFile) -> Result<(), MachineError> {
-    for (slot, function) in here.functions.iter().enumerate() {
-        let slot = slot as u32;
-        function.restore(&state.get::<VirtioPciState>(slot)?, &state.get::<TransportState>(slot)?)?;
-    }
-    here.pci.restore(saved.config_address, &saved.bridge).map_err(|differs| {
-        MachineError::Mismatch(format!("its host bridge is another, at byte {:#x}", differs.0))
-    })?;
-    here.power.restore(&saved.power);
-    Ok(())
 }
 
 /// What firmware would have set and kernels take for granted.

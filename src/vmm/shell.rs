@@ -1,7 +1,7 @@
 //! The parts of a machine that can be made before it is known which one it will be, and before its memory is there.
 //!
 //! ```text
-//!   EmptyVm --with_slots--> Slotted --(expect)--> Slotted --with_memory--> Shell --> Machine::boot, Machine::restore
+//!   EmptyVm --with_slots--> Slotted --(expect)--> Slotted --with_memory--> Shell --> Machine::boot, Prepared::new
 //! ```
 //!
 //! A VM with its split irqchip and boot CPU comes first, so memory slots are made last: with a split irqchip that is as cheap as the
@@ -87,7 +87,7 @@ pub struct Slotted {
 }
 
 impl Slotted {
-    /// Does what [`Machine::restore`](super::machine::Machine::restore) of this state, or one like it, would have to do first and what is the same for
+    /// Does what [`Prepared::new`](super::machine::Prepared::new) with this state, or one like it, would have to do first and what is the same for
     /// every clone: vCPUs and their CPUID, interrupt lines and routes. Nothing that knows the time, and nothing that touches memory.
     pub fn expect(&mut self, state: &StateFile) -> Result<(), MachineError> {
         let machine: MachineState = state.get(0)?;

@@ -1,8 +1,9 @@
 //! A vCPU's registers out of KVM and into it again (`Documentation/virt/kvm/api.rst`).
 //!
-//! Order on the way in: CPUID first (it says what the rest may hold), local APIC before the MSRs (IA32_TSC_DEADLINE
-//! arms the timer that the APIC's LVT describes), pending events and the run state last. IA32_TSC before all of it, on
-//! all vCPUs together: [`restore_tsc`].
+//! On the way in there are two halves. What stands still ([`restore`]): CPUID first (it says what the rest may hold), then registers and
+//! MSRs; that can be done as long ahead as one likes. What time has a hold on: IA32_TSC, on all vCPUs together ([`restore_tsc`]), then
+//! ([`restore_time`]) the local APIC, whose timer begins to count, IA32_TSC_DEADLINE (it arms the timer that the APIC's LVT describes),
+//! pending events and the run state.
 
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -12,6 +13,8 @@ use crate::snapshot::state::vcpu::{CPUID_ENTRIES_MAX, MSRS_MAX, VcpuState};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Minutes, at any frequency.
+const FITS_NOTHING: u64 = 1 << 42;
 
 /// Why a vCPU's state cannot be taken or set.
 #[derive(Debug, thiserror::Error)]
@@ -76,14 +79,34 @@ fn msrs_of(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
     })
 }
 
-/// Sets the rate and the value of a new vCPU's time stamp counter; to be called for all vCPUs one right after the other,
-/// when all of them exist, with the same `tsc`.
+/// Sets the rates and the values of new vCPUs' time stamp counters, when all of them exist.
 ///
-/// KVM gives a vCPU the offset of the one before it only if the value fits what was written last (`kvm_synchronize_tsc`
-/// in arch/x86/kvm/x86.c). Creating a vCPU is a write of zero, so creating and setting in turn leaves each counter
-/// behind the one before it, and a guest that reads time on two CPUs sees it jump.
-pub fn restore_tsc(vcpu: &VcpuFd, state: &VcpuState, tsc: u64) -> Result<(), VcpuStateError> {
-    set_tsc_khz(vcpu, state.tsc_khz)?;
+/// KVM takes a value that fits what was written last, to within a second, for an attempt to bring a vCPU in step with the one before it,
+/// and gives it that one's offset instead (`kvm_synchronize_tsc` in arch/x86/kvm/x86.c). That is right for all but the first. For the
+/// first, what was written last is the zero with which KVM made it (before Linux 6.8, which knows the difference): a guest whose counter
+/// is at half a second would find it near zero again. So a value that fits nothing comes before.
+pub fn restore_tsc<'a>(
+    vcpus: impl Iterator<Item = (&'a VcpuFd, &'a VcpuState)>,
+) -> Result<(), (usize, VcpuStateError)> {
+    let mut tsc = None;
+    for (index, (vcpu, state)) in vcpus.enumerate() {
+        let failed = |error| (index, error);
+        set_tsc_khz(vcpu, state.tsc_khz).map_err(failed)?;
+        let value = match tsc {
+            Some(tsc) => tsc,
+            None => {
+                let value = saved_tsc(state);
+                write_tsc(vcpu, value.wrapping_add(FITS_NOTHING)).map_err(failed)?;
+                value
+            }
+        };
+        write_tsc(vcpu, value).map_err(failed)?;
+        tsc = Some(value);
+    }
+    Ok(())
+}
+
+fn write_tsc(vcpu: &VcpuFd, tsc: u64) -> Result<(), VcpuStateError> {
     let entry = kvm_msr_entry { index: MSR_TSC, data: tsc, ..Default::default() };
     match vcpu.set_msrs(&msrs_of(&[entry])?).map_err(call("KVM_SET_MSRS"))? {
         0 => Err(VcpuStateError::Msr { index: MSR_TSC, value: tsc }),
@@ -101,8 +124,7 @@ pub fn set_cpuid(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError>
     vcpu.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))
 }
 
-/// Sets a new vCPU to a saved state, all but the time stamp counter ([`restore_tsc`]) and CPUID ([`set_cpuid`]), which come before
-/// this.
+/// Sets a new vCPU to what stands still of a saved state, all but CPUID ([`set_cpuid`]), which comes before this.
 pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     if state.msrs.len() > MSRS_MAX {
         return Err(VcpuStateError::TooMany { what: "MSRs", count: state.msrs.len(), max: MSRS_MAX });
@@ -114,8 +136,14 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     // `kvm_xsave` (AMX) need a permission that this process never asks for.
     unsafe { vcpu.set_xsave(&state.xsave) }.map_err(call("KVM_SET_XSAVE"))?;
     vcpu.set_debug_regs(&state.debug_regs).map_err(call("KVM_SET_DEBUGREGS"))?;
+    let standing = |entry: &&kvm_msr_entry| !matches!(entry.index, MSR_TSC | MSR_TSC_DEADLINE);
+    restore_msrs(vcpu, state.msrs.iter().filter(standing).copied().collect())
+}
+
+/// Sets the rest, just before the vCPU runs; after [`restore`] and, on every vCPU of the VM, [`restore_tsc`].
+pub fn restore_time(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     vcpu.set_lapic(&state.lapic).map_err(call("KVM_SET_LAPIC"))?;
-    restore_msrs(vcpu, &state.msrs)?;
+    restore_msrs(vcpu, state.msrs.iter().filter(|entry| entry.index == MSR_TSC_DEADLINE).copied().collect())?;
     vcpu.set_vcpu_events(&state.events).map_err(call("KVM_SET_VCPU_EVENTS"))?;
     vcpu.set_mp_state(state.mp_state).map_err(call("KVM_SET_MP_STATE"))
 }
@@ -129,8 +157,7 @@ fn set_tsc_khz(vcpu: &VcpuFd, needed: u32) -> Result<(), VcpuStateError> {
 }
 
 /// All in one call; KVM stops at the first that it refuses. A refused zero is what a new vCPU holds anyway.
-fn restore_msrs(vcpu: &VcpuFd, saved: &[kvm_msr_entry]) -> Result<(), VcpuStateError> {
-    let mut rest: Vec<kvm_msr_entry> = saved.iter().filter(|entry| entry.index != MSR_TSC).copied().collect();
+fn restore_msrs(vcpu: &VcpuFd, mut rest: Vec<kvm_msr_entry>) -> Result<(), VcpuStateError> {
     while !rest.is_empty() {
         let count = vcpu.set_msrs(&msrs_of(&rest)?).map_err(call("KVM_SET_MSRS"))?;
         if let Some(refused) = rest.get(count)
@@ -164,6 +191,6 @@ pub fn read_tsc(vcpu: &VcpuFd) -> Option<u64> {
 }
 
 /// The time stamp in a saved state.
-pub fn saved_tsc(state: &VcpuState) -> u64 {
+fn saved_tsc(state: &VcpuState) -> u64 {
     state.msrs.iter().find(|entry| entry.index == MSR_TSC).map_or(0, |entry| entry.data)
 }

@@ -1,30 +1,51 @@
-//! What a shell does for clones of one snapshot before it is asked for one: the snapshot's state is read, address space for its memory
-//! reserved, and the VM made with its memory slots, vCPUs and interrupt routes. Nothing of it differs between two clones.
+//! What a shell does for clones of one snapshot before it is asked for one.
+//!
+//! [`Places`]: the snapshot's state is read, address space for its memory reserved, and the VM made with its memory slots, vCPUs and
+//! interrupt routes; nothing of it differs between two clones. [`Ahead::Seat`]: the clone itself, with disks of its own, all but the
+//! moment in which its clocks go on.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::thread;
+
+use userfaultfd::Uffd;
 
 use super::fault;
 use super::protocol::Fault;
 use crate::snapshot::memory::mapped::{MapError, Mapping};
 use crate::snapshot::state::file::StateFile;
 use crate::snapshot::state::machine::{MachineState, RegionState};
+use crate::vmm::machine::Prepared;
 use crate::vmm::memory;
 use crate::vmm::shell::{EmptyVm, Slotted};
 
 /// Largest state file that is read.
 const STATE_BYTES_MAX: u64 = 16 << 20;
 
-/// A VM with its memory slots, on address space that is only reserved.
+/// What a shell has done ahead.
+pub enum Ahead {
+    Places(Places),
+    Seat(Box<Seat>),
+}
+
+/// A clone that stands, and has not run yet.
 pub struct Seat {
+    pub machine: Prepared,
+    /// The memory file.
+    pub parent: File,
+    /// If it is not mapped.
+    pub uffd: Option<Uffd>,
+}
+
+/// A VM with its memory slots, on address space that is only reserved.
+pub struct Ground {
     // In the order in which they must go.
     pub vm: Slotted,
     pub memory: Vec<(RegionState, Mapping)>,
     pub state: StateFile,
 }
 
-impl Seat {
+impl Ground {
     pub fn new(vm: EmptyVm, state: StateFile) -> Result<Self, Fault> {
         let machine: MachineState = state.get(0)?;
         // The sum of what a file says is checked before any of it is reserved.
@@ -33,23 +54,23 @@ impl Seat {
         let memory = machine.memory.iter().map(reserve).collect::<Result<Vec<_>, MapError>>()?;
         let places = memory.iter().map(|(region, mapping)| (*region, mapping.address())).collect();
         let vm = vm.with_slots(places)?;
-        Ok(Seat { vm, memory, state })
+        Ok(Ground { vm, memory, state })
     }
 }
 
-/// A seat for clones of one snapshot.
-pub struct Ahead {
-    pub seat: Seat,
+/// The ground for clones of one snapshot.
+pub struct Places {
+    pub ground: Ground,
     /// Kept open, so that no other file can come to have its numbers.
     file: File,
 }
 
-impl Ahead {
-    /// Everything that can be done for clones of the snapshot with this state file.
+impl Places {
+    /// What can be done for any clone of the snapshot with this state file.
     pub fn of(vm: EmptyVm, file: File) -> Result<Self, Fault> {
-        let mut seat = Seat::new(vm, read_state(&file)?)?;
-        seat.vm.expect(&seat.state)?;
-        Ok(Ahead { seat, file })
+        let mut ground = Ground::new(vm, read_state(&file)?)?;
+        ground.vm.expect(&ground.state)?;
+        Ok(Places { ground, file })
     }
 
     /// Whether this is the state file that was expected. (Those are never changed once they are published.)

@@ -103,13 +103,20 @@ fn run(die_with_parent: bool) -> Result<(), String> {
             daemon.send(&FromWorker::Reply { id, result }, &[]);
         };
         match message.request {
-            Request::Boot(_) | Request::Restore(_) if vm.is_some() => {
-                reply(Err(fault::wrong_state("this worker has its VM already")));
-            }
-            Request::Expect if vm.is_some() => {
+            Request::Boot(_) | Request::Restore(_) | Request::Expect | Request::Seat(_) | Request::Start
+                if vm.is_some() =>
+            {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
             }
             Request::Expect => reply(shell.expect(fds).map(|()| Reply::Done)),
+            Request::Seat(spec) => reply(shell.seat(&daemon, &spec, fds).map(|()| Reply::Done)),
+            Request::Start => match shell.start(arrived) {
+                Ok((new, restored)) => {
+                    vm = Some(new);
+                    reply(Ok(Reply::Restored(restored)));
+                }
+                Err(fault) => reply(Err(fault)),
+            },
             Request::Boot(spec) => match shell.boot(&daemon, &spec, fds, arrived) {
                 Ok((new, booted)) => {
                     vm = Some(new);
@@ -168,9 +175,13 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Milestones => Ok(Reply::Milestones(vm.milestones())),
         Request::Inspect => vm.inspect().map(Reply::Looks),
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
-        Request::Boot(_) | Request::Restart(_) | Request::Expect | Request::Restore(_) | Request::Kill => {
-            Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() })
-        }
+        Request::Boot(_)
+        | Request::Restart(_)
+        | Request::Expect
+        | Request::Seat(_)
+        | Request::Start
+        | Request::Restore(_)
+        | Request::Kill => Err(Fault { kind: FaultKind::Internal, message: "not a request to a VM".into() }),
     }
 }
 

@@ -49,6 +49,11 @@ pub enum Request {
     /// To a shell: do ahead what is the same for all clones of a snapshot. Descriptor: its state file. Answered when done; a shell that
     /// could not do it, or that becomes another VM after all, is none the worse for it.
     Expect,
+    /// To a shell: do everything for a clone but let it run. Descriptors as in `Restore`, which must be `Mapped` and not `paused`. Answered
+    /// when done; a shell that could not do it, or that becomes another VM after all, is none the worse for it.
+    Seat(RestoreSpec),
+    /// To a shell with a seat: let that clone run. Answered like `Restore`.
+    Start,
     /// Start a clone. Descriptors: console socket, agent socket, state file, memory file, then disks and links
     /// as in `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
@@ -176,8 +181,6 @@ pub enum MemoryMode {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct RestoreSpec {
     pub memory_mode: MemoryMode,
-    /// The clone's own generation id.
-    pub generation: [u8; 16],
     pub disks: Vec<DiskSpec>,
     /// Links for the guest's network interfaces, from the first; those left over have none.
     pub networks: Vec<LinkKind>,
@@ -359,6 +362,7 @@ pub struct MemoryRegion {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Stats {
     pub vcpu_exits: u64,
+    /// Page faults of the process since it has been this VM.
     pub minor_faults: u64,
     pub major_faults: u64,
     pub private_dirty_bytes: u64,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use userfaultfd::Uffd;
 
-use super::ahead::{self, Ahead, Seat, read_state};
+use super::ahead::{self, Ahead, Ground, Places, Seat, read_state};
 use super::fault;
 use super::protocol::{
     BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
@@ -26,7 +26,7 @@ use crate::snapshot::state::machine::RegionState;
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts};
+use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts, Prepared};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::shell::{self, EmptyVm};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
@@ -61,6 +61,8 @@ pub struct Vm {
     /// Network interfaces, likewise.
     networks: Vec<Plug>,
     running: bool,
+    /// Page faults of this process before it was this VM.
+    faults_before: (u64, u64),
     /// A freeze failed between two disks: their layers are no longer what the daemon believes.
     disks_uneven: bool,
 }
@@ -233,8 +235,35 @@ impl Shell {
         // One that was expected before is expected no more; this is nobody's waiting time.
         self.ahead = None;
         let vm = self.take_vm(&*self.host()?)?;
-        self.ahead = Some(Ahead::of(vm, file)?);
+        self.ahead = Some(Ahead::Places(Places::of(vm, file)?));
         Ok(())
+    }
+
+    /// [`Request::Seat`](super::protocol::Request::Seat).
+    pub(super) fn seat(
+        &mut self,
+        daemon: &Daemon,
+        spec: &RestoreSpec,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), Fault> {
+        if spec.memory_mode != MemoryMode::Mapped || spec.paused {
+            return Err(fault::wrong_state("a seat is for a mapped clone that runs"));
+        }
+        self.ahead = None;
+        let seat = self.prepare_clone(daemon, spec, fds, &mut Steps::since(Instant::now()))?;
+        self.ahead = Some(Ahead::Seat(Box::new(seat)));
+        Ok(())
+    }
+
+    /// [`Request::Start`](super::protocol::Request::Start).
+    pub(super) fn start(&mut self, arrived: Instant) -> Result<(Vm, Restored), Fault> {
+        match self.ahead.take() {
+            Some(Ahead::Seat(seat)) => self.run(*seat, false, Steps::since(arrived)),
+            other => {
+                self.ahead = other;
+                Err(fault::wrong_state("no clone was made ahead"))
+            }
+        }
     }
 
     /// The VM that was made ahead, or another.
@@ -303,6 +332,7 @@ impl Shell {
         arrived: Instant,
     ) -> Result<(Vm, Booted), Fault> {
         let host = self.host()?;
+        let faults_before = faults();
         let mut steps = Steps::since(arrived);
         let Handed { console, agent, kernel, module, disks, networks: plugs } = handed;
         let networks = plugs.iter().map(Plug::part).collect::<Result<_, _>>()?;
@@ -343,6 +373,7 @@ impl Shell {
             console: Some(again),
             networks: plugs,
             running: true,
+            faults_before,
             disks_uneven: false,
         };
         let arrived_ns = instant_ns(arrived);
@@ -357,8 +388,20 @@ impl Shell {
         fds: Vec<OwnedFd>,
         arrived: Instant,
     ) -> Result<(Vm, Restored), Fault> {
-        let host = self.host()?;
         let mut steps = Steps::since(arrived);
+        let seat = self.prepare_clone(daemon, spec, fds, &mut steps)?;
+        self.run(seat, spec.paused, steps)
+    }
+
+    /// Everything for a clone, but that it does not run.
+    fn prepare_clone(
+        &mut self,
+        daemon: &Daemon,
+        spec: &RestoreSpec,
+        fds: Vec<OwnedFd>,
+        steps: &mut Steps,
+    ) -> Result<Seat, Fault> {
+        let host = self.host()?;
         let mut fds = Descriptors::new(fds);
         let (console, agent) = (fds.socket()?, fds.socket()?);
         let (state, memory_file) = (fds.file()?, fds.file()?);
@@ -371,11 +414,11 @@ impl Shell {
             .zip(links)
             .map(|(kind, fd)| Ok(NetworkPart { link: plug(*kind, fd)?, config: None }))
             .collect::<Result<_, Fault>>()?;
-        let Seat { state, vm, mut memory } = match self.ahead.take() {
-            Some(ahead) if ahead.is_of(&state) => ahead.seat,
+        let Ground { state, vm, mut memory } = match self.ahead.take() {
+            Some(Ahead::Places(places)) if places.is_of(&state) => places.ground,
             other => {
                 ahead::forget(other);
-                Seat::new(self.take_vm(&host)?, read_state(&state)?)?
+                Ground::new(self.take_vm(&host)?, read_state(&state)?)?
             }
         };
         steps.done("vm");
@@ -410,21 +453,30 @@ impl Shell {
             ready_port: spec.ready_port,
             events: sink(daemon.clone()),
         };
-        let machine = Machine::restore(&host, shell, parts, &state, &mut |step| steps.done(step))?;
-        if !spec.paused {
+        let machine = Prepared::new(shell, parts, &state, &mut |step| steps.done(step))?;
+        Ok(Seat { machine, parent: memory_file, uffd })
+    }
+
+    /// Lets a clone run.
+    fn run(&mut self, seat: Seat, paused: bool, mut steps: Steps) -> Result<(Vm, Restored), Fault> {
+        let host = self.host()?;
+        let faults_before = faults();
+        let machine = seat.machine.into_machine(&host, &mut |step| steps.done(step))?;
+        if !paused {
             machine.resume()?;
         }
         steps.done("start");
         let vm = Vm {
             machine,
             host,
-            parent: Some(memory_file),
-            _uffd: uffd,
+            parent: Some(seat.parent),
+            _uffd: seat.uffd,
             // What a clone is entered by was decided when its ancestor was booted.
             protocol: BootProtocol::Auto,
             console: None,
             networks: Vec::new(),
-            running: !spec.paused,
+            running: !paused,
+            faults_before,
             disks_uneven: false,
         };
         Ok((vm, Restored { steps: steps.steps }))
@@ -585,11 +637,11 @@ impl Vm {
     }
 
     pub fn stats(&self) -> Stats {
-        let (minor_faults, major_faults) = faults();
+        let (now, before) = (faults(), self.faults_before);
         Stats {
             vcpu_exits: self.machine.exits(),
-            minor_faults,
-            major_faults,
+            minor_faults: now.0.saturating_sub(before.0),
+            major_faults: now.1.saturating_sub(before.1),
             private_dirty_bytes: private_dirty().unwrap_or(0),
             networks: self.machine.networks().into_iter().map(network_stats).collect(),
         }

@@ -100,6 +100,17 @@ impl Daemon {
         socket(&self.folder)
     }
 
+    /// Files below `folder` that its workers have open, also those that are deleted.
+    pub fn open_in_workers(&self, folder: &Path) -> Vec<PathBuf> {
+        descendants(self.child.id())
+            .iter()
+            .filter_map(|worker| fs::read_dir(format!("/proc/{}/fd", worker.pid)).ok())
+            .flatten()
+            .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+            .filter(|path| path.starts_with(folder))
+            .collect()
+    }
+
     async fn wait_until_ready(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + limit(30);
         loop {

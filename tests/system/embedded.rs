@@ -1,6 +1,7 @@
 //! The whole road with the embedded guest, which runs on every KVM: cold boot, snapshot, clones, identity, isolation.
 
 use std::collections::HashSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
 use coldspark::agent::expect;
@@ -11,8 +12,8 @@ use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 use tonic::Code;
 
-use crate::client::{Client, ask, console_pattern, expect_status};
-use crate::daemon::Daemon;
+use crate::client::{Client, ImageFiles, ask, console_pattern, expect_status};
+use crate::daemon::{Daemon, eventually};
 use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
@@ -45,6 +46,7 @@ pub fn trials() -> Vec<Trial> {
     trials.push(trial("embedded/snapshots-of-snapshots", MAPPED, 120, snapshots_of_snapshots));
     trials.push(trial("embedded/snapshots-in-turn", MAPPED, 120, snapshots_in_turn));
     trials.push(trial("embedded/unmanaged-clone", MAPPED, 60, unmanaged_clone));
+    trials.push(trial("embedded/clones-made-ahead", USERFAULT, 120, clones_made_ahead));
     trials.push(trial("embedded/first-call", USERFAULT, 60, first_call));
     trials.push(trial("embedded/memory-above-4-gib", LARGE, 120, memory_above_4_gib));
     trials
@@ -404,6 +406,118 @@ async fn unmanaged_clone(stage: Stage) -> anyhow::Result<()> {
     let after = ask!(&mut client, &clone.id, Generation(GenerationOp {}));
     ensure!(after == before, "an unmanaged clone was told something: {before:?}, then {after:?}");
     Ok(())
+}
+
+/// Whether a clone was made before it was asked for: all that is left then is time.
+fn was_made_ahead(clone: &Vm) -> bool {
+    let has = |name: &str| clone.steps.iter().any(|step| step.name == name);
+    has("restore/time") && !has("restore/memory")
+}
+
+/// Clones that were made before they were asked for are like others: their clocks go on where the snapshot's stood however long they
+/// waited, they have identities and disks of their own, and a shell that was to be one can become something else. They do not keep a
+/// snapshot's files when it is deleted.
+async fn clones_made_ahead(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let disk: Vec<u8> =
+        (0..DISK_SECTORS as usize * SECTOR_BYTES).map(|at| (at / SECTOR_BYTES) as u8).collect();
+    let spec = ImageSpec {
+        name: "disk".into(),
+        embedded: true,
+        disks: vec![DiskSettings::default()],
+        ..Default::default()
+    };
+    client.import(spec, ImageFiles { disks: vec![disk], ..Default::default() }).await?;
+    let vm = client.boot_image("disk", 2, BootProtocol::Unspecified).await?;
+
+    let begin = Instant::now();
+    let before = ask!(&mut client, &vm.id, Time(TimeOp {}));
+    let snapshot = client.snapshot(&vm.id, "ahead").await?;
+    let frozen_within = begin.elapsed();
+    client.delete_vm(&vm.id).await?;
+
+    let request = CloneVmRequest {
+        snapshot: "ahead".into(),
+        first_call: Some(AgentCallRequest { op: Some(Op::Time(TimeOp {})), ..Default::default() }),
+        ..Default::default()
+    };
+    let own_counter = Need::KernelMode.check().is_ok();
+    let (mut waited, mut generations) = (0, HashSet::new());
+    let mut clones = Vec::new();
+    eventually("six clones are made ahead, three of which waited", 60, async || {
+        let asked = Instant::now();
+        let made = client.vms.clone_vm(request.clone()).await?.into_inner();
+        let started_within = asked.elapsed();
+        let clone = made.vms.into_iter().next().context("no clone")?;
+        let Some(Answer::Time(time)) = made.answer.and_then(|answer| answer.result) else { bail!("no time") };
+        // The guest ran for no longer than both took, and the counter may be a thousandth off. (Where KVM has no processor's help,
+        // ring 3 reads the host's own counter.)
+        ensure!(time.tsc > before.tsc, "the counter went back: {before:?}, then {time:?}");
+        let ran = Duration::from_secs_f64((time.tsc - before.tsc) as f64 / (time.tsc_khz as f64 * 1e3));
+        let at_most = frozen_within + started_within;
+        ensure!(
+            !own_counter || ran <= at_most.mul_f64(1.01),
+            "{ran:?} passed in the guest within {at_most:?}: {:?}",
+            clone.steps
+        );
+        ensure!(generations.insert(clone.generation.clone()), "a generation twice");
+        expect_own_answer(&mut client, &clone, clones.len() as u64).await?;
+        let own = vec![clones.len() as u8; SECTOR_BYTES];
+        let there =
+            ask!(&mut client, &clone.id, DiskRead(DiskReadOp { disk: 0, first_sector: 7, sectors: 1 })).data;
+        ensure!(there[..] == [7; SECTOR_BYTES], "another's disk");
+        let write = DiskWriteOp { disk: 0, first_sector: 7, data: own.into(), flush: true };
+        ask!(&mut client, &clone.id, DiskWrite(write));
+        if was_made_ahead(&clone) {
+            // The next one waits for longer than the guest can have run, which is what the bound above is there to see.
+            waited += 1;
+            if waited <= 3 {
+                tokio::time::sleep(at_most * 2 + Duration::from_secs(1)).await;
+            }
+        }
+        clones.push(clone.id);
+        Ok(waited >= 6)
+    })
+    .await?;
+    // Nothing was mixed up meanwhile.
+    for (n, clone) in clones.iter().enumerate() {
+        let there =
+            ask!(&mut client, clone, DiskRead(DiskReadOp { disk: 0, first_sector: 7, sectors: 1 })).data;
+        ensure!(there[..] == [n as u8; SECTOR_BYTES], "clone {n} has another's disk");
+        client.delete_vm(clone).await?;
+    }
+
+    // All shells become something else: more than there are.
+    for n in 0..6 {
+        let other = match n % 2 {
+            0 => client.boot_embedded(64 << 20).await?,
+            _ => client.clone_vms("ahead", 1, MemoryMode::Userfault, Identity::Managed).await?.remove(0),
+        };
+        ensure!(!was_made_ahead(&other));
+        ask!(&mut client, &other.id, Generation(GenerationOp {}));
+        client.delete_vm(&other.id).await?;
+    }
+    eventually("clones are made ahead again", 60, async || {
+        let clone = client.vms.clone_vm(request.clone()).await?.into_inner().vms.remove(0);
+        client.delete_vm(&clone.id).await?;
+        Ok(was_made_ahead(&clone))
+    })
+    .await?;
+
+    let folder = daemon.data.join("snapshots").join(&snapshot.id);
+    eventually("a shell holds the snapshot", 30, async || Ok(!daemon.open_in_workers(&folder).is_empty()))
+        .await?;
+    client.snapshots.delete_snapshot(DeleteSnapshotRequest { snapshot: snapshot.id }).await?;
+    eventually("no shell holds the deleted snapshot", 30, async || {
+        Ok(daemon.open_in_workers(&folder).is_empty())
+    })
+    .await?;
+    let vms = daemon.data.join("vms");
+    eventually("no overlays are left", 30, async || {
+        Ok(std::fs::read_dir(&vms)?.flatten().all(|entry| entry.file_name() == ".lock"))
+    })
+    .await
 }
 
 /// The clone's first answer comes with the clone, and is that of the clone; what cannot be answered leaves no clone.

@@ -50,6 +50,9 @@ pub struct Arguments {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+    /// With --json: also each time, in order
+    #[arg(long, requires = "json")]
+    samples: bool,
 }
 
 /// Milliseconds, and per step microseconds.
@@ -62,6 +65,9 @@ struct Samples {
     /// A call that does next to nothing.
     empty_call: Vec<f64>,
     floor: Vec<f64>,
+    /// Page faults from being let run to here, and memory that only the clone has, in KiB.
+    faults: Vec<f64>,
+    private_kib: Vec<f64>,
     /// In the order of their first appearance.
     steps: Vec<(String, Vec<f64>)>,
 }
@@ -74,9 +80,14 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     service.close().await;
     let mut samples = samples?;
+    let in_order = arguments.samples.then(|| samples.first_output.clone());
     samples.sort();
     if arguments.json {
-        output::json(&samples.json(&arguments))?;
+        let mut object = samples.json(&arguments);
+        if let (Some(in_order), Some(object)) = (in_order, object.as_object_mut()) {
+            object.insert("samples_ms".to_owned(), json!(in_order));
+        }
+        output::json(&object)?;
     } else {
         output::print(&samples.text(&arguments))?;
     }
@@ -120,6 +131,7 @@ struct One {
     next_call_ms: f64,
     delete_ms: f64,
     steps: Vec<proto::Step>,
+    stats: proto::VmStats,
 }
 
 async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> anyhow::Result<One> {
@@ -129,9 +141,10 @@ async fn clone_once(client: &mut Client, snapshot: &str, memory_mode: i32) -> an
     let calling = Instant::now();
     guest::answer(client, &vm.id).await?;
     let next_call_ms = ms(calling);
+    let stats = client.vms.get_vm_stats(proto::GetVmStatsRequest { vm: vm.id.clone() }).await?.into_inner();
     let deleting = Instant::now();
     client.vms.delete_vm(proto::DeleteVmRequest { vm: vm.id }).await?;
-    Ok(One { first_output_ms, next_call_ms, delete_ms: ms(deleting), steps: vm.steps })
+    Ok(One { first_output_ms, next_call_ms, delete_ms: ms(deleting), steps: vm.steps, stats })
 }
 
 /// The raw restore.
@@ -160,6 +173,9 @@ impl Samples {
     fn take(&mut self, one: One) {
         self.first_output.push(one.first_output_ms);
         self.next_call.push(one.next_call_ms);
+        // Numbers of one small process stay far below what a float holds exactly.
+        self.faults.push((one.stats.minor_faults + one.stats.major_faults) as f64);
+        self.private_kib.push((one.stats.private_dirty_bytes >> 10) as f64);
         self.delete.push(one.delete_ms);
         for step in one.steps {
             // Durations of a local service stay far below what a float holds exactly.
@@ -178,6 +194,8 @@ impl Samples {
             &mut self.delete,
             &mut self.empty_call,
             &mut self.floor,
+            &mut self.faults,
+            &mut self.private_kib,
         ];
         for list in lists.into_iter().chain(self.steps.iter_mut().map(|(_, list)| list)) {
             list.sort_by(f64::total_cmp);
@@ -202,6 +220,8 @@ impl Samples {
             "delete_ms": spread(&self.delete),
             "empty_call_ms": spread(&self.empty_call),
             "floor_ms": spread(&self.floor),
+            "page_faults": spread(&self.faults),
+            "private_dirty_kib": spread(&self.private_kib),
         })
     }
 
@@ -223,12 +243,15 @@ impl Samples {
         let build =
             if cfg!(debug_assertions) { "\nThis is a debug build: measure with --release.\n" } else { "" };
         format!(
-            "{} clones of the embedded guest, {} of memory ({}), {} vCPU(s), one at a time\n\n{}{build}",
+            "{} clones of the embedded guest, {} of memory ({}), {} vCPU(s), one at a time\n\n{}\n\
+             after its second answer a clone has {:.0} KiB for itself and has had {:.0} page faults (medians){build}",
             arguments.count,
             units::bytes(arguments.memory),
             arguments.memory_mode.name(),
             arguments.vcpus,
-            table.text()
+            table.text(),
+            units::percentile(&self.private_kib, 0.5),
+            units::percentile(&self.faults, 0.5),
         )
     }
 }
