@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::net::UnixStream;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OnceCell, watch};
 use tokio::task::AbortHandle;
 
 use super::disks::{VmDisk, VmFolder};
@@ -26,7 +26,7 @@ use super::link::{Events, Link};
 use super::process::{Process, Spawner};
 use super::snapshots::Source;
 use crate::worker::channel::AsyncChannel;
-use crate::worker::protocol::{Event, HostReport, MemoryMode, Request, RestoreSpec};
+use crate::worker::protocol::{Event, HostReport, MemoryMode, Reply, Request, RestoreSpec};
 
 /// Most shells that can be asked for.
 pub const SHELLS_MAX: usize = 64;
@@ -44,8 +44,8 @@ pub struct Shell {
     pub process: Process,
     pub link: Arc<Link>,
     pub events: Events,
-    /// What its host can show a guest.
-    pub host: HostReport,
+    /// What this host can show a guest.
+    pub host: Arc<HostReport>,
     pub console: Socket,
     pub agent: Socket,
     expects: Expects,
@@ -131,6 +131,8 @@ pub struct Shells {
     expected: Mutex<Expected>,
     /// Where the folders of VMs are.
     vms_dir: PathBuf,
+    /// What the first worker said of this host.
+    host: OnceCell<Arc<HostReport>>,
     /// Nothing is left to do in the background.
     settled: watch::Sender<bool>,
 }
@@ -146,6 +148,7 @@ impl Shells {
             filler: OnceLock::new(),
             expected: Mutex::default(),
             vms_dir,
+            host: OnceCell::new(),
             settled: watch::Sender::new(false),
         });
         let filler = tokio::spawn(fill(Arc::clone(&shells)));
@@ -236,8 +239,8 @@ impl Shells {
         let channel = AsyncChannel::new(channel).map_err(FleetError::io("cannot watch a control socket"))?;
         let (link, mut events) = Link::start(channel);
         let first = tokio::time::timeout(WORKER_TIMEOUT, events.recv()).await;
-        let host = match first {
-            Ok(Some((Event::Hello(host), _))) => host.map_err(FleetError::Fault),
+        let ready = match first {
+            Ok(Some((Event::Hello(ready), _))) => ready.map_err(FleetError::Fault),
             Ok(None) => {
                 let status = process.ended().await;
                 Err(FleetError::Internal(format!("a worker did not start: {}", process.obituary(status))))
@@ -245,8 +248,12 @@ impl Shells {
             Ok(Some(_)) => Err(FleetError::WorkerConfused),
             Err(_) => Err(FleetError::WorkerTimeout(WORKER_TIMEOUT.as_secs())),
         };
-        let host = host.inspect_err(|_| process.kill())?;
-        tracing::debug!(?host, "a worker is ready");
+        let asked = async {
+            ready?;
+            self.host.get_or_try_init(|| report(&link)).await.cloned()
+        };
+        let host = asked.await.inspect_err(|_| process.kill())?;
+        tracing::debug!("a worker is ready");
         let (console, agent) = (Socket::new()?, Socket::new()?);
         Ok(Shell { process, link, events, host, console, agent, expects: Expects::Nothing })
     }
@@ -343,6 +350,13 @@ impl Shells {
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Shell>> {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn report(link: &Link) -> Result<Arc<HostReport>, FleetError> {
+    match link.request(Request::Report, &[]).await? {
+        (Reply::Report(host), _) => Ok(Arc::new(host)),
+        _ => Err(FleetError::WorkerConfused),
     }
 }
 

@@ -83,7 +83,7 @@ fn run(die_with_parent: bool) -> Result<(), String> {
     let mut shell = Shell::default();
     shell.prepare(&mut kvm);
     warm::own_pages();
-    daemon.event(Event::Hello(shell.report()));
+    daemon.event(Event::Hello(shell.ready()));
     let mut vm: Option<Vm> = None;
     loop {
         let (message, fds): (ToWorker, Vec<OwnedFd>) = match daemon.0.recv() {
@@ -108,6 +108,7 @@ fn run(die_with_parent: bool) -> Result<(), String> {
             {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
             }
+            Request::Report => reply(shell.report().map(Reply::Report)),
             Request::Expect => reply(shell.expect(fds).map(|()| Reply::Done)),
             Request::Seat(spec) => reply(shell.seat(&daemon, &spec, fds).map(|()| Reply::Done)),
             Request::Start => match shell.start(arrived) {
@@ -177,6 +178,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
         Request::Boot(_)
         | Request::Restart(_)
+        | Request::Report
         | Request::Expect
         | Request::Seat(_)
         | Request::Start

@@ -46,6 +46,8 @@ pub enum Request {
     /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay, then for each
     /// network interface that is not down its link. Answered when the vCPUs have been told to run.
     Boot(BootSpec),
+    /// To a shell: what its host can show a guest. (It takes a VM to know, and is the same for all workers of a host.)
+    Report,
     /// To a shell: do ahead what is the same for all clones of a snapshot. Descriptor: its state file. Answered when done; a shell that
     /// could not do it, or that becomes another VM after all, is none the worse for it.
     Expect,
@@ -213,6 +215,7 @@ pub enum Reply {
     Frozen(Frozen),
     Stats(Stats),
     Milestones(Milestones),
+    Report(HostReport),
     /// One for each vCPU, in order.
     Looks(Vec<VcpuLook>),
 }
@@ -426,9 +429,8 @@ pub struct HostReport {
 /// Things that happen by themselves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Event {
-    /// The worker is ready to be told what to be, and this is its host; or why no VM can run here. Always the first
-    /// message, sent once.
-    Hello(Result<HostReport, Fault>),
+    /// The worker is ready to be told what to be; or why no VM can run here. Always the first message, sent once.
+    Hello(Result<(), Fault>),
     /// A boot phase reached: name, microseconds since the request arrived.
     Phase { name: String, us: u64 },
     /// One descriptor, the userfaultfd: the pager must answer it from now on, or the restore, whose reply is still

@@ -274,7 +274,12 @@ impl Shell {
         }
     }
 
-    /// What the daemon is told first.
+    /// What the daemon is told first: whether there can be a VM.
+    pub fn ready(&self) -> Result<(), Fault> {
+        self.host().map(drop)
+    }
+
+    /// [`Request::Report`](super::protocol::Request::Report).
     pub fn report(&self) -> Result<HostReport, Fault> {
         let host = self.host()?;
         let shown = host.shown_cpuid()?;
