@@ -82,7 +82,6 @@ fn run(die_with_parent: bool) -> Result<(), String> {
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
     let mut shell = Shell::default();
     shell.prepare(&mut kvm);
-    warm::own_pages();
     daemon.event(Event::Hello(shell.ready()));
     let mut vm: Option<Vm> = None;
     loop {

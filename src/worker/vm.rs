@@ -18,7 +18,7 @@ use super::protocol::{
     Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
     NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, instant_ns,
 };
-use super::{Daemon, duplicate};
+use super::{Daemon, duplicate, warm};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
 use crate::snapshot::memory::image::{PageMap, SourceRegion, write_image};
 use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
@@ -236,6 +236,8 @@ impl Shell {
         self.ahead = None;
         let vm = self.take_vm(&*self.host()?)?;
         self.ahead = Some(Ahead::Places(Places::of(vm, file)?));
+        // A seat has run most of the road already; here it is all new.
+        warm::own_pages();
         Ok(())
     }
 

@@ -1,5 +1,5 @@
-//! Mapping the program's own pages before they are needed: a shell runs the road of a clone for the first time when a
-//! caller waits for it, and would take a page fault at every turn.
+//! Mapping the program's own pages before they are needed: a shell that runs the road of a clone for the first time when a
+//! caller waits for it would take a page fault at every turn. It takes most of a millisecond, so only for those that will.
 
 use std::fs;
 
