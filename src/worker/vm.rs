@@ -460,7 +460,7 @@ impl Shell {
             ready_port: spec.ready_port,
             events: sink(daemon.clone()),
         };
-        let machine = Prepared::new(shell, parts, &state, &mut |step| steps.done(step))?;
+        let machine = Prepared::new(&host, shell, parts, &state, &mut |step| steps.done(step))?;
         Ok(Seat { machine, parent: memory_file, uffd })
     }
 
@@ -468,7 +468,8 @@ impl Shell {
     fn run(&mut self, seat: Seat, paused: bool, mut steps: Steps) -> Result<(Vm, Restored), Fault> {
         let host = self.host()?;
         let faults_before = faults();
-        let machine = seat.machine.into_machine(&host, &mut |step| steps.done(step))?;
+        let machine = seat.machine.into_machine()?;
+        steps.done("time");
         if !paused {
             machine.resume()?;
         }

@@ -20,8 +20,8 @@ use crate::vmm::virtio::net::link::Link;
 
 /// A machine that is set to a saved state, but for what time has a hold on. It may wait for as long as one likes.
 pub struct Prepared {
-    frame: Frame,
-    shell: Shell,
+    machine: Machine,
+    /// Second descriptors: the vCPUs' threads stand already.
     vcpus: Vec<VcpuFd>,
     saved: Vec<VcpuState>,
     clock_ns: u64,
@@ -33,6 +33,7 @@ impl Prepared {
     /// A new machine with what stands still of a saved state; its memory is the snapshot's. `done` hears the name of each step when it
     /// is done.
     pub fn new(
+        host: &Host,
         mut shell: Shell,
         mut parts: Parts,
         state: &StateFile,
@@ -93,19 +94,18 @@ impl Prepared {
             }
         };
         done("device states");
+        let second = vcpus.iter().map(|vcpu| shell.second(vcpu)).collect::<Result<_, _>>()?;
         let (clock_ns, chipset) = (machine.clock_ns, state.get(0)?);
-        Ok(Prepared { frame, shell, vcpus, saved, clock_ns, chipset, pc })
+        let machine = frame.into_machine(host, shell, vcpus)?;
+        done("threads");
+        Ok(Prepared { machine, vcpus: second, saved, clock_ns, chipset, pc })
     }
 
     /// Sets clocks and timers, which go on from here, and what can be waiting for them. The machine stands where the snapshot stood.
-    pub fn into_machine(
-        self,
-        host: &Host,
-        done: &mut dyn FnMut(&'static str),
-    ) -> Result<Machine, MachineError> {
-        let Prepared { frame, shell, vcpus, saved, clock_ns, chipset, pc } = self;
+    pub fn into_machine(self) -> Result<Machine, MachineError> {
+        let Prepared { machine, vcpus, saved, clock_ns, chipset, pc } = self;
         let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
-        shell.vm().set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
+        machine.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
         vcpu_state::restore_tsc(vcpus.iter().zip(&saved))
             .map_err(|(index, source)| MachineError::VcpuState { index, source })?;
         for (index, (vcpu, saved)) in vcpus.iter().zip(&saved).enumerate() {
@@ -113,13 +113,10 @@ impl Prepared {
                 .map_err(|source| MachineError::VcpuState { index, source })?;
         }
         // Now there are local APICs, which get what these raise.
-        frame.bus.chipset.restore(&chipset).map_err(call("KVM_SET_GSI_ROUTING"))?;
-        if let (Some(here), Some(saved)) = (&frame.bus.pc, &pc) {
+        machine.bus.chipset.restore(&chipset).map_err(call("KVM_SET_GSI_ROUTING"))?;
+        if let (Some(here), Some(saved)) = (&machine.bus.pc, &pc) {
             saved.restore(here)?;
         }
-        done("time");
-        let machine = frame.into_machine(host, shell, vcpus)?;
-        done("threads");
         Ok(machine)
     }
 }
