@@ -15,6 +15,7 @@
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `watch` | the profile of a boot, and what is told of one that hangs |
+//! | `bench` | each kind of bench runs and tells its figures |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
@@ -22,6 +23,7 @@
 //! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
 mod bad_input;
+mod bench;
 mod client;
 mod console;
 mod daemon;
@@ -65,6 +67,7 @@ fn main() -> ExitCode {
         linux::trials(),
         network::trials(),
         load::trials(),
+        bench::trials(),
         freebsd::trials(),
         soak::trials(),
     ];

@@ -10,6 +10,12 @@ use proto::agent_call_response::Result as Answer;
 
 /// Cold-boots and freezes the embedded guest; gives the snapshot's id.
 pub async fn snapshot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> anyhow::Result<String> {
+    let vm = boot(client, memory_bytes, vcpus).await?;
+    freeze(client, vm).await
+}
+
+/// Cold-boots the embedded guest; gives its id.
+pub async fn boot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> anyhow::Result<String> {
     use proto::create_vm_event::Event;
     let request = proto::CreateVmRequest {
         source: Some(proto::create_vm_request::Source::Embedded(true)),
@@ -24,8 +30,12 @@ pub async fn snapshot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> any
             ready = Some(vm);
         }
     }
-    let vm = ready.context("the service ended the stream before the VM was ready")?;
-    let request = proto::CreateSnapshotRequest { vm: vm.id, name: String::new(), stop_after: true };
+    Ok(ready.context("the service ended the stream before the VM was ready")?.id)
+}
+
+/// Takes a snapshot and ends the VM; gives the snapshot's id.
+pub async fn freeze(client: &mut Client, vm: String) -> anyhow::Result<String> {
+    let request = proto::CreateSnapshotRequest { vm, name: String::new(), stop_after: true };
     let taken = client.snapshots.create_snapshot(request).await?.into_inner();
     Ok(taken.snapshot.context("the service's answer has no snapshot")?.id)
 }

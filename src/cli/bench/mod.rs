@@ -3,10 +3,13 @@
 //! Service and client are one process; what travels between them goes over a Unix socket all the same.
 
 mod density;
+mod first_answer;
 mod guest;
 mod host;
 mod resources;
 mod restore;
+mod snapshot;
+mod steps;
 mod throughput;
 
 use std::process::ExitCode;
@@ -24,6 +27,12 @@ pub enum Command {
         after_help = "Example:\n  coldspark bench restore --n 200 --json\n\nUse a release build on a host with nothing else to do."
     )]
     Restore(restore::Arguments),
+    /// The same when the first answer reads or writes memory
+    #[command(after_help = "Example:\n  coldspark bench first-answer --touch 16M --memory-mode userfault")]
+    FirstAnswer(first_answer::Arguments),
+    /// How long a running guest stands still for its snapshot
+    #[command(after_help = "Example:\n  coldspark bench snapshot --n 20 --touch 64M")]
+    Snapshot(snapshot::Arguments),
     /// Clones made, asked and ended, as many a second as go; and what is left of them
     #[command(after_help = "Example:\n  coldspark bench throughput --n 10000 --clients 4")]
     Throughput(throughput::Arguments),
@@ -35,6 +44,8 @@ pub enum Command {
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Restore(arguments) => restore::run(arguments).await,
+        Command::FirstAnswer(arguments) => first_answer::run(arguments).await,
+        Command::Snapshot(arguments) => snapshot::run(arguments).await,
         Command::Throughput(arguments) => throughput::run(arguments).await,
         Command::Density(arguments) => density::run(arguments).await,
     }

@@ -6,7 +6,6 @@
 //! [`crate::cli::tiny`]). Service and client are one process here; when all shells but one are used, the clones wait until the reserve
 //! is full again, as it would be in a service that is not overrun.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::IsTerminal;
 use std::io::Write;
@@ -19,6 +18,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::steps::Steps;
 use super::{guest, host, ms, spread};
 use crate::api::client::Client;
 use crate::api::proto;
@@ -68,8 +68,7 @@ struct Samples {
     /// Page faults from being let run to here, and memory that only the clone has, in KiB.
     faults: Vec<f64>,
     private_kib: Vec<f64>,
-    /// In the order of their first appearance.
-    steps: Vec<(String, Vec<f64>)>,
+    steps: Steps,
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -177,14 +176,7 @@ impl Samples {
         self.faults.push((one.stats.minor_faults + one.stats.major_faults) as f64);
         self.private_kib.push((one.stats.private_dirty_bytes >> 10) as f64);
         self.delete.push(one.delete_ms);
-        for step in one.steps {
-            // Durations of a local service stay far below what a float holds exactly.
-            let us = step.us as f64;
-            match self.steps.iter_mut().find(|(name, _)| *name == step.name) {
-                Some((_, values)) => values.push(us),
-                None => self.steps.push((step.name, vec![us])),
-            }
-        }
+        self.steps.take(one.steps);
     }
 
     fn sort(&mut self) {
@@ -197,14 +189,13 @@ impl Samples {
             &mut self.faults,
             &mut self.private_kib,
         ];
-        for list in lists.into_iter().chain(self.steps.iter_mut().map(|(_, list)| list)) {
+        for list in lists {
             list.sort_by(f64::total_cmp);
         }
+        self.steps.sort();
     }
 
     fn json(&self, arguments: &Arguments) -> Value {
-        let steps: BTreeMap<&str, Value> =
-            self.steps.iter().map(|(name, values)| (name.as_str(), spread(values))).collect();
         json!({
             "bench": "restore",
             "host": host::description(),
@@ -216,7 +207,7 @@ impl Samples {
             "shells": arguments.shells,
             "request_to_first_output_ms": spread(&self.first_output),
             "next_call_ms": spread(&self.next_call),
-            "steps_us": steps,
+            "steps_us": self.steps.json(),
             "delete_ms": spread(&self.delete),
             "empty_call_ms": spread(&self.empty_call),
             "floor_ms": spread(&self.floor),
@@ -232,7 +223,7 @@ impl Samples {
             table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
         };
         row("request to first answer", &self.first_output, 1.0);
-        for (name, values) in &self.steps {
+        for (name, values) in self.steps.iter() {
             let indent = if name.contains('/') { "    " } else { "  " };
             row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
         }
