@@ -32,7 +32,11 @@ const KINDS: [Kind; 5] = [
         &["--n", "2", "--touch", "1M", "--memory", "64M"],
         &["/pause_ms/p50", "/total_ms/max", "/stored_mib/p50", "/steps_us/publish/p50"],
     ),
-    ("throughput", &["--n", "4", "--clients", "2", "--memory", "64M", "--shells", "2"], &["/clones_per_second"]),
+    (
+        "throughput",
+        &["--n", "4", "--clients", "2", "--memory", "64M", "--shells", "2"],
+        &["/clones_per_second"],
+    ),
     (
         "density",
         &["--n", "3", "--memory", "64M"],

@@ -4,12 +4,11 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use serde_json::json;
 
 use super::resources::{self, Held, Memory};
-use super::{guest, host, ms, spread};
+use super::{guest, host, ms, spread, with_service};
 use crate::api::proto;
 use crate::cli::output::{self, Table};
 use crate::cli::private::PrivateService;
@@ -51,13 +50,7 @@ struct Measured {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let service = PrivateService::start(SHELLS).await?;
-    let measured = tokio::select! {
-        measured = measure(&service, &arguments) => measured,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
-    service.close().await;
-    let measured = measured?;
+    let measured = with_service(SHELLS, async |service| measure(service, &arguments).await).await?;
     if arguments.json {
         output::json(&json!({
             "bench": "density",

@@ -12,7 +12,7 @@ use clap::Args;
 use memmap2::MmapOptions;
 use serde_json::json;
 
-use super::{guest, host, ms, spread};
+use super::{guest, host, ms, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -96,13 +96,8 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arguments.touch >= PAGE_BYTES && arguments.touch <= arguments.memory / 2,
         "--touch is to be between a page and half of --memory"
     );
-    let service = PrivateService::start(arguments.shells.into()).await?;
-    let samples = tokio::select! {
-        samples = measure(&service, &arguments) => samples,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
-    service.close().await;
-    let mut samples = samples?;
+    let mut samples =
+        with_service(arguments.shells.into(), async |service| measure(service, &arguments).await).await?;
     let lists = samples.answer.iter_mut().chain(&mut samples.page_faults);
     for list in lists.chain([&mut samples.floor_reads, &mut samples.floor_writes]) {
         list.sort_by(f64::total_cmp);

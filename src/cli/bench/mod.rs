@@ -15,9 +15,11 @@ mod throughput;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::Context;
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
+use crate::cli::private::PrivateService;
 use crate::cli::units;
 
 #[derive(Debug, Subcommand)]
@@ -49,6 +51,20 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Throughput(arguments) => throughput::run(arguments).await,
         Command::Density(arguments) => density::run(arguments).await,
     }
+}
+
+/// Runs `measure` with a service of its own, which is ended also when the user interrupts it.
+async fn with_service<T>(
+    shells: usize,
+    measure: impl AsyncFnOnce(&PrivateService) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let service = PrivateService::start(shells).await?;
+    let measured = tokio::select! {
+        measured = measure(&service) => measured,
+        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
+    };
+    service.close().await;
+    measured
 }
 
 fn ms(since: Instant) -> f64 {

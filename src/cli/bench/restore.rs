@@ -19,7 +19,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::steps::Steps;
-use super::{guest, host, ms, spread};
+use super::{guest, host, ms, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -72,13 +72,8 @@ struct Samples {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let service = PrivateService::start(arguments.shells.into()).await?;
-    let samples = tokio::select! {
-        samples = measure(&service, &arguments) => samples,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
-    service.close().await;
-    let mut samples = samples?;
+    let mut samples =
+        with_service(arguments.shells.into(), async |service| measure(service, &arguments).await).await?;
     let in_order = arguments.samples.then(|| samples.first_output.clone());
     samples.sort();
     if arguments.json {

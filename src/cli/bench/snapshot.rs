@@ -8,7 +8,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::steps::Steps;
-use super::{guest, host, spread};
+use super::{guest, host, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -54,13 +54,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arguments.touch >= PAGE_BYTES && arguments.touch <= arguments.memory / 2,
         "--touch is to be between a page and half of --memory"
     );
-    let service = PrivateService::start(1).await?;
-    let samples = tokio::select! {
-        samples = measure(&service, &arguments) => samples,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
-    service.close().await;
-    let mut samples = samples?;
+    let mut samples = with_service(1, async |service| measure(service, &arguments).await).await?;
     for list in [&mut samples.pause, &mut samples.total, &mut samples.stored_mib] {
         list.sort_by(f64::total_cmp);
     }

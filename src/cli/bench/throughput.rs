@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::resources::Held;
-use super::{guest, host, ms, spread};
+use super::{guest, host, ms, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -59,13 +59,7 @@ struct Measured {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let service = PrivateService::start(arguments.shells).await?;
-    let measured = tokio::select! {
-        measured = measure(&service, &arguments) => measured,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
-    service.close().await;
-    let measured = measured?;
+    let measured = with_service(arguments.shells, async |service| measure(service, &arguments).await).await?;
     let rate = f64::from(arguments.count) / measured.seconds;
     if arguments.json {
         output::json(&json!({
