@@ -2,6 +2,10 @@
 
 use std::error::Error;
 
+#[path = "build/agent.rs"]
+mod agent;
+#[path = "build/freestanding.rs"]
+mod freestanding;
 #[path = "build/proto.rs"]
 mod proto;
 #[path = "build/testguest.rs"]
@@ -11,5 +15,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=build");
     testguest::build()?;
+    agent::build()?;
     proto::build()
 }

@@ -4,13 +4,15 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::{env, fs};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 8] = [
     "coldspark/v1/common.proto",
     "coldspark/v1/images.proto",
     "coldspark/v1/network.proto",
     "coldspark/v1/vms.proto",
     "coldspark/v1/snapshots.proto",
     "coldspark/v1/agent.proto",
+    "coldspark/v1/pools.proto",
+    "coldspark/v1/functions.proto",
 ];
 
 /// Writes `coldspark.v1.rs` and `coldspark.v1.bin` to `OUT_DIR`.

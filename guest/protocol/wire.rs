@@ -7,9 +7,21 @@
 //!
 //! A reply with a `status` other than [`STATUS_OK`] carries a sentence (UTF-8) as its payload.
 //!
+//! Streams. EXEC, FILE_PUT and FILE_GET open one each; its handle is the id of the request that opened it. What follows
+//! carries that id, in both directions, and is not replied to: [`KIND_STREAM_DATA`], [`KIND_STREAM_WINDOW`],
+//! [`KIND_SIGNAL`] and, the guest's last word on it, [`KIND_END`]. Nobody sends more data than the other side has granted:
+//! a pipe that nobody reads costs the other side's window and holds nothing else up. Frames for a stream that is not open
+//! are ignored: its end and the last words to it may cross.
+//!
+//! A stream belongs to the conversation that opened it, named by a random `session`. IDENTITY, and an opening by another
+//! session, kill what is open, without a word about it: those who read and wrote it are on another machine, so
+//! nobody would ever read on, and a command that went on in every clone would do there what one caller asked for once.
+//! What is to live in clones must leave the process group that EXEC gave it (`daemon(8)`).
+//!
 //! A snapshot may be taken while a request is under way; the clone then answers a request that its own host never
 //! sent. A host ignores replies with an id it does not know. It must not freeze a guest in the middle of sending a
-//! frame *to* it: the clone would take its first new bytes for the rest of the old frame.
+//! frame *to* it: the clone would take its first new bytes for the rest of the old frame. Nor may the guest be in the middle
+//! of one to the host: while streams are open the host first says HUSH, sends nothing further, and waits for the reply.
 
 #![allow(dead_code)] // Each side uses its half.
 
@@ -30,7 +42,10 @@ pub const REPLY: u16 = 0x8000;
 /// [`NAME_BYTES_MAX`]).
 ///
 /// `version u32, agent u32, boot u32, cpus_found u32, cpus_alive u32, tsc_khz u32, checks_run u64, checks_failed
-/// u64, kinds u64, memory_bytes u64, arena_bytes u64, filled_bytes u64, disks u32, reserved u32`
+/// u64, kinds u64, memory_bytes u64, arena_bytes u64, filled_bytes u64, disks u32, request_bytes u32`
+///
+/// `request_bytes`: most bytes of requests, headers included, that the host may have sent without a reply (0: no limit): what
+/// the port's driver holds for a slow reader, and drops beyond it.
 pub const KIND_HELLO: u16 = 0x01;
 /// `bytes` -> the same bytes.
 pub const KIND_ECHO: u16 = 0x02;
@@ -75,8 +90,32 @@ pub const KIND_RESET: u16 = 0x11;
 /// `bytes u32` -> nothing: reads so many bytes from the serial console, and prints each there as it comes. Refused when
 /// nothing comes for a long time.
 pub const KIND_SERIAL_ECHO: u16 = 0x12;
+/// `session u64, window u32, flags u32 (0), args u32, env u32`, then strings (`bytes u32, bytes`, without NUL): working
+/// folder and user (empty: the agent's own), so many arguments, so many `NAME=VALUE` -> `window u32, pid u32`: starts a
+/// command (see [`ExecStart`]). Windows: bytes that may be sent on each of stdout and stderr; on stdin. Stdin ends with
+/// an empty STREAM_DATA. After its end, what it had written is sent, and then END.
+pub const KIND_EXEC: u16 = 0x13;
+/// `session u64, window u32 (0), mode u32, path string` -> `window u32, reserved u32`: makes a file of what comes on
+/// stdin. At its end the file takes its place, with these permission bits, and END says so.
+pub const KIND_FILE_PUT: u16 = 0x14;
+/// `session u64, window u32, reserved u32, path string` -> `bytes u64, mode u32, reserved u32`: sends a file on stdout,
+/// then END. `bytes` is what its size was then.
+pub const KIND_FILE_GET: u16 = 0x15;
+/// Both ways, no reply: `pipe u32 (PIPE_*), bytes` of a stream: 1 to [`STREAM_BYTES_MAX`]; none: stdin ends.
+pub const KIND_STREAM_DATA: u16 = 0x16;
+/// Both ways, no reply: `pipe u32, bytes u32`: so many bytes more may be sent.
+pub const KIND_STREAM_WINDOW: u16 = 0x17;
+/// To the guest, no reply: `signal u32` (its system's number) for all processes of the command. Any ends a file's stream, as a
+/// failure.
+pub const KIND_SIGNAL: u16 = 0x18;
+/// From the guest, unasked: `how u32 (END_*), value u32, sentence`: the stream is over.
+pub const KIND_END: u16 = 0x19;
+/// `on u32` -> nothing. After the reply to 1 the guest sends nothing unasked until 0, IDENTITY or an opening of another session.
+pub const KIND_HUSH: u16 = 0x1a;
+/// nothing -> `uptime_ns u64, memory_bytes u64, free_bytes u64, load u32 x 3 (1, 5, 15 minutes; in 1/1000), streams u32`.
+pub const KIND_STATS: u16 = 0x1b;
 /// The last kind there is.
-pub const KIND_LAST: u16 = KIND_SERIAL_ECHO;
+pub const KIND_LAST: u16 = KIND_STATS;
 
 /// Fixed part of HELLO's payload.
 pub const HELLO_BYTES: usize = 80;
@@ -96,6 +135,29 @@ pub const SECTOR_BYTES: usize = 512;
 pub const DISK_SERIAL_BYTES: usize = 20;
 /// Most rounds of one RUN_ON_ALL.
 pub const RUN_ROUNDS_MAX: u64 = 1 << 32;
+
+/// Most streams at a time.
+pub const STREAMS_MAX: usize = 32;
+/// Most data in one frame, so that one stream does not hold the others up.
+pub const STREAM_BYTES_MAX: usize = 16 << 10;
+/// Most that either side may be granted on one pipe.
+pub const WINDOW_BYTES_MAX: u32 = 1 << 20;
+/// Longest payload of what opens a stream; most arguments, and variables.
+pub const OPENING_BYTES_MAX: usize = 64 << 10;
+pub const ARGUMENTS_MAX: usize = 1024;
+/// Longest path of a file.
+pub const PATH_BYTES_MAX: usize = 1023;
+
+pub const PIPE_STDIN: u32 = 0;
+pub const PIPE_STDOUT: u32 = 1;
+pub const PIPE_STDERR: u32 = 2;
+
+/// END: it exited with status `value`; a file is complete (0).
+pub const END_EXITED: u32 = 0;
+/// END: signal `value` ended it.
+pub const END_SIGNALLED: u32 = 1;
+/// END: the agent could not go on; a sentence says why.
+pub const END_FAILED: u32 = 2;
 
 /// HELLO's `agent`: the embedded test guest.
 pub const AGENT_TEST_GUEST: u32 = 1;
@@ -132,6 +194,12 @@ pub const STATUS_NO_DEVICE: u16 = 4;
 pub const STATUS_DEVICE_FAILED: u16 = 5;
 /// The agent could not do it.
 pub const STATUS_FAILED: u16 = 6;
+/// There is no such command, file, folder or user.
+pub const STATUS_NOT_FOUND: u16 = 7;
+/// The guest's system does not allow it.
+pub const STATUS_NOT_ALLOWED: u16 = 8;
+/// As much of it as there can be is there already.
+pub const STATUS_LIMIT: u16 = 9;
 
 /// What the test guest checks at boot; bit n of HELLO's `checks_run` and `checks_failed` is entry n.
 pub const CHECK_NAMES: [&str; 27] = [
@@ -247,6 +315,12 @@ impl<'a> Reader<'a> {
         Some(u64::from_le_bytes(self.array()?))
     }
 
+    /// A length and so many bytes, none of them 0.
+    pub fn string(&mut self) -> Option<&'a [u8]> {
+        let length = self.u32()?;
+        self.bytes(length as usize).filter(|bytes| !bytes.contains(&0))
+    }
+
     /// Everything that is left.
     pub fn rest(&mut self) -> &'a [u8] {
         core::mem::take(&mut self.0)
@@ -255,5 +329,96 @@ impl<'a> Reader<'a> {
     /// `Some` when nothing is left: a layout is exact.
     pub fn end(&self) -> Option<()> {
         self.0.is_empty().then_some(())
+    }
+}
+
+/// What [`KIND_EXEC`] brings, checked: counts, lengths and no NUL.
+#[derive(Debug, Clone, Copy)]
+pub struct ExecStart<'a> {
+    pub session: u64,
+    pub window: u32,
+    pub folder: &'a [u8],
+    pub user: &'a [u8],
+    /// At least one.
+    pub arguments: Strings<'a>,
+    /// `NAME=VALUE` each.
+    pub environment: Strings<'a>,
+}
+
+/// Strings that are known to be there.
+#[derive(Debug, Clone, Copy)]
+pub struct Strings<'a> {
+    count: u32,
+    reader: Reader<'a>,
+}
+
+impl<'a> Iterator for Strings<'a> {
+    type Item = &'a [u8];
+
+    fn next(&mut self) -> Option<&'a [u8]> {
+        self.count = self.count.checked_sub(1)?;
+        self.reader.string()
+    }
+}
+
+impl<'a> Strings<'a> {
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Takes `count` strings from the front of `reader`; `good` judges each.
+    fn take(reader: &mut Reader<'a>, count: u32, good: impl Fn(&[u8]) -> bool) -> Option<Strings<'a>> {
+        let strings = Strings { count, reader: *reader };
+        if count as usize > ARGUMENTS_MAX {
+            return None;
+        }
+        for _ in 0..count {
+            if !good(reader.string()?) {
+                return None;
+            }
+        }
+        Some(strings)
+    }
+}
+
+impl<'a> ExecStart<'a> {
+    pub fn decode(payload: &'a [u8]) -> Option<ExecStart<'a>> {
+        let mut reader = Reader::new(payload);
+        let (session, window, flags) = (reader.u64()?, reader.u32()?, reader.u32()?);
+        let (arguments, variables) = (reader.u32()?, reader.u32()?);
+        let (folder, user) = (reader.string()?, reader.string()?);
+        let arguments = Strings::take(&mut reader, arguments, |_| true)?;
+        let named = |variable: &[u8]| variable.iter().position(|byte| *byte == b'=').is_some_and(|at| at > 0);
+        let environment = Strings::take(&mut reader, variables, named)?;
+        reader.end()?;
+        let good = flags == 0 && !arguments.is_empty() && window <= WINDOW_BYTES_MAX;
+        good.then_some(ExecStart { session, window, folder, user, arguments, environment })
+    }
+}
+
+/// What [`KIND_FILE_PUT`] and [`KIND_FILE_GET`] bring.
+#[derive(Debug, Clone, Copy)]
+pub struct FileStart<'a> {
+    pub session: u64,
+    pub window: u32,
+    /// PUT's permission bits.
+    pub mode: u32,
+    pub path: &'a [u8],
+}
+
+impl<'a> FileStart<'a> {
+    pub fn decode(payload: &'a [u8]) -> Option<FileStart<'a>> {
+        let mut reader = Reader::new(payload);
+        let start = FileStart {
+            session: reader.u64()?,
+            window: reader.u32()?,
+            mode: reader.u32()?,
+            path: reader.string()?,
+        };
+        reader.end()?;
+        let path = 1..=PATH_BYTES_MAX;
+        let good =
+            path.contains(&start.path.len()) && start.window <= WINDOW_BYTES_MAX && start.mode <= 0o7777;
+        good.then_some(start)
     }
 }

@@ -30,8 +30,11 @@ mod random;
 mod serial;
 mod serve;
 mod smp;
+mod streams;
 mod virtio;
 
+#[path = "../freestanding.rs"]
+mod freestanding;
 #[path = "../protocol/pattern.rs"]
 mod pattern;
 #[path = "../protocol/wire.rs"]

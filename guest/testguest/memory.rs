@@ -1,4 +1,4 @@
-//! Reading physical memory (all of it below 4 GiB is identity-mapped), and what a freestanding Rust program must bring.
+//! Reading physical memory: all of it below 4 GiB is identity-mapped.
 
 use core::arch::asm;
 
@@ -58,59 +58,3 @@ pub(crate) fn write_mmio(address: u64, value: u32) {
         asm!("mov dword ptr [{1}], {0:e}", in(reg) value, in(reg) address, options(nostack, preserves_flags))
     }
 }
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    // SAFETY: the caller's contract.
-    unsafe {
-        asm!("rep movsb", inout("rdi") to => _, inout("rsi") from => _, inout("rcx") count => _, options(nostack, preserves_flags))
-    };
-    to
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, count: usize) -> *mut u8 {
-    if (to as usize).wrapping_sub(from as usize) >= count {
-        // SAFETY: the caller's contract; going up reads each byte before it is overwritten.
-        return unsafe { memcpy(to, from, count) };
-    }
-    // SAFETY: the caller's contract; going down likewise.
-    unsafe {
-        asm!("std", "rep movsb", "cld",
-            inout("rdi") to.wrapping_add(count).wrapping_sub(1) => _,
-            inout("rsi") from.wrapping_add(count).wrapping_sub(1) => _,
-            inout("rcx") count => _, options(nostack));
-    }
-    to
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memset(to: *mut u8, value: i32, count: usize) -> *mut u8 {
-    // SAFETY: the caller's contract.
-    unsafe {
-        asm!("rep stosb", inout("rdi") to => _, in("al") value as u8, inout("rcx") count => _, options(nostack, preserves_flags))
-    };
-    to
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, count: usize) -> i32 {
-    for index in 0..count {
-        // SAFETY: the caller's contract. Volatile, so that this loop is not made into a call of itself.
-        let (a, b) = unsafe { (left.add(index).read_volatile(), right.add(index).read_volatile()) };
-        if a != b {
-            return i32::from(a) - i32::from(b);
-        }
-    }
-    0
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, count: usize) -> i32 {
-    // SAFETY: the caller's contract.
-    unsafe { memcmp(left, right, count) }
-}
-
-/// The prebuilt core library names it in tables that the link script throws away.
-#[unsafe(no_mangle)]
-extern "C" fn rust_eh_personality() {}

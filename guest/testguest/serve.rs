@@ -11,6 +11,7 @@ use crate::pattern::{Digest, Page};
 use crate::random::Generator;
 use crate::serial::{self, say};
 use crate::smp::Cpus;
+use crate::streams::Streams;
 use crate::virtio::{Console, Devices, Failure};
 use crate::wire::*;
 
@@ -73,38 +74,44 @@ struct Server {
     random: Generator,
     clock: Clock,
     tsc_khz: u32,
+    memory_bytes: u64,
+    streams: Streams,
     generation: [u8; GENERATION_BYTES],
     generations: u64,
 }
 
 /// A refusal: status and sentence.
-type Refusal = (u16, &'static str);
+pub(crate) type Refusal = (u16, &'static str);
 
-const BAD_PAYLOAD: Refusal = (STATUS_BAD_PAYLOAD, "the payload does not have this kind's layout");
+pub(crate) const BAD_PAYLOAD: Refusal = (STATUS_BAD_PAYLOAD, "the payload does not have this kind's layout");
 const OUT_OF_ARENA: Refusal = (STATUS_OUT_OF_RANGE, "pages beyond the arena, or a stride of 0");
 const NO_DISK: Refusal = (STATUS_NO_DEVICE, "the guest has no such disk");
 
 /// A payload being written.
-struct Reply<'a> {
+pub(crate) struct Reply<'a> {
     bytes: &'a mut [u8],
-    length: usize,
+    pub(crate) length: usize,
 }
 
-impl Reply<'_> {
-    fn put(&mut self, bytes: &[u8]) {
+impl<'a> Reply<'a> {
+    pub(crate) fn new(bytes: &'a mut [u8]) -> Reply<'a> {
+        Reply { bytes, length: 0 }
+    }
+
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.room(bytes.len()).copy_from_slice(bytes);
     }
 
-    fn put32(&mut self, value: u32) {
+    pub(crate) fn put32(&mut self, value: u32) {
         self.put(&value.to_le_bytes());
     }
 
-    fn put64(&mut self, value: u64) {
+    pub(crate) fn put64(&mut self, value: u64) {
         self.put(&value.to_le_bytes());
     }
 
     /// The next `count` bytes, to be written in place.
-    fn room(&mut self, count: usize) -> &mut [u8] {
+    pub(crate) fn room(&mut self, count: usize) -> &mut [u8] {
         let start = self.length;
         self.length += count;
         &mut self.bytes[start..start + count]
@@ -130,10 +137,8 @@ extern "C" fn guest_serve() -> ! {
         (booted, long, (&mut *(&raw mut short_request), &mut *(&raw mut short_reply)))
     };
     let (Some(mut console), Some(state)) = (booted.devices.console.take(), booted.state.take()) else {
-        say!("no virtio-console: nobody to serve, halting");
-        loop {
-            gate::halt();
-        }
+        say!("no virtio-console: saying back what is typed here");
+        say_back()
     };
     let mut server = Server {
         devices: &mut booted.devices,
@@ -142,12 +147,19 @@ extern "C" fn guest_serve() -> ! {
         random: state.random,
         clock: state.clock,
         tsc_khz: state.facts.tsc_khz,
+        memory_bytes: state.facts.memory_bytes,
+        streams: Streams::new(),
         generation: [0; GENERATION_BYTES],
         generations: 0,
     };
-    let length = server.hello(&state.facts, &mut Reply { bytes: &mut long.1[HEADER_BYTES..], length: 0 });
+    let length = server.hello(&state.facts, &mut Reply::new(&mut long.1[HEADER_BYTES..]));
     send(&mut console, long.1, KIND_HELLO, STATUS_OK, 0, length);
     loop {
+        // Requests come first.
+        while server.streams.is_busy()
+            && !console.has_bytes()
+            && server.streams.step(&mut console, long.1, &mut server.random)
+        {}
         let header = receive(&mut console, short.0);
         let length = header.length as usize;
         let request: &mut [u8] = if length <= SHORT_FRAME_BYTES - HEADER_BYTES { short.0 } else { long.0 };
@@ -155,13 +167,20 @@ extern "C" fn guest_serve() -> ! {
         let kind = header.kind | REPLY;
         match header.kind {
             KIND_RESET => reset(),
+            KIND_STREAM_DATA | KIND_STREAM_WINDOW | KIND_SIGNAL => {
+                server.streams.hear(
+                    header.kind,
+                    header.id,
+                    &request[HEADER_BYTES..HEADER_BYTES + length],
+                );
+            }
             // Answered from where it lies.
             KIND_ECHO => send(&mut console, request, kind, STATUS_OK, header.id, length),
             _ => {
                 let reply: &mut [u8] = if has_long_reply(header.kind) { long.1 } else { short.1 };
-                let mut out = Reply { bytes: &mut reply[HEADER_BYTES..], length: 0 };
+                let mut out = Reply::new(&mut reply[HEADER_BYTES..]);
                 let payload = &request[HEADER_BYTES..HEADER_BYTES + length];
-                let status = match server.serve(header.kind, payload, &mut out) {
+                let status = match server.serve(&header, payload, &mut out) {
                     Ok(()) => STATUS_OK,
                     Err((status, why)) => {
                         out.length = 0;
@@ -172,6 +191,15 @@ extern "C" fn guest_serve() -> ! {
                 let length = out.length;
                 send(&mut console, reply, kind, status, header.id, length);
             }
+        }
+    }
+}
+
+/// On a machine without a virtio-console, which is another VMM's (`coldspark bench --compare-...`): says each typed byte back.
+fn say_back() -> ! {
+    loop {
+        if let Some(byte) = serial::read() {
+            serial::write(&[byte]);
         }
     }
 }
@@ -206,7 +234,7 @@ fn receive(console: &mut Console, frame: &mut [u8; SHORT_FRAME_BYTES]) -> Header
 }
 
 /// Sends `length` bytes of payload that lie behind the header's place.
-fn send(console: &mut Console, frame: &mut [u8], kind: u16, status: u16, id: u32, length: usize) {
+pub(crate) fn send(console: &mut Console, frame: &mut [u8], kind: u16, status: u16, id: u32, length: usize) {
     let header = Header { kind, status, id, length: length as u32 };
     frame[..HEADER_BYTES].copy_from_slice(&header.encode());
     if let Err(why) = console.write(&frame[..HEADER_BYTES + length]) {
@@ -237,9 +265,9 @@ impl Server {
         out.length
     }
 
-    fn serve(&mut self, kind: u16, payload: &[u8], out: &mut Reply) -> Result<(), Refusal> {
+    fn serve(&mut self, header: &Header, payload: &[u8], out: &mut Reply) -> Result<(), Refusal> {
         let mut reader = Reader::new(payload);
-        match kind {
+        match header.kind {
             KIND_HASH => self.hash(&mut reader, out),
             KIND_TOUCH => self.touch(&mut reader, out),
             KIND_CHECK => self.check(&mut reader, out),
@@ -271,6 +299,16 @@ impl Server {
                 }
                 Ok(())
             }
+            kind @ (KIND_EXEC | KIND_FILE_PUT | KIND_FILE_GET) => {
+                self.streams.start(kind, header.id, payload, self.tsc_khz, out)
+            }
+            KIND_HUSH => {
+                let on = reader.u32().ok_or(BAD_PAYLOAD)?;
+                reader.end().ok_or(BAD_PAYLOAD)?;
+                self.streams.hush(on != 0);
+                Ok(())
+            }
+            KIND_STATS => self.stats(&reader, out),
             _ => Err((STATUS_UNKNOWN_KIND, "the test guest does not know this kind")),
         }
     }
@@ -447,6 +485,7 @@ impl Server {
         let entropy = reader.array::<ENTROPY_BYTES>().ok_or(BAD_PAYLOAD)?;
         let [wall_ns] = longs(reader)?;
         reader.end().ok_or(BAD_PAYLOAD)?;
+        self.streams.forget();
         self.generation = generation;
         self.generations += 1;
         self.random.feed(&entropy);
@@ -481,6 +520,20 @@ impl Server {
         self.put_generation(out);
         out.put64(digest.finish());
         out.put64(ticks().wrapping_sub(start));
+        Ok(())
+    }
+
+    /// It has no load to speak of.
+    fn stats(&mut self, reader: &Reader, out: &mut Reply) -> Result<(), Refusal> {
+        reader.end().ok_or(BAD_PAYLOAD)?;
+        let milliseconds = gate::tsc() / u64::from(self.tsc_khz).max(1);
+        out.put64(milliseconds.saturating_mul(1_000_000));
+        out.put64(self.memory_bytes);
+        out.put64(self.arena.bytes());
+        for _ in 0..3 {
+            out.put32(0);
+        }
+        out.put32(self.streams.count());
         Ok(())
     }
 

@@ -4,6 +4,7 @@
 //! request at hand, because a reply's shape follows from its kind and its size from what was asked.
 
 use super::frame::{self, Frame, FrameError};
+use super::streams::{Opened, Opening};
 use super::wire::{self, Reader};
 
 /// Most CPUs that an agent may report.
@@ -73,6 +74,13 @@ pub enum AgentRequest {
     },
     /// Reset the machine. There is no answer.
     Reset,
+    /// Open a stream: what it says later is not an answer.
+    Open(Opening),
+    /// Send nothing unasked from the answer on, or go on doing so.
+    Hush {
+        on: bool,
+    },
+    Stats,
 }
 
 /// A run of arena pages.
@@ -132,8 +140,22 @@ pub enum AgentReply {
         digest: u64,
         ticks: u64,
     },
-    /// DiskWrite, Serial, SerialEcho.
+    /// DiskWrite, Serial, SerialEcho, Hush.
     Done,
+    Opened(Opened),
+    Stats(GuestStats),
+}
+
+/// How the guest's system is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestStats {
+    pub uptime_ns: u64,
+    pub memory_bytes: u64,
+    pub free_bytes: u64,
+    /// Of 1, 5 and 15 minutes, in thousandths.
+    pub load_milli: [u32; 3],
+    /// Streams that are open.
+    pub streams: u32,
 }
 
 /// A disk as the guest sees it.
@@ -207,6 +229,8 @@ pub struct Hello {
     /// Bytes at the arena's start that already hold the pattern of [`super::pattern::ARENA_SEED`]; the rest is zero.
     pub filled_bytes: u64,
     pub disks: u32,
+    /// Most bytes of requests that may wait for their answers, 0: any.
+    pub request_bytes: u32,
     pub name: String,
 }
 
@@ -246,6 +270,9 @@ pub fn status_text(status: u16) -> &'static str {
         wire::STATUS_NO_DEVICE => "no such device",
         wire::STATUS_DEVICE_FAILED => "the device failed",
         wire::STATUS_FAILED => "failed",
+        wire::STATUS_NOT_FOUND => "not found",
+        wire::STATUS_NOT_ALLOWED => "not allowed",
+        wire::STATUS_LIMIT => "at its limit",
         _ => "unknown status",
     }
 }
@@ -273,6 +300,9 @@ impl AgentRequest {
             AgentRequest::Serial(_) => wire::KIND_SERIAL,
             AgentRequest::SerialEcho { .. } => wire::KIND_SERIAL_ECHO,
             AgentRequest::Reset => wire::KIND_RESET,
+            AgentRequest::Open(opening) => opening.kind(),
+            AgentRequest::Hush { .. } => wire::KIND_HUSH,
+            AgentRequest::Stats => wire::KIND_STATS,
         }
     }
 
@@ -329,7 +359,13 @@ impl AgentRequest {
                 put64(&mut out, *nonce);
                 put64(&mut out, *bytes);
             }
-            AgentRequest::Time | AgentRequest::Cpus | AgentRequest::Generation | AgentRequest::Reset => {}
+            AgentRequest::Open(opening) => opening.encode(&mut out),
+            AgentRequest::Hush { on } => put32(&mut out, u32::from(*on)),
+            AgentRequest::Time
+            | AgentRequest::Cpus
+            | AgentRequest::Generation
+            | AgentRequest::Stats
+            | AgentRequest::Reset => {}
         }
         frame::encode(self.kind(), wire::STATUS_OK, id, &out)
     }
@@ -345,13 +381,7 @@ impl AgentReply {
             return Err(AgentError::Kind { expected, got: frame.kind });
         }
         if frame.status != wire::STATUS_OK {
-            let mut message = String::from_utf8_lossy(&frame.payload).into_owned();
-            if let Some((end, _)) = message.char_indices().nth(MESSAGE_CHARS_MAX) {
-                message.truncate(end);
-            }
-            // It goes to terminals and logs: a guest must not write control characters there.
-            let message = message.replace(char::is_control, " ");
-            return Err(AgentError::Refused { status: frame.status, message });
+            return Err(AgentError::Refused { status: frame.status, message: sentence(&frame.payload) });
         }
         AgentReply::parse(request, frame.payload).ok_or(AgentError::Layout { kind: expected })
     }
@@ -421,7 +451,16 @@ impl AgentReply {
                 digest: reader.u64()?,
                 ticks: reader.u64()?,
             },
+            AgentRequest::Open(opening) => AgentReply::Opened(Opened::decode(opening, &mut reader)?),
+            AgentRequest::Stats => AgentReply::Stats(GuestStats {
+                uptime_ns: reader.u64()?,
+                memory_bytes: reader.u64()?,
+                free_bytes: reader.u64()?,
+                load_milli: [reader.u32()?, reader.u32()?, reader.u32()?],
+                streams: reader.u32()?,
+            }),
             AgentRequest::DiskWrite { .. }
+            | AgentRequest::Hush { .. }
             | AgentRequest::Serial(_)
             | AgentRequest::SerialEcho { .. }
             | AgentRequest::Reset => AgentReply::Done,
@@ -462,9 +501,9 @@ impl Hello {
             arena_bytes: reader.u64()?,
             filled_bytes: reader.u64()?,
             disks: reader.u32()?,
+            request_bytes: reader.u32()?,
             name: String::new(),
         };
-        reader.u32()?;
         let name = reader.rest();
         hello.name = (name.len() <= wire::NAME_BYTES_MAX).then(|| text(name))?;
         Some(hello)
@@ -487,7 +526,7 @@ impl Hello {
             put64(&mut out, word);
         }
         put32(&mut out, self.disks);
-        put32(&mut out, 0);
+        put32(&mut out, self.request_bytes);
         out.extend_from_slice(self.name.as_bytes());
         frame::encode(wire::KIND_HELLO, wire::STATUS_OK, 0, &out)
     }
@@ -509,11 +548,11 @@ const MESSAGE_CHARS_MAX: usize = 300;
 /// Bytes of one CPU in RUN_ON_ALL's reply.
 const CPU_RUN_BYTES: usize = 24;
 
-fn put32(out: &mut Vec<u8>, value: u32) {
+pub(super) fn put32(out: &mut Vec<u8>, value: u32) {
     out.extend_from_slice(&value.to_le_bytes());
 }
 
-fn put64(out: &mut Vec<u8>, value: u64) {
+pub(super) fn put64(out: &mut Vec<u8>, value: u64) {
     out.extend_from_slice(&value.to_le_bytes());
 }
 
@@ -529,6 +568,15 @@ fn cpu_count(count: u32) -> Option<u32> {
     (count <= CPUS_MAX).then_some(count)
 }
 
+/// What a guest says in words. It goes to terminals and logs: a guest must not write control characters there.
+pub(super) fn sentence(bytes: &[u8]) -> String {
+    let mut message = String::from_utf8_lossy(bytes).into_owned();
+    if let Some((end, _)) = message.char_indices().nth(MESSAGE_CHARS_MAX) {
+        message.truncate(end);
+    }
+    message.replace(char::is_control, " ")
+}
+
 /// Bytes up to the first NUL as printable text.
 fn text(bytes: &[u8]) -> String {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
@@ -537,143 +585,4 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn requests() -> Vec<AgentRequest> {
-        let pages = Pages { first_page: 1, pages: 2, stride: 3, seed: 4 };
-        vec![
-            AgentRequest::Echo(b"abc".to_vec()),
-            AgentRequest::Hash { first_page: 0, pages: 9 },
-            AgentRequest::Touch(pages, TouchMode::Fill),
-            AgentRequest::Check { pages, whole: true },
-            AgentRequest::DiskInfo { disk: 0 },
-            AgentRequest::DiskRead { disk: 0, first_sector: 1, sectors: u32::MAX },
-            AgentRequest::DiskWrite { disk: 0, first_sector: 1, bytes: vec![1; 512], flush: true },
-            AgentRequest::Time,
-            AgentRequest::Cpus,
-            AgentRequest::RunOnAll { seed: 1, rounds: 2 },
-            AgentRequest::Random { bytes: 16 },
-            AgentRequest::Generation,
-            AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3 },
-            AgentRequest::Compute { nonce: 1, bytes: 4096 },
-            AgentRequest::Serial(b"x".to_vec()),
-            AgentRequest::SerialEcho { bytes: 7 },
-            AgentRequest::Reset,
-        ]
-    }
-
-    fn reply(request: &AgentRequest, payload: Vec<u8>) -> Frame {
-        Frame { kind: request.kind() | wire::REPLY, status: 0, id: 1, payload }
-    }
-
-    #[test]
-    fn kinds_are_distinct_and_fit_hello() {
-        let mut kinds: Vec<u16> = requests().iter().map(AgentRequest::kind).collect();
-        kinds.sort_unstable();
-        kinds.dedup();
-        assert_eq!(kinds.len(), requests().len());
-        assert!(kinds.iter().all(|kind| *kind < 64 && *kind != wire::KIND_HELLO));
-    }
-
-    #[test]
-    fn touch_has_the_documented_layout() {
-        let pages = Pages { first_page: 1, pages: 2, stride: 3, seed: 4 };
-        let bytes = AgentRequest::Touch(pages, TouchMode::Write).encode(0x0102_0304).unwrap();
-        let mut reader = Reader::new(&bytes[wire::HEADER_BYTES..]);
-        assert_eq!(bytes[8..12], [4, 3, 2, 1]);
-        assert_eq!(
-            [reader.u64(), reader.u64(), reader.u64(), reader.u64()],
-            [Some(1), Some(2), Some(3), Some(4)]
-        );
-        assert_eq!((reader.u32(), reader.u32(), reader.end()), (Some(wire::TOUCH_WRITE), Some(0), Some(())));
-    }
-
-    #[test]
-    fn identity_is_confirmed() {
-        let request = AgentRequest::Identity { generation: [9; 16], entropy: [0; 32], wall_ns: 0 };
-        let mut payload = vec![9; 16];
-        put64(&mut payload, 2);
-        let got = AgentReply::decode(&request, reply(&request, payload.clone())).unwrap();
-        assert_eq!(got, AgentReply::Generation { generation: [9; 16], count: 2 });
-        payload.push(0);
-        let error = AgentReply::decode(&request, reply(&request, payload)).unwrap_err();
-        assert_eq!(error, AgentError::Layout { kind: wire::KIND_IDENTITY | wire::REPLY });
-    }
-
-    #[test]
-    fn cpus_may_not_claim_more_than_they_send() {
-        let mut payload = Vec::new();
-        for word in [4u32, u32::MAX, 0, 0] {
-            put32(&mut payload, word);
-        }
-        let error = AgentReply::decode(&AgentRequest::Cpus, reply(&AgentRequest::Cpus, payload)).unwrap_err();
-        assert!(matches!(error, AgentError::Layout { .. }));
-    }
-
-    #[test]
-    fn a_refusal_is_told_without_control_characters() {
-        let request = AgentRequest::Time;
-        let mut frame = reply(&request, b"no\x1b[2J clock".to_vec());
-        frame.status = wire::STATUS_FAILED;
-        let error = AgentReply::decode(&request, frame).unwrap_err();
-        assert_eq!(error.refusal(), Some(wire::STATUS_FAILED));
-        assert_eq!(error.to_string(), "the guest's agent refused the request (failed): no [2J clock");
-    }
-
-    #[test]
-    fn a_reply_of_another_kind_is_refused() {
-        let frame = reply(&AgentRequest::Time, vec![0; 32]);
-        let error = AgentReply::decode(&AgentRequest::Cpus, frame).unwrap_err();
-        assert_eq!(error, AgentError::Kind { expected: 0x800a, got: 0x8009 });
-    }
-
-    fn hello() -> Hello {
-        Hello {
-            version: wire::PROTOCOL_VERSION,
-            agent: wire::AGENT_TEST_GUEST,
-            boot: wire::BOOT_NATIVE,
-            cpus_found: 4,
-            cpus_alive: 4,
-            tsc_khz: 2_000_000,
-            checks_run: 0b111,
-            checks_failed: 0b101,
-            kinds: 1 << wire::KIND_ECHO,
-            memory_bytes: 512 << 20,
-            arena_bytes: 500 << 20,
-            filled_bytes: 4 << 20,
-            disks: 1,
-            name: "test".to_owned(),
-        }
-    }
-
-    #[test]
-    fn hello_round_trip() {
-        let bytes = hello().encode().unwrap();
-        assert_eq!(bytes.len(), wire::HEADER_BYTES + wire::HELLO_BYTES + 4);
-        let frames = frame::FrameDecoder::new().push(&bytes).unwrap();
-        let got = Hello::decode(&frames[0]).unwrap();
-        assert_eq!(got, hello());
-        assert_eq!(got.failed_checks(), ["native.modulep", "native.kernel"]);
-        assert!(got.serves(&AgentRequest::Echo(vec![])) && !got.serves(&AgentRequest::Reset));
-    }
-
-    #[test]
-    fn hello_of_another_version_is_refused() {
-        let bytes = Hello { version: 9, ..hello() }.encode().unwrap();
-        let frames = frame::FrameDecoder::new().push(&bytes).unwrap();
-        assert_eq!(Hello::decode(&frames[0]), Err(AgentError::Version(9)));
-    }
-
-    proptest! {
-        #[test]
-        fn any_payload_decodes_or_fails(which in 0usize..17, status in 0u16..2, payload in prop::collection::vec(any::<u8>(), 0..200)) {
-            let request = &requests()[which];
-            let mut frame = reply(request, payload.clone());
-            frame.status = status;
-            let _ = AgentReply::decode(request, frame);
-            let _ = Hello::decode(&Frame { kind: wire::KIND_HELLO, status: 0, id: 0, payload });
-        }
-    }
-}
+mod tests;

@@ -3,14 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
+use super::exec;
 use super::proto;
 use super::proto::agent_call_request::Op;
 use super::proto::agent_call_response::Result as Answer;
 use super::proto::agent_service_server::AgentService;
 use super::status::invalid;
-use crate::agent::ops::{Pages, TouchMode};
+use crate::agent::ops::{GuestStats, Pages, TouchMode};
 use crate::agent::{AgentReply, AgentRequest, Hello, wire};
 use crate::fleet::Fleet;
 use crate::fleet::clones::FirstCall;
@@ -30,6 +31,30 @@ impl Agent {
 
 #[tonic::async_trait]
 impl AgentService for Agent {
+    type ExecStream = exec::ExecStream;
+    type GetFileStream = exec::GetFileStream;
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<proto::ExecRequest>>,
+    ) -> Result<Response<Self::ExecStream>, Status> {
+        Ok(Response::new(exec::exec(&self.fleet, request.into_inner()).await?))
+    }
+
+    async fn put_file(
+        &self,
+        request: Request<Streaming<proto::PutFileRequest>>,
+    ) -> Result<Response<proto::PutFileResponse>, Status> {
+        Ok(Response::new(exec::put_file(&self.fleet, request.into_inner()).await?))
+    }
+
+    async fn get_file(
+        &self,
+        request: Request<proto::GetFileRequest>,
+    ) -> Result<Response<Self::GetFileStream>, Status> {
+        Ok(Response::new(exec::get_file(&self.fleet, request.into_inner()).await?))
+    }
+
     async fn call(
         &self,
         request: Request<proto::AgentCallRequest>,
@@ -133,6 +158,7 @@ fn agent_request(op: &Op) -> Result<AgentRequest, Status> {
         Op::Serial(op) => AgentRequest::Serial(op.data.to_vec()),
         Op::SerialEcho(op) => AgentRequest::SerialEcho { bytes: op.bytes },
         Op::Reset(_) => AgentRequest::Reset,
+        Op::Stats(_) => AgentRequest::Stats,
         Op::Hello(_) => return Err(invalid("hello is not a request to the guest")),
     })
 }
@@ -186,6 +212,19 @@ fn answer(op: &Op, reply: AgentReply) -> Result<Answer, Status> {
         (Op::Compute(_), AgentReply::Compute { generation, digest, ticks }) => {
             Answer::Compute(proto::ComputeResult { generation: generation.to_vec().into(), digest, ticks })
         }
+        (Op::Stats(_), AgentReply::Stats(stats)) => {
+            let [load_1, load_5, load_15] = stats.load_milli.map(|milli| f64::from(milli) / 1000.0);
+            let GuestStats { uptime_ns, memory_bytes, free_bytes, streams, .. } = stats;
+            Answer::Stats(proto::StatsResult {
+                uptime_ns,
+                memory_bytes,
+                free_bytes,
+                load_1,
+                load_5,
+                load_15,
+                streams,
+            })
+        }
         _ => return Err(Status::internal("the agent's answer is of another kind than what was asked")),
     })
 }
@@ -208,5 +247,6 @@ fn hello_result(hello: &Hello) -> proto::HelloResult {
         memory_bytes: hello.memory_bytes,
         arena_bytes: hello.arena_bytes,
         disks: hello.disks,
+        kinds: hello.kinds,
     }
 }

@@ -16,7 +16,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
     let ended = status.state == State::Exited;
     proto::Vm {
         id: vm.id.clone(),
-        name: vm.name.clone().unwrap_or_default(),
+        name: vm.name().unwrap_or_default().to_owned(),
         state: match status.state {
             State::Booting => proto::VmState::Booting,
             State::Ready => proto::VmState::Ready,
@@ -40,8 +40,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         agent_name: hello.map(|hello| hello.name.clone()).unwrap_or_default(),
         memory_mode: match vm.memory_mode {
             None => proto::MemoryMode::Unspecified,
-            Some(MemoryMode::Mapped) => proto::MemoryMode::Mapped,
-            Some(MemoryMode::Userfault) => proto::MemoryMode::Userfault,
+            Some(mode) => memory_mode_out(mode),
         }
         .into(),
         created_unix_ms: vm.created_unix_ms,
@@ -50,6 +49,8 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         worker_pid: if ended { 0 } else { vm.process.pid() },
         restarts: status.restarts,
         panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
+        pool: vm.pool.as_deref().unwrap_or_default().to_owned(),
+        ready_in_pool: vm.is_held(),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
     }
 }
@@ -135,6 +136,13 @@ pub fn hardware_in(number: i32) -> Result<Hardware, Status> {
         Ok(proto::Hardware::Microvm) => Ok(Hardware::Microvm),
         Ok(proto::Hardware::Pc) => Ok(Hardware::Pc),
         Err(_) => Err(invalid(format!("hardware {number} is not known; see Hardware"))),
+    }
+}
+
+pub fn memory_mode_out(mode: MemoryMode) -> proto::MemoryMode {
+    match mode {
+        MemoryMode::Mapped => proto::MemoryMode::Mapped,
+        MemoryMode::Userfault => proto::MemoryMode::Userfault,
     }
 }
 

@@ -3,17 +3,27 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`proto`] | generated messages, clients, servers |
-//! | [`client`] | connecting to a service's socket |
-//! | [`server`] | the socket, the services on it, and the end |
-//! | `vms`, `snapshots`, `images`, `agent` | one service each |
+//! | [`client`] | connecting to a service |
+//! | [`listen`] | the Unix socket and the TCP port, and who comes in |
+//! | [`auth`] | who may call what |
+//! | [`server`] | the services, and the end |
+//! | `vms`, `snapshots`, `images`, `agent`, `pools`, `functions` | one service each |
+//! | `exec` | AgentService's streams: commands and files |
+//! | `replays` | answers kept for requests that are sent again |
 //! | `convert`, `network`, `status` | messages and errors, translated |
 
 mod agent;
+pub mod auth;
 pub mod client;
 mod convert;
+mod exec;
+mod functions;
 mod images;
+pub mod listen;
 mod network;
+mod pools;
 pub mod proto;
+mod replays;
 pub mod server;
 mod snapshots;
 mod status;

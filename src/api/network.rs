@@ -5,6 +5,7 @@ use tonic::Status;
 use super::proto;
 use super::status::invalid;
 use crate::fleet::network::{LinkRequest, MTU_MAX, MTU_MIN, NetworkRequest, VmNetwork};
+use crate::fleet::vm::PagerCounts;
 use crate::fleet::{NetworkStats, Stats};
 
 pub fn requests_in(interfaces: Vec<proto::NetworkInterface>) -> Result<Vec<NetworkRequest>, Status> {
@@ -44,13 +45,15 @@ pub fn network_out(network: &VmNetwork) -> proto::Network {
     }
 }
 
-pub fn stats_out(stats: &Stats) -> proto::VmStats {
+pub fn stats_out(stats: &Stats, given: PagerCounts) -> proto::VmStats {
     proto::VmStats {
         vcpu_exits: stats.vcpu_exits,
         minor_faults: stats.minor_faults,
         major_faults: stats.major_faults,
         private_dirty_bytes: stats.private_dirty_bytes,
         networks: stats.networks.iter().map(network_stats).collect(),
+        userfaults: given.faults,
+        userfault_pages: given.data_pages.saturating_add(given.zero_pages),
     }
 }
 

@@ -8,7 +8,8 @@ use super::convert::{self, optional};
 use super::proto;
 use super::proto::snapshot_service_server::SnapshotService;
 use crate::fleet::Fleet;
-use crate::fleet::snapshots::{CreateSnapshot, Described, Listing};
+use crate::fleet::keeping::KeptSoFar;
+use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, WorkingSet};
 
 /// The service.
 pub struct Snapshots {
@@ -28,8 +29,12 @@ impl SnapshotService for Snapshots {
         request: Request<proto::CreateSnapshotRequest>,
     ) -> Result<Response<proto::CreateSnapshotResponse>, Status> {
         let request = request.into_inner();
-        let request =
-            CreateSnapshot { vm: request.vm, name: optional(request.name), stop_after: request.stop_after };
+        let request = CreateSnapshot {
+            vm: request.vm,
+            name: optional(request.name),
+            stop_after: request.stop_after,
+            function: None,
+        };
         let taken = self.fleet.create_snapshot(request).await?;
         Ok(Response::new(proto::CreateSnapshotResponse {
             snapshot: Some(snapshot(taken.snapshot)),
@@ -89,5 +94,19 @@ fn snapshot(snapshot: Described) -> proto::Snapshot {
         disks: snapshot.disks,
         cpu_vendor: snapshot.cpu_vendor,
         tsc_khz: snapshot.tsc_khz,
+        working_set: Some(working_set(&snapshot.working_set, snapshot.kept)),
+    }
+}
+
+fn working_set(set: &WorkingSet, kept: KeptSoFar) -> proto::WorkingSet {
+    let (touched_bytes, written_bytes) = set.bytes();
+    let learnt = set.learnt().is_some();
+    proto::WorkingSet {
+        recordings: set.recordings(),
+        learnt,
+        touched_bytes,
+        written_bytes,
+        folded_bytes: kept.folded_bytes,
+        read_again: kept.again,
     }
 }

@@ -4,14 +4,17 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::auth::layer::admins_only;
 use super::convert::{self, optional};
 use super::proto;
 use super::proto::vm_service_server::VmService;
+use super::replays::Replays;
 use super::status::invalid;
 use super::{agent, network};
 use crate::fleet::Fleet;
@@ -31,11 +34,45 @@ const PROGRESS_MAX: usize = 256;
 pub struct Vms {
     fleet: Arc<Fleet>,
     console_streams: Arc<Semaphore>,
+    replays: Replays<proto::CloneVmResponse>,
 }
 
 impl Vms {
     pub fn new(fleet: Arc<Fleet>) -> Self {
-        Self { fleet, console_streams: Arc::new(Semaphore::new(CONSOLE_STREAMS_MAX)) }
+        Self {
+            fleet,
+            console_streams: Arc::new(Semaphore::new(CONSOLE_STREAMS_MAX)),
+            replays: Replays::default(),
+        }
+    }
+
+    async fn make_clones(&self, request: proto::CloneVmRequest) -> Result<proto::CloneVmResponse, Status> {
+        let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
+        let request = CloneVm {
+            snapshot: request.snapshot,
+            count: request.count.max(1),
+            memory_mode: convert::memory_mode_in(request.memory_mode)?,
+            managed: convert::identity_in(request.identity)?,
+            name: optional(request.name),
+            networks: network::requests_in(request.networks)?,
+            first_call,
+        };
+        let clones = self.fleet.clone_vm(request).await?;
+        let answer = match (op, clones.answer) {
+            (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
+                Ok(answer) => Some(answer),
+                Err(status) => {
+                    // Of another kind than what was asked: a clone to whom nobody will talk.
+                    for vm in &clones.vms {
+                        self.fleet.delete_vm(&vm.id).await?;
+                    }
+                    return Err(status);
+                }
+            },
+            _ => None,
+        };
+        let vms = clones.vms.iter().map(|vm| convert::vm(vm)).collect();
+        Ok(proto::CloneVmResponse { vms, answer })
     }
 }
 
@@ -51,6 +88,9 @@ impl VmService for Vms {
         &self,
         request: Request<proto::CreateVmRequest>,
     ) -> Result<Response<Self::CreateVmStream>, Status> {
+        if !request.get_ref().disks.is_empty() {
+            admins_only(&request, "a VM with a file of the host as a disk")?;
+        }
         let request = create(request.into_inner())?;
         let (events, stream) = mpsc::channel(PROGRESS_MAX);
         let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
@@ -97,32 +137,9 @@ impl VmService for Vms {
         request: Request<proto::CloneVmRequest>,
     ) -> Result<Response<proto::CloneVmResponse>, Status> {
         let request = request.into_inner();
-        let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
-        let request = CloneVm {
-            snapshot: request.snapshot,
-            count: request.count.max(1),
-            memory_mode: convert::memory_mode_in(request.memory_mode)?,
-            managed: convert::identity_in(request.identity)?,
-            name: optional(request.name),
-            networks: network::requests_in(request.networks)?,
-            first_call,
-        };
-        let clones = self.fleet.clone_vm(request).await?;
-        let answer = match (op, clones.answer) {
-            (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
-                Ok(answer) => Some(answer),
-                Err(status) => {
-                    // Of another kind than what was asked: a clone to whom nobody will talk.
-                    for vm in &clones.vms {
-                        self.fleet.delete_vm(&vm.id).await?;
-                    }
-                    return Err(status);
-                }
-            },
-            _ => None,
-        };
-        let vms = clones.vms.iter().map(|vm| convert::vm(vm)).collect();
-        Ok(Response::new(proto::CloneVmResponse { vms, answer }))
+        let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
+        let response = self.replays.once(&id, &asked, self.make_clones(request)).await?;
+        Ok(Response::new(response))
     }
 
     async fn get_vm(&self, request: Request<proto::GetVmRequest>) -> Result<Response<proto::Vm>, Status> {
@@ -132,10 +149,12 @@ impl VmService for Vms {
 
     async fn list_vms(
         &self,
-        _: Request<proto::ListVmsRequest>,
+        request: Request<proto::ListVmsRequest>,
     ) -> Result<Response<proto::ListVmsResponse>, Status> {
+        let all = request.into_inner().ready_in_pools;
         let vms = self.fleet.vms();
-        Ok(Response::new(proto::ListVmsResponse { vms: vms.iter().map(|vm| convert::vm(vm)).collect() }))
+        let vms = vms.iter().filter(|vm| all || !vm.is_held());
+        Ok(Response::new(proto::ListVmsResponse { vms: vms.map(|vm| convert::vm(vm)).collect() }))
     }
 
     async fn get_vm_stats(
@@ -143,7 +162,7 @@ impl VmService for Vms {
         request: Request<proto::GetVmStatsRequest>,
     ) -> Result<Response<proto::VmStats>, Status> {
         let vm = self.fleet.vm(&request.into_inner().vm)?;
-        Ok(Response::new(network::stats_out(&vm.stats().await?)))
+        Ok(Response::new(vm.stats().await.map(|(stats, given)| network::stats_out(&stats, given))?))
     }
 
     async fn inspect_vm(

@@ -21,7 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::image::{self, FileArguments};
 use super::output::{self, Table};
-use super::private::PrivateService;
+use super::private::{PrivateService, unless_interrupted};
 use super::snapshot::protocol_name;
 use super::vm::create::{Hardware, Protocol, ReadyArguments};
 use super::vm::{MemoryMode, hex};
@@ -39,6 +39,8 @@ pub const EXAMPLES: &str = "Examples:
 
 /// Memory that a clone's answer depends on.
 const COMPUTE_BYTES: u64 = 64 << 10;
+/// Clones that are made one after the other, when all others are there.
+const ALONE: u32 = 5;
 /// How long a guest may take to answer on its console.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -114,7 +116,10 @@ struct Outcome {
     snapshot: proto::Snapshot,
     snapshot_ms: f64,
     pause_us: u64,
+    /// All at once.
     clones: Vec<Clone>,
+    /// One after the other, by a service at rest.
+    alone: Vec<Clone>,
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -126,10 +131,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             (Some(service), client)
         }
     };
-    let outcome = tokio::select! {
-        outcome = show(client, service.as_ref(), &arguments) => outcome,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
+    let outcome = unless_interrupted(show(client, service.as_ref(), &arguments)).await;
     if let Some(service) = service {
         service.close().await;
     }
@@ -170,6 +172,10 @@ async fn show(
         service.settle().await?;
     }
     let result = start_clones(&client, arguments, &snapshot, &bar).await;
+    let alone = match &result {
+        Ok(_) => one_after_the_other(&client, service, arguments, &snapshot, &bar).await,
+        Err(_) => Ok(Vec::new()),
+    };
     bar.finish_and_clear();
     // In a service that goes on, nothing of this may stay.
     if arguments.image.is_some() {
@@ -181,21 +187,22 @@ async fn show(
         let request = proto::DeleteSnapshotRequest { snapshot: snapshot.id.clone() };
         let _ = client.snapshots.delete_snapshot(request).await;
     }
-    let clones = distinct(result?);
+    let (mut clones, mut alone) = (result?, alone?);
+    distinct(clones.iter_mut().chain(&mut alone));
     let guest = match (booted.agent_name.as_str(), &arguments.kernel, &arguments.image) {
         ("", Some(kernel), _) => kernel.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         ("", None, Some(image)) => image.clone(),
         (name, ..) => name.to_owned(),
     };
     let pause_us = taken.pause_us;
-    Ok(Outcome { guest, vm: booted, cold_boot_ms, snapshot, snapshot_ms, pause_us, clones })
+    Ok(Outcome { guest, vm: booted, cold_boot_ms, snapshot, snapshot_ms, pause_us, clones, alone })
 }
 
 fn progress(arguments: &Arguments) -> ProgressBar {
     if arguments.json || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let bar = ProgressBar::new(2 + u64::from(arguments.clones));
+    let bar = ProgressBar::new(2 + u64::from(arguments.clones + ALONE));
     // The template is a constant; a bar without it is as good.
     if let Ok(style) = ProgressStyle::with_template("{spinner} {bar:30} {msg}  {elapsed}") {
         bar.set_style(style);
@@ -284,6 +291,29 @@ async fn start_clones(
     Ok(clones.into_iter().map(|(_, clone)| clone).collect())
 }
 
+/// Each when the one before has been ended, and the service has done its work ahead.
+async fn one_after_the_other(
+    client: &Client,
+    service: Option<&PrivateService>,
+    arguments: &Arguments,
+    snapshot: &proto::Snapshot,
+    bar: &ProgressBar,
+) -> anyhow::Result<Vec<Clone>> {
+    let mut clones = Vec::new();
+    for number in 0..ALONE {
+        if let Some(service) = service {
+            service.settle().await?;
+        }
+        let (number, mode) = (u64::from(number), arguments.memory_mode.number());
+        let clone =
+            start_clone(client.clone(), snapshot, mode, number, &arguments.probe, &arguments.expect).await?;
+        client.clone().vms.delete_vm(proto::DeleteVmRequest { vm: clone.vm.id.clone() }).await?;
+        clones.push(clone);
+        bar.inc(1);
+    }
+    Ok(clones)
+}
+
 async fn start_clone(
     mut client: Client,
     snapshot: &proto::Snapshot,
@@ -370,14 +400,13 @@ async fn ask_console(
 }
 
 /// No two clones may be the same.
-fn distinct(mut clones: Vec<Clone>) -> Vec<Clone> {
+fn distinct<'a>(clones: impl Iterator<Item = &'a mut Clone>) {
     let mut seen = std::collections::HashSet::new();
-    for clone in &mut clones {
+    for clone in clones {
         if !seen.insert(clone.vm.generation.clone()) {
             clone.problem = Some("it has the generation of another clone".to_owned());
         }
     }
-    clones
 }
 
 fn ms(since: Instant) -> f64 {
@@ -392,7 +421,7 @@ fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
 
 impl Outcome {
     fn verified(&self) -> bool {
-        !self.clones.is_empty() && self.clones.iter().all(|clone| clone.problem.is_none())
+        !self.clones.is_empty() && self.clones.iter().chain(&self.alone).all(|clone| clone.problem.is_none())
     }
 
     fn restores(&self) -> Vec<f64> {
@@ -401,6 +430,10 @@ impl Outcome {
 
     fn first_answers(&self) -> Vec<f64> {
         sorted(self.clones.iter().map(|clone| clone.first_answer_ms))
+    }
+
+    fn answers_alone(&self) -> Vec<f64> {
+        sorted(self.alone.iter().map(|clone| clone.first_answer_ms))
     }
 
     fn json(&self) -> Value {
@@ -418,13 +451,15 @@ impl Outcome {
             "clones": self.clones.len(),
             "restore_ms": spread(&self.restores()),
             "first_answer_ms": spread(&self.first_answers()),
+            "first_answer_alone_ms": spread(&self.answers_alone()),
             "verified": self.verified(),
         })
     }
 
     fn text(&self) -> String {
         let (restores, answers) = (self.restores(), self.first_answers());
-        let median_answer = units::percentile(&answers, 0.5);
+        let alone = self.answers_alone();
+        let median_answer = units::percentile(&alone, 0.5);
         let speed_up = if median_answer > 0.0 { self.cold_boot_ms / median_answer } else { 0.0 };
         let spread = |values: &[f64]| {
             format!(
@@ -452,12 +487,23 @@ impl Outcome {
             format!("{} clones at once: {}", self.clones.len(), spread(&restores)),
         ]);
         facts.row(["  first answer".into(), median(&answers), spread(&answers)]);
-        facts.row(["  speed-up".into(), format!("{speed_up:.0} x"), "first answer against cold boot".into()]);
+        facts.row([
+            "  one alone".into(),
+            median(&alone),
+            format!(
+                "request to first answer, {} clones one after the other: {}",
+                alone.len(),
+                spread(&alone)
+            ),
+        ]);
+        facts.row(["  speed-up".into(), format!("{speed_up:.0} x"), "that against the cold boot".into()]);
         let mut table = Table::new(&["  CLONE", "VM", "GENERATION", "RESTORE", "FIRST ANSWER", "CHECKED"]);
-        for (n, clone) in self.clones.iter().enumerate() {
+        let at_once = self.clones.iter().enumerate().map(|(n, clone)| (format!("  {n}"), clone));
+        let failed_alone = self.alone.iter().filter(|clone| clone.problem.is_some());
+        for (name, clone) in at_once.chain(failed_alone.map(|clone| ("  alone".to_owned(), clone))) {
             let generation: String = hex(&clone.vm.generation).chars().take(12).collect();
             table.row([
-                format!("  {n}"),
+                name,
                 clone.vm.id.clone(),
                 generation,
                 units::ms(clone.restore_ms),

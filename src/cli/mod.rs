@@ -3,26 +3,31 @@
 //! Output is for people unless `--json` is given. Errors are one line on stderr and a non-zero exit code. A closed
 //! stdout (`| head`) ends a command quietly.
 
+mod agent;
 mod bench;
+mod config;
 mod demo;
 mod doctor;
+mod function;
 mod image;
+mod manual;
 mod output;
+mod pool;
 mod private;
 mod run;
 mod serve;
+mod service;
 mod snapshot;
 mod tiny;
+mod token;
 mod units;
 mod vm;
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
-
-use crate::api::client::{self, Client};
+use clap::{Parser, Subcommand};
+use service::SocketArgument;
 
 /// FreeBSD virtual machines that start in about a millisecond: cold boot once, snapshot, clone on demand.
 #[derive(Debug, Parser)]
@@ -34,7 +39,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the service on a Unix socket. For now its VMs end with it.
+    /// Run the service: on a Unix socket, and with --listen on a TCP port too. For now its VMs end with it.
     #[command(after_help = "Example:\n  coldspark serve --data-dir /var/lib/coldspark")]
     Serve(serve::Arguments),
     /// Import, list and remove images: what can be cold-booted.
@@ -46,6 +51,15 @@ enum Command {
     /// List, verify and remove snapshots.
     #[command(subcommand)]
     Snapshot(snapshot::Command),
+    /// Keep clones ready, and take them.
+    #[command(subcommand)]
+    Pool(pool::Command),
+    /// Run commands in fresh clones: deploy once, invoke on demand.
+    #[command(subcommand)]
+    Function(function::Command),
+    /// The agent for FreeBSD guests: put it into a guest.
+    #[command(subcommand)]
+    Agent(agent::Command),
     /// See it work: cold boot, snapshot, clones that answer, checked and timed. Needs nothing but /dev/kvm.
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Arguments),
@@ -55,57 +69,55 @@ enum Command {
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Check and show the settings of the service.
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Make bearer tokens for callers from other hosts.
+    #[command(subcommand)]
+    Token(token::Command),
     /// Look at this host: can it run VMs, how fast, and what to do about what is missing.
     #[command(
         after_help = "Example:\n  coldspark doctor\n\nExit code 1 if something fails that coldspark cannot do without."
     )]
     Doctor(doctor::Arguments),
-}
-
-/// Where the service is.
-#[derive(Debug, Clone, Args)]
-struct SocketArgument {
-    /// The service's Unix socket [default: $XDG_RUNTIME_DIR/coldspark.sock, for root /run/coldspark.sock]
-    #[arg(long, env = "COLDSPARK_SOCKET", value_name = "PATH")]
-    socket: Option<PathBuf>,
-}
-
-impl SocketArgument {
-    fn path(&self) -> anyhow::Result<PathBuf> {
-        if let Some(path) = &self.socket {
-            return Ok(path.clone());
-        }
-        // SAFETY: geteuid has no preconditions and cannot fail.
-        if unsafe { libc::geteuid() } == 0 {
-            return Ok("/run/coldspark.sock".into());
-        }
-        match std::env::var_os("XDG_RUNTIME_DIR") {
-            Some(folder) if !folder.is_empty() => Ok(PathBuf::from(folder).join("coldspark.sock")),
-            _ => anyhow::bail!("XDG_RUNTIME_DIR is not set: name the service's socket with --socket"),
-        }
-    }
-
-    async fn connect(&self) -> anyhow::Result<Client> {
-        Ok(client::connect(&self.path()?).await?)
-    }
+    /// Print the completions of a shell.
+    #[command(after_help = "Example:\n  coldspark completions bash > /etc/bash_completion.d/coldspark")]
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages, one for each command.
+    #[command(after_help = "Example:\n  coldspark man /usr/local/share/man/man1")]
+    Man {
+        #[arg(value_name = "FOLDER")]
+        folder: std::path::PathBuf,
+    },
 }
 
 /// Parses the command line and runs the subcommand.
 pub fn main() -> ExitCode {
-    // Not worth a command line parser: it is started for every VM.
+    // Not worth a command line parser: it may be started for every VM.
     if std::env::args_os().nth(1).is_some_and(|word| word == "worker") {
-        let die_with_parent = std::env::args_os().skip(2).any(|word| word == "--die-with-parent");
-        return crate::worker::main(die_with_parent);
+        let given = |flag: &str| std::env::args_os().skip(2).any(|word| word == flag);
+        let (die_with_parent, zygote) = (given("--die-with-parent"), given("--zygote"));
+        return crate::worker::main(crate::worker::Setting { die_with_parent, zygote });
     }
     let command = Cli::parse().command;
     let result = match command {
-        Command::Serve(arguments) => serve::run(arguments),
+        Command::Serve(_) => config::with_file().and_then(serve::run),
         Command::Image(command) => run(image::run(command)),
         Command::Vm(command) => run(vm::run(command)),
         Command::Snapshot(command) => run(snapshot::run(command)),
+        Command::Pool(command) => run(pool::run(command)),
+        Command::Function(command) => run(function::run(command)),
+        Command::Agent(command) => agent::run(command),
         Command::Demo(arguments) => run(demo::run(arguments)),
         Command::Run(arguments) => run(run::run(arguments)),
         Command::Bench(command) => run(bench::run(command)),
+        Command::Config(command) => config::run(command),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { folder } => manual::pages(&folder),
+        Command::Token(command) => token::run(command),
         Command::Doctor(arguments) => doctor::run(arguments),
     };
     match result {
@@ -125,8 +137,9 @@ fn run(command: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Resul
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::CommandFactory;
+
+    use super::*;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -3,7 +3,10 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
+use clap::Args;
 use serde_json::Value;
+
+use crate::api::client;
 
 /// Prints to stdout. The error of a closed stdout ends the command quietly (see [`failed`]).
 pub fn print(text: &str) -> io::Result<()> {
@@ -40,7 +43,8 @@ pub fn failed(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let text = match error.downcast_ref::<tonic::Status>() {
-        Some(status) => format!("{} ({})", status.message(), code_name(status.code())),
+        Some(status) => client::connection_lost(status)
+            .unwrap_or_else(|| format!("{} ({})", status.message(), code_name(status.code()))),
         None => format!("{error:#}"),
     };
     note(&format!("error: {text}"));
@@ -57,6 +61,22 @@ pub fn code_name(code: tonic::Code) -> String {
         name.push(c.to_ascii_uppercase());
     }
     name
+}
+
+/// How a list is printed.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Shape {
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Print ids (or names, where there are no ids) only, one per line
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Prints one of each line.
+pub fn lines<'a>(lines: impl IntoIterator<Item = &'a str>) -> io::Result<()> {
+    lines.into_iter().try_for_each(line)
 }
 
 /// A table: one row per line, columns padded, no borders.

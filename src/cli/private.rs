@@ -13,7 +13,8 @@ use tokio::task::JoinHandle;
 
 use super::serve;
 use crate::api::client::{self, Client};
-use crate::api::server::{self, ServeError, Socket};
+use crate::api::listen::{Listeners, Socket};
+use crate::api::server::{self, ServeError};
 use crate::fleet::{Config, Fleet, id};
 
 /// How long the service may take to end when its VMs are gone.
@@ -25,10 +26,26 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// A running private service. [`PrivateService::close`] it; dropped otherwise, its folder is removed all the same.
 pub struct PrivateService {
     pub client: Client,
+    setting: Setting,
     fleet: Arc<Fleet>,
     stop: oneshot::Sender<()>,
     serving: JoinHandle<Result<(), ServeError>>,
     folder: TemporaryFolder,
+}
+
+/// How it is to run.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    pub shells: usize,
+    pub working_sets: bool,
+}
+
+/// Drops `work` when the user interrupts it, so that what it was done with can still be ended.
+pub async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::select! {
+        done = work => done,
+        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
+    }
 }
 
 /// Removed when dropped.
@@ -54,18 +71,32 @@ impl Drop for TemporaryFolder {
 impl PrivateService {
     /// Starts one that keeps `shells` shells.
     pub async fn start(shells: usize) -> anyhow::Result<Self> {
-        serve::log_to_stderr("error");
+        Self::start_as(Setting { shells, working_sets: true }).await
+    }
+
+    pub async fn start_as(setting: Setting) -> anyhow::Result<Self> {
+        serve::log_to_stderr("error", serve::LogFormat::Text);
         serve::raise_descriptor_limit();
-        let folder = TemporaryFolder::new()?;
+        Self::start_in(TemporaryFolder::new()?, setting).await
+    }
+
+    /// Ends it and starts another on the same data.
+    pub async fn restart(self) -> anyhow::Result<Self> {
+        let setting = self.setting;
+        Self::start_in(self.end().await, setting).await
+    }
+
+    async fn start_in(folder: TemporaryFolder, setting: Setting) -> anyhow::Result<Self> {
         let path = folder.0.join("socket");
-        let socket = Socket::bind(&path).await?;
-        let fleet = Fleet::open(Config { shells, ..Config::new(folder.0.join("data")) })?;
+        let listeners = Listeners::own(Socket::bind(&path).await?)?;
+        let Setting { shells, working_sets } = setting;
+        let fleet = Fleet::open(Config { shells, working_sets, ..Config::new(folder.0.join("data")) })?;
         let (stop, stopped) = oneshot::channel();
-        let serving = tokio::spawn(server::serve(Arc::clone(&fleet), socket, async {
+        let serving = tokio::spawn(server::serve(Arc::clone(&fleet), listeners, async {
             let _ = stopped.await;
         }));
         let client = client::connect(&path).await?;
-        Ok(Self { client, fleet, stop, serving, folder })
+        Ok(Self { client, setting, fleet, stop, serving, folder })
     }
 
     /// Waits until the shells are there, as in a service that has been up for a moment.
@@ -84,11 +115,21 @@ impl PrivateService {
         &self.folder.0
     }
 
+    /// The memory file of a snapshot.
+    pub fn memory_file(&self, snapshot: &str) -> PathBuf {
+        self.folder.0.join("data/snapshots").join(snapshot).join("memory.img")
+    }
+
     /// Ends all VMs and the service, and removes what it wrote.
     pub async fn close(self) {
+        drop(self.end().await);
+    }
+
+    async fn end(self) -> TemporaryFolder {
         self.fleet.close().await;
         let _ = self.stop.send(());
         drop(self.client);
         let _ = tokio::time::timeout(GRACE, self.serving).await;
+        self.folder
     }
 }

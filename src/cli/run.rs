@@ -17,7 +17,7 @@ use tonic::Streaming;
 
 use super::image::{self, FileArguments};
 use super::output;
-use super::private::PrivateService;
+use super::private::{PrivateService, unless_interrupted};
 use super::units;
 use super::vm::create::{Hardware, Protocol, ReadyArguments};
 use crate::api::client::Client;
@@ -97,10 +97,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         );
     }
     let service = PrivateService::start(1).await?;
-    let result = tokio::select! {
-        result = session(service.client.clone(), &arguments, &command) => result,
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
-    };
+    let result = unless_interrupted(session(service.client.clone(), &arguments, &command)).await;
     service.close().await;
     match result {
         Ok(status) => Ok(ExitCode::from(status)),

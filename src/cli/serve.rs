@@ -1,5 +1,6 @@
 //! `coldspark serve`: the service in this process.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,30 +9,149 @@ use std::time::Duration;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::SocketArgument;
-use crate::api::server::{self, Socket};
+use super::config::ConfigArgument;
+use super::service::SocketPath;
+use super::units;
+use crate::api::auth::guard::{Guard, Policy};
+use crate::api::auth::rules::Rule;
+use crate::api::auth::tls::TlsFiles;
+use crate::api::listen::{Listeners, Port, Socket};
+use crate::api::server;
 use crate::fleet::{Config, Fleet};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
     #[command(flatten)]
-    socket: SocketArgument,
+    _file: ConfigArgument,
+    #[command(flatten)]
+    socket: SocketPath,
     /// Where snapshots/, images/ and vms/ are
     #[arg(long, alias = "data", env = "COLDSPARK_DATA_DIR", value_name = "FOLDER", default_value = ".")]
     data_dir: PathBuf,
     /// Worker processes kept ready for the next clones (at most 64)
-    #[arg(long, value_name = "N", default_value_t = 4)]
+    #[arg(long, env = "COLDSPARK_SHELLS", value_name = "N", default_value_t = 4)]
     shells: usize,
+    /// Do not learn what clones of a snapshot touch first, and do not have it ready for them
+    #[arg(long, env = "COLDSPARK_NO_WORKING_SETS", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    no_working_sets: bool,
+    /// Memory of the host that is to stay free: no VM is started while there is less [usually: a twentieth, at least 256M]
+    #[arg(long, env = "COLDSPARK_MEMORY_RESERVE", value_name = "BYTES", value_parser = units::parse_bytes)]
+    memory_reserve: Option<u64>,
+    /// Of the time of the CPUs that make what pools keep ready (half of all), how much may go into it, in percent
+    #[arg(long, env = "COLDSPARK_REFILL_SHARE", value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
+    refill_share: u32,
     /// Most VMs at once
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, env = "COLDSPARK_VMS_MAX", value_name = "N", default_value_t = 1024)]
     vms_max: usize,
+    /// How the log on stderr is written; COLDSPARK_LOG says how much (info, coldspark=debug, ...)
+    #[arg(long, env = "COLDSPARK_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    #[command(flatten)]
+    access: AccessArguments,
+}
+
+/// How a log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    Text,
+    /// A JSON object on each line
+    Json,
+}
+
+/// Who is let in besides this user and root.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Who is let in")]
+struct AccessArguments {
+    /// Let somebody in: WHO=read|run|admin (may be given again). WHO is user:NAME or group:NAME of this host, on the Unix
+    /// socket; or of a client certificate cn:NAME, dns:NAME, uri:NAME, or cert:any
+    #[arg(long, env = "COLDSPARK_ALLOW", value_name = "WHO=ROLE", value_delimiter = ',')]
+    allow: Vec<Rule>,
+    /// Listen on this TCP port too, with TLS
+    #[arg(long, env = "COLDSPARK_LISTEN", value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// The service's certificate and those between it and its CA, PEM
+    #[arg(long, env = "COLDSPARK_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, PEM
+    #[arg(long, env = "COLDSPARK_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Callers show a certificate of this CA, PEM; with --tokens they may
+    #[arg(long, env = "COLDSPARK_CLIENT_CA", value_name = "FILE")]
+    client_ca: Option<PathBuf>,
+    /// Callers bring a bearer token of this file (`coldspark token new`)
+    #[arg(long, env = "COLDSPARK_TOKENS", value_name = "FILE")]
+    tokens: Option<PathBuf>,
+    /// Most connections on the TCP port; the Unix socket has 1024 of its own
+    #[arg(long, env = "COLDSPARK_CONNECTIONS_MAX", value_name = "N", default_value_t = 256, value_parser = parse_connections)]
+    connections_max: usize,
+    /// Listen without TLS, and let everybody who reaches the port do everything
+    #[arg(long, env = "COLDSPARK_INSECURE", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    insecure: bool,
+}
+
+impl Arguments {
+    /// Whether the settings go together, and the files that they name can be used.
+    pub fn check(&self) -> anyhow::Result<()> {
+        Guard::new(self.access.policy()?)?;
+        Ok(())
+    }
+}
+
+fn parse_connections(text: &str) -> Result<usize, String> {
+    let number: usize = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    (1..=65_536).contains(&number).then_some(number).ok_or_else(|| "choose 1 to 65536".into())
+}
+
+impl AccessArguments {
+    /// What the arguments mean together, or why they mean nothing.
+    fn policy(&self) -> anyhow::Result<Policy> {
+        let mut policy = Policy { allow: self.allow.clone(), ..Policy::default() };
+        let secured = self.tls_cert.is_some() || self.tls_key.is_some() || self.client_ca.is_some();
+        match (self.listen, self.insecure) {
+            (None, false) if !secured => policy.tokens = self.tokens.clone(),
+            (None, _) => anyhow::bail!(
+                "--tls-cert, --tls-key, --client-ca and --insecure are about a port: add --listen"
+            ),
+            (Some(_), true) if secured || self.tokens.is_some() => {
+                anyhow::bail!(
+                    "--insecure lets everybody in without TLS; it does not go with certificates or tokens"
+                )
+            }
+            (Some(_), true) => {}
+            (Some(_), false) => {
+                let (Some(certificate), Some(key)) = (self.tls_cert.clone(), self.tls_key.clone()) else {
+                    anyhow::bail!(
+                        "--listen needs --tls-cert and --tls-key, and --tokens or --client-ca; or --insecure, where everybody who reaches the port is trusted"
+                    );
+                };
+                policy.tls = Some(TlsFiles { certificate, key, client_ca: self.client_ca.clone() });
+                policy.tokens = self.tokens.clone();
+            }
+        }
+        Ok(policy)
+    }
+
+    async fn port(&self) -> anyhow::Result<Option<Port>> {
+        let Some(address) = self.listen else { return Ok(None) };
+        let port = Port::bind(address, self.connections_max).await?;
+        let address = port.address()?;
+        if self.insecure {
+            tracing::warn!(%address, "listening WITHOUT TLS: everybody who reaches this port can do everything");
+            return Ok(Some(port.insecure()));
+        }
+        tracing::info!(%address, "listening with TLS");
+        Ok(Some(port))
+    }
 }
 
 /// How long calls under way may take to end after a signal, when all VMs have ended.
 const GRACE: Duration = Duration::from_secs(5);
 
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    log_to_stderr("info");
+    log_to_stderr("info", arguments.log_format);
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(serve(arguments));
@@ -43,25 +163,44 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let path = arguments.socket.path()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let socket = Socket::bind(&path).await?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    let guard = Guard::new(arguments.access.policy()?)?;
+    let socket = Socket::bind_for(&path, guard.socket_for()).await?;
+    let port = arguments.access.port().await?;
+    let listeners = Listeners::new(socket, port, Arc::clone(&guard));
     let config = Config {
         data_dir: arguments.data_dir.clone(),
         shells: arguments.shells,
+        working_sets: !arguments.no_working_sets,
         vms_max: arguments.vms_max,
+        memory_reserve: arguments.memory_reserve,
+        refill_share: arguments.refill_share,
         ..Config::new(".")
     };
     let fleet = Fleet::open(config)?;
     tracing::info!(socket = %path.display(), data_dir = %arguments.data_dir.display(), "serving");
     let closing = Arc::clone(&fleet);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = server::serve(fleet, socket, async {
+    let serving = server::serve(fleet, listeners, async {
         let _ = stopped.await;
     });
     tokio::pin!(serving);
-    tokio::select! {
-        result = &mut serving => result?,
-        _ = terminate.recv() => tracing::info!("told to terminate: ending all VMs"),
-        _ = interrupt.recv() => tracing::info!("interrupted: ending all VMs"),
+    loop {
+        tokio::select! {
+            result = &mut serving => {
+                result?;
+                break;
+            }
+            _ = hang_up.recv() => reload(&guard),
+            _ = terminate.recv() => {
+                tracing::info!("told to terminate: ending all VMs");
+                break;
+            }
+            _ = interrupt.recv() => {
+                tracing::info!("interrupted: ending all VMs");
+                break;
+            }
+        }
     }
     // Calls that wait for a VM end with it.
     let _ = stop.send(());
@@ -74,12 +213,25 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Reads tokens, certificates and the numbers of users and groups again.
+fn reload(guard: &Arc<Guard>) {
+    let guard = Arc::clone(guard);
+    tokio::task::spawn_blocking(move || match guard.reload() {
+        Ok(()) => tracing::info!("tokens and certificates were read again"),
+        Err(error) => tracing::error!(%error, "tokens and certificates stay as they were"),
+    });
+}
+
 /// Logs to stderr, as much as `COLDSPARK_LOG` says (`info`, `coldspark=debug`, ...).
-pub fn log_to_stderr(default: &str) {
+pub fn log_to_stderr(default: &str, format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("COLDSPARK_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // Already set when a test starts two services in one process.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
 }
 
 /// Every VM takes about ten descriptors; the usual soft limit of 1024 is for select(2), which nobody uses here.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::output::{self, Table};
+use super::output::{self, Shape, Table};
 use super::{SocketArgument, units};
 use crate::api::proto;
 
@@ -16,9 +16,8 @@ pub enum Command {
     Ls {
         #[command(flatten)]
         socket: SocketArgument,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        shape: Shape,
     },
     /// Remove snapshots; clones that run keep working
     #[command(after_help = "Example:\n  coldspark snapshot rm base")]
@@ -41,7 +40,7 @@ pub enum Command {
 
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Ls { socket, json } => list(&socket, json).await?,
+        Command::Ls { socket, shape } => list(&socket, shape).await?,
         Command::Rm { socket, snapshots } => {
             let mut client = socket.connect().await?.snapshots;
             for snapshot in snapshots {
@@ -59,10 +58,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
+async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.snapshots;
     let list = client.list_snapshots(proto::ListSnapshotsRequest {}).await?.into_inner();
-    if as_json {
+    if shape.quiet {
+        return Ok(output::lines(list.snapshots.iter().map(|one| one.id.as_str()))?);
+    }
+    if shape.json {
         let damaged = list.damaged.iter().map(|one| json!({ "id": one.id, "reason": one.reason }));
         output::json(&json!({
             "snapshots": list.snapshots.iter().map(value).collect::<Vec<_>>(),
@@ -106,6 +108,14 @@ pub fn value(one: &proto::Snapshot) -> Value {
         "disks": one.disks,
         "cpu_vendor": one.cpu_vendor,
         "tsc_khz": one.tsc_khz,
+        "working_set": one.working_set.as_ref().map(|set| json!({
+            "recordings": set.recordings,
+            "learnt": set.learnt,
+            "touched_bytes": set.touched_bytes,
+            "written_bytes": set.written_bytes,
+            "folded_bytes": set.folded_bytes,
+            "read_again": set.read_again,
+        })),
     })
 }
 

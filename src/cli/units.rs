@@ -1,5 +1,7 @@
 //! Sizes, numbers and times as people write and read them.
 
+use std::time::Duration;
+
 use crate::worker::protocol::VCPUS_MAX;
 
 /// Reads `512M`, `1G`, `2097152`: bytes, or KiB, MiB, GiB by a letter.
@@ -18,6 +20,22 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let number: u64 =
         digits.parse().map_err(|_| format!("{text:?} is no size; write for example 512M or 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
+/// Reads `90s`, `5m`, `1h`, `250ms`: a time by its unit.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let problem = || format!("{text:?} is no time; write for example 90s, 5m or 250ms");
+    let trimmed = text.trim();
+    let digits = trimmed.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let ms_each: u64 = match trimmed.get(digits.len()..) {
+        Some("ms") => 1,
+        Some("s") => 1000,
+        Some("m") => 60_000,
+        Some("h") => 3_600_000,
+        _ => return Err(problem()),
+    };
+    let number: u64 = digits.parse().map_err(|_| problem())?;
+    number.checked_mul(ms_each).map(Duration::from_millis).ok_or_else(|| format!("{text:?} is too long"))
 }
 
 /// Reads a number of vCPUs.
@@ -86,6 +104,16 @@ pub fn round3(value: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_read_with_their_units() {
+        assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_duration(" 250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("2m").unwrap() * 30, parse_duration("1h").unwrap());
+        for wrong in ["", "5", "s", "-1s", "1d", "1.5s", "99999999999999999999h", "18446744073709551615h"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong:?}");
+        }
+    }
 
     #[test]
     fn sizes_are_read() {

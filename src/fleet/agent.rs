@@ -1,8 +1,9 @@
 //! Talking with the agent in one VM.
 //!
 //! One task owns the agent port's socket: it writes requests, reads frames, and gives each answer to the one who waits for
-//! it. The guest is hostile: frames are bounded by the decoder, requests by [`AGENT_REQUESTS_MAX`], and words out of
-//! place end the conversation with a reason that every later request is told.
+//! it, and what is said of streams ([`super::streams`]) to theirs. The guest is hostile: frames are bounded by the decoder,
+//! requests by [`AGENT_REQUESTS_MAX`], streams by [`STREAMS_MAX`] and their windows, and words out of place end the
+//! conversation with a reason that every later request is told.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -10,11 +11,13 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::error::FleetError;
 use super::limits::*;
-use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, wire};
+use super::streams::{Shared, Stream, Streams};
+use crate::agent::streams::What;
+use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, Opening, Said, wire};
 
 /// What is known about the other side.
 #[derive(Debug, Clone, Default)]
@@ -41,6 +44,11 @@ impl AgentClient {
     /// The guest was booted again: it will say hello on `socket`. Requests under way fail when the old socket closes.
     pub fn restart(&self, socket: UnixStream) {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Conversation::start(socket, None));
+    }
+
+    /// How many answers were given in this conversation.
+    pub fn answers(&self) -> watch::Receiver<u64> {
+        self.now().answers.clone()
     }
 
     fn now(&self) -> Arc<Conversation> {
@@ -79,8 +87,22 @@ impl AgentClient {
         Ok(Asked { conversation, answer })
     }
 
-    /// Waits until no request is under way and holds new ones back: a guest that is frozen in the middle of a frame *to*
-    /// it would take its clones' first bytes for the rest of the old one (wire.rs).
+    /// Opens a stream.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask); [`FleetError::Invalid`]: what no agent would take.
+    pub async fn open(&self, what: What, within: Duration) -> Result<Stream, FleetError> {
+        let conversation = self.now();
+        let opening = Opening { session: conversation.session, window: WINDOW_BYTES, what };
+        opening.check().map_err(|error| FleetError::Invalid(error.to_string()))?;
+        tokio::time::timeout(within, conversation.open(opening))
+            .await
+            .map_err(|_| FleetError::AgentTimeout(within.as_millis()))?
+    }
+
+    /// Waits until no request is under way, holds new ones back and has streams stand still: a guest that is frozen in the
+    /// middle of a frame *to* it would take its clones' first bytes for the rest of the old one, and a clone's host the rest
+    /// of one *from* it for a new one (wire.rs).
     pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
         self.now().quiet(within).await
     }
@@ -111,10 +133,21 @@ impl Asked {
 struct Conversation {
     orders: mpsc::Sender<Order>,
     presence: watch::Receiver<Presence>,
+    answers: watch::Receiver<u64>,
     /// A permit for each request under way.
     under_way: Arc<Semaphore>,
     /// Held while a request is queued; and by [`Quiet`], so that none is.
     gate: Arc<Mutex<()>>,
+    /// Names this conversation to the guest.
+    session: u64,
+    /// A permit for each stream.
+    streams: Arc<Semaphore>,
+    /// Tells the task that a stream has something to say.
+    wake: Arc<Notify>,
+    /// Odd while streams are to stand still. Each time has its own number.
+    hold: Arc<watch::Sender<u64>>,
+    /// The number of the hold in which they do.
+    still: watch::Receiver<u64>,
 }
 
 #[derive(Debug)]
@@ -122,24 +155,58 @@ struct Order {
     request: AgentRequest,
     answer: oneshot::Sender<Result<AgentReply, FleetError>>,
     permit: OwnedSemaphorePermit,
+    /// What it opens.
+    stream: Option<Arc<Shared>>,
+    /// Of its frame.
+    bytes: usize,
 }
 
-/// While this lives no request is under way and none begins.
+/// While this lives nothing is under way in either direction and nothing begins.
 #[derive(Debug)]
 pub struct Quiet {
+    _hold: Hold,
     _gate: OwnedMutexGuard<()>,
+}
+
+/// While this lives streams stand still, or are about to.
+#[derive(Debug)]
+struct Hold(Arc<watch::Sender<u64>>);
+
+impl Hold {
+    /// The gate's holder has the only one.
+    fn begin(hold: &Arc<watch::Sender<u64>>) -> Self {
+        hold.send_modify(|number| *number += 1);
+        Self(Arc::clone(hold))
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.send_modify(|number| *number += 1);
+    }
 }
 
 impl Conversation {
     fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
         let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX);
         let (presence_in, presence) = watch::channel(known.map_or(Presence::Silent, Presence::Here));
-        tokio::spawn(Talk::new(inbox, presence_in).run(socket));
+        let (answers_in, answers) = watch::channel(0);
+        let (hold, holds) = watch::channel(0);
+        let (still_in, still) = watch::channel(0);
+        let wake = Arc::new(Notify::new());
+        let talk = Talk::new(inbox, presence_in, answers_in, Arc::clone(&wake), holds, still_in);
+        tokio::spawn(talk.run(socket));
         Self {
             orders,
             presence,
+            answers,
             under_way: Arc::new(Semaphore::new(AGENT_REQUESTS_MAX)),
             gate: Arc::new(Mutex::new(())),
+            session: u64::from_le_bytes(super::id::random().unwrap_or_default()),
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+            wake,
+            hold: Arc::new(hold),
+            still,
         }
     }
 
@@ -169,10 +236,35 @@ impl Conversation {
             .map_err(|_| FleetError::AgentTimeout(within.as_millis()))?
     }
 
+    async fn open(&self, opening: Opening) -> Result<Stream, FleetError> {
+        let permit = Arc::clone(&self.streams).try_acquire_owned().map_err(|_| FleetError::Limit {
+            what: "commands and files under way in one VM",
+            limit: STREAMS_MAX,
+            hint: "wait until one has ended",
+        })?;
+        let shared = Shared::new(Arc::clone(&self.wake), permit);
+        // Before the answer is there: who goes away meanwhile wants it killed.
+        let mut stream = Stream::new(Arc::clone(&shared));
+        let answer = self.queue(AgentRequest::Open(opening), Some(shared)).await?;
+        match answer.await.map_err(|_| self.gone())?? {
+            AgentReply::Opened(opened) => stream.opened = Some(opened),
+            _ => return Err(FleetError::Internal("the agent opened something else".to_owned())),
+        }
+        Ok(stream)
+    }
+
     /// Queues a request; waits only while none may begin ([`Quiet`]).
     async fn begin(
         &self,
         request: AgentRequest,
+    ) -> Result<oneshot::Receiver<Result<AgentReply, FleetError>>, FleetError> {
+        self.queue(request, None).await
+    }
+
+    async fn queue(
+        &self,
+        request: AgentRequest,
+        stream: Option<Arc<Shared>>,
     ) -> Result<oneshot::Receiver<Result<AgentReply, FleetError>>, FleetError> {
         match &*self.presence.borrow() {
             Presence::Here(_) => {}
@@ -187,7 +279,9 @@ impl Conversation {
         })?;
         let (sender, answer) = oneshot::channel();
         // The queue has room for as many as there are permits.
-        self.orders.try_send(Order { request, answer: sender, permit }).map_err(|_| self.gone())?;
+        self.orders
+            .try_send(Order { request, answer: sender, permit, stream, bytes: 0 })
+            .map_err(|_| self.gone())?;
         Ok(answer)
     }
 
@@ -197,7 +291,11 @@ impl Conversation {
             let gate = Arc::clone(&self.gate).lock_owned().await;
             // A permit comes back with the answer, or with the end of the conversation.
             let _all = self.under_way.acquire_many(all).await;
-            Quiet { _gate: gate }
+            let hold = Hold::begin(&self.hold);
+            let number = *self.hold.borrow();
+            // The end of the conversation is quiet too.
+            let _ = self.still.clone().wait_for(|still| *still == number).await;
+            Quiet { _hold: hold, _gate: gate }
         };
         tokio::time::timeout(within, quiet).await.map_err(|_| FleetError::AgentBusy)
     }
@@ -214,39 +312,82 @@ impl Conversation {
 struct Talk {
     inbox: mpsc::Receiver<Order>,
     presence: watch::Sender<Presence>,
+    answers: watch::Sender<u64>,
     decoder: FrameDecoder,
     next_id: u32,
     /// By frame id. Those who gave up stay in here until the guest answers: it is still at it.
     waiting: HashMap<u32, Order>,
-    /// Encoded requests, the first partly written.
+    /// Bytes of requests that the guest has not answered, and those for which its port has no room yet.
+    unanswered: usize,
+    later: VecDeque<Vec<u8>>,
+    /// Encoded frames, the first partly written.
     unsent: VecDeque<Vec<u8>>,
     written: usize,
+    streams: Streams,
+    /// True when there have been streams: the guest may be speaking, or words to it may be on their way.
+    streamed: bool,
+    wake: Arc<Notify>,
+    hold: watch::Receiver<u64>,
+    still: watch::Sender<u64>,
+    hush: Hush,
+}
+
+/// Whether the guest was told to send nothing unasked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hush {
+    No,
+    /// By the request with this id.
+    Asked(u32),
+    Yes,
 }
 
 impl Talk {
-    fn new(inbox: mpsc::Receiver<Order>, presence: watch::Sender<Presence>) -> Self {
+    fn new(
+        inbox: mpsc::Receiver<Order>,
+        presence: watch::Sender<Presence>,
+        answers: watch::Sender<u64>,
+        wake: Arc<Notify>,
+        hold: watch::Receiver<u64>,
+        still: watch::Sender<u64>,
+    ) -> Self {
         // Ids of another conversation may still be answered by a clone (wire.rs): begin at a different place each time.
         let next_id = u32::from_le_bytes(super::id::random().unwrap_or_default()) | 1;
         Self {
             inbox,
             presence,
+            answers,
             decoder: FrameDecoder::new(),
             next_id,
             waiting: HashMap::new(),
+            unanswered: 0,
+            later: VecDeque::new(),
             unsent: VecDeque::new(),
             written: 0,
+            streams: Streams::default(),
+            streamed: false,
+            wake,
+            hold,
+            still,
+            hush: Hush::No,
         }
     }
 
     async fn run(mut self, socket: UnixStream) {
         let reason = self.talk(socket).await;
         self.presence.send_replace(Presence::Lost(reason.clone()));
+        self.streams.lose(&reason);
         self.inbox.close();
         while let Ok(order) = self.inbox.try_recv() {
             let _ = order.answer.send(Err(FleetError::WrongState(reason.clone())));
         }
+        self.fail_waiting(&reason);
+    }
+
+    fn fail_waiting(&mut self, reason: &str) {
+        self.unanswered = 0;
+        self.later.clear();
         for (_, order) in self.waiting.drain() {
-            let _ = order.answer.send(Err(FleetError::WrongState(reason.clone())));
+            let _ = order.answer.send(Err(FleetError::WrongState(reason.to_owned())));
         }
     }
 
@@ -255,11 +396,23 @@ impl Talk {
         let mut buffer = vec![0u8; 64 << 10];
         let (mut reader, mut writer) = socket.into_split();
         loop {
+            // One at a time: requests come between.
+            if self.unsent.is_empty()
+                && !is_held(*self.hold.borrow())
+                && let Some(frame) = self.streams.next_frame()
+            {
+                self.unsent.push_back(frame);
+            }
             let sending = self.unsent.front().and_then(|frame| frame.get(self.written..)).unwrap_or_default();
             tokio::select! {
                 order = self.inbox.recv() => match order {
                     Some(order) => self.take(order),
                     None => return "the VM is gone".to_owned(),
+                },
+                () = self.wake.notified() => {}
+                held = self.hold.changed() => match held {
+                    Ok(()) => self.hold_changed(),
+                    Err(_) => return "the VM is gone".to_owned(),
                 },
                 sent = writer.write(sending), if !sending.is_empty() => match sent {
                     Ok(count) => self.sent(count),
@@ -279,18 +432,68 @@ impl Talk {
         }
     }
 
-    fn take(&mut self, order: Order) {
+    fn new_id(&mut self) -> u32 {
         self.next_id = self.next_id.wrapping_add(1);
-        let id = self.next_id;
+        self.next_id
+    }
+
+    /// Streams are to stand still, or may go on.
+    fn hold_changed(&mut self) {
+        let number = *self.hold.borrow_and_update();
+        match (is_held(number), self.hush) {
+            (true, Hush::No) if self.streamed => self.ask_hush(true),
+            (true, Hush::Asked(_)) | (false, Hush::No) => {}
+            (true, _) => _ = self.still.send_replace(number),
+            (false, _) => self.ask_hush(false),
+        }
+    }
+
+    fn ask_hush(&mut self, on: bool) {
+        let id = self.new_id();
+        // A frame of four bytes is not too long.
+        if let Ok(frame) = (AgentRequest::Hush { on }).encode(id) {
+            self.unsent.push_back(frame);
+            self.hush = if on { Hush::Asked(id) } else { Hush::No };
+        }
+    }
+
+    /// What the port holds of requests.
+    fn room(&self) -> usize {
+        match &*self.presence.borrow() {
+            Presence::Here(hello) if hello.request_bytes > 0 => hello.request_bytes as usize,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Sends requests for which there is room.
+    fn send_later(&mut self) {
+        let room = self.room();
+        while let Some(frame) = self.later.front()
+            && self.unanswered.saturating_add(frame.len()) <= room
+        {
+            self.unanswered += frame.len();
+            self.unsent.extend(self.later.pop_front());
+        }
+    }
+
+    fn take(&mut self, mut order: Order) {
+        let id = self.new_id();
         match order.request.encode(id) {
-            Ok(frame) => {
+            Ok(frame) if matches!(order.request, AgentRequest::Reset) => {
                 self.unsent.push_back(frame);
-                if matches!(order.request, AgentRequest::Reset) {
-                    // No answer will come.
-                    let _ = order.answer.send(Ok(AgentReply::Done));
-                } else {
-                    self.waiting.insert(id, order);
-                }
+                // No answer will come.
+                let _ = order.answer.send(Ok(AgentReply::Done));
+            }
+            Ok(frame) if frame.len() > self.room() => {
+                let (bytes, room) = (frame.len(), self.room());
+                let told = format!("a request of {bytes} bytes; this guest's agent takes at most {room}");
+                let _ = order.answer.send(Err(FleetError::Invalid(told)));
+            }
+            Ok(frame) => {
+                order.bytes = frame.len();
+                self.waiting.insert(id, order);
+                self.later.push_back(frame);
+                self.send_later();
             }
             Err(error) => {
                 let _ = order.answer.send(Err(FleetError::Invalid(format!("{error}; ask for less at once"))));
@@ -319,162 +522,51 @@ impl Talk {
     fn answer(&mut self, frame: Frame) -> Result<(), String> {
         if frame.kind == wire::KIND_HELLO {
             let hello = Hello::decode(&frame).map_err(|error| error.to_string())?;
+            if matches!(&*self.presence.borrow(), Presence::Here(_)) {
+                // Another agent than the one that was asked.
+                self.streams.lose("the guest's agent started again");
+                self.fail_waiting("the guest's agent started again");
+            }
             self.presence.send_replace(Presence::Here(Arc::new(hello)));
+            return Ok(());
+        }
+        if Said::is_said(frame.kind) {
+            return self.streams.hear(&frame);
+        }
+        if self.hush == Hush::Asked(frame.id) && frame.status == wire::STATUS_OK {
+            self.hush = Hush::Yes;
+            let number = *self.hold.borrow();
+            if is_held(number) {
+                self.still.send_replace(number);
+            }
             return Ok(());
         }
         let Some(order) = self.waiting.remove(&frame.id) else {
             tracing::debug!(id = frame.id, "an agent answered a request that was never asked here");
             return Ok(());
         };
+        self.unanswered = self.unanswered.saturating_sub(order.bytes);
+        self.send_later();
+        let id = frame.id;
         let reply = AgentReply::decode(&order.request, frame);
         let lost = match &reply {
             Err(error) if error.refusal().is_none() => Some(error.to_string()),
             _ => None,
         };
+        if let (Some(shared), Ok(AgentReply::Opened(opened))) = (order.stream, &reply) {
+            self.streams.open(id, shared, opened);
+            self.streamed = true;
+        }
         drop(order.permit);
         let _ = order.answer.send(reply.map_err(FleetError::Agent));
+        self.answers.send_modify(|answers| *answers += 1);
         lost.map_or(Ok(()), Err)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::agent::frame;
-
-    const LONG: Duration = Duration::from_secs(30);
-
-    fn hello() -> Hello {
-        Hello {
-            version: wire::PROTOCOL_VERSION,
-            agent: wire::AGENT_TEST_GUEST,
-            boot: wire::BOOT_NATIVE,
-            cpus_found: 1,
-            cpus_alive: 1,
-            tsc_khz: 1,
-            checks_run: 0,
-            checks_failed: 0,
-            kinds: u64::MAX,
-            memory_bytes: 1 << 29,
-            arena_bytes: 1 << 28,
-            filled_bytes: 0,
-            disks: 0,
-            name: "test".into(),
-        }
-    }
-
-    /// The guest's side: frames as they come.
-    struct Guest {
-        socket: UnixStream,
-        decoder: FrameDecoder,
-    }
-
-    impl Guest {
-        fn new() -> (UnixStream, Self) {
-            let (ours, socket) = UnixStream::pair().unwrap();
-            (ours, Self { socket, decoder: FrameDecoder::new() })
-        }
-
-        async fn next(&mut self) -> Frame {
-            let mut byte = [0u8; 1];
-            loop {
-                self.socket.read_exact(&mut byte).await.unwrap();
-                if let Some(frame) = self.decoder.next(&mut byte.as_slice()).unwrap() {
-                    return frame;
-                }
-            }
-        }
-
-        async fn reply(&mut self, to: &Frame, status: u16, payload: &[u8]) {
-            let bytes = frame::encode(to.kind | wire::REPLY, status, to.id, payload).unwrap();
-            self.socket.write_all(&bytes).await.unwrap();
-        }
-    }
-
-    fn echo(word: &str) -> AgentRequest {
-        AgentRequest::Echo(word.as_bytes().to_vec())
-    }
-
-    #[tokio::test]
-    async fn nothing_is_asked_before_the_hello() {
-        let (ours, mut guest) = Guest::new();
-        let agent = AgentClient::start(ours, None);
-        assert!(matches!(agent.ask(echo("a"), LONG).await, Err(FleetError::NoAgent)));
-        guest.socket.write_all(&hello().encode().unwrap()).await.unwrap();
-        assert_eq!(*agent.wait_hello().await.unwrap(), hello());
-        assert_eq!(agent.hello().unwrap().name, "test");
-    }
-
-    #[tokio::test]
-    async fn answers_go_to_those_who_asked_and_strange_ones_to_nobody() {
-        let (ours, mut guest) = Guest::new();
-        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
-        let serving = async {
-            let (one, two) = (guest.next().await, guest.next().await);
-            let stranger = Frame { id: one.id.wrapping_sub(77), ..one.clone() };
-            guest.reply(&stranger, 0, b"from before the snapshot").await;
-            guest.reply(&two, wire::STATUS_OUT_OF_RANGE, b"too far").await;
-            guest.reply(&one, 0, b"one").await;
-        };
-        let (one, two, ()) =
-            tokio::join!(agent.ask(echo("one"), LONG), agent.ask(echo("two"), LONG), serving);
-        assert_eq!(one.unwrap(), AgentReply::Bytes(b"one".to_vec()));
-        let refusal = two.unwrap_err();
-        assert!(refusal.to_string().contains("too far"), "{refusal}");
-        assert_eq!(refusal.kind(), super::super::error::Kind::InvalidArgument);
-    }
-
-    #[tokio::test]
-    async fn words_out_of_place_end_the_conversation_for_everybody() {
-        let (ours, mut guest) = Guest::new();
-        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
-        let breaking = async {
-            guest.next().await;
-            guest.socket.write_all(b"login: this is no frame").await.unwrap();
-        };
-        let (answer, ()) = tokio::join!(agent.ask(echo("one"), LONG), breaking);
-        assert!(matches!(answer, Err(FleetError::WrongState(reason)) if reason.contains("agent frames")));
-        assert!(agent.hello().is_none());
-        assert!(matches!(agent.ask(echo("two"), LONG).await, Err(FleetError::WrongState(_))));
-    }
-
-    #[tokio::test]
-    async fn a_silent_guest_costs_its_timeout_and_keeps_snapshots_away() {
-        let (ours, mut guest) = Guest::new();
-        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
-        let answer = agent.ask(echo("one"), Duration::from_millis(50)).await;
-        assert!(matches!(answer, Err(FleetError::AgentTimeout(50))));
-        // The guest may still be reading it.
-        let soon = Duration::from_millis(20);
-        assert!(matches!(agent.quiet(soon).await, Err(FleetError::AgentBusy)));
-        let late = guest.next().await;
-        guest.reply(&late, 0, b"one").await;
-        let quiet = agent.quiet(LONG).await.unwrap();
-        let mut held = Box::pin(agent.ask(echo("two"), LONG));
-        assert!(tokio::time::timeout(soon, &mut held).await.is_err());
-        drop(quiet);
-        let serving = async {
-            let two = guest.next().await;
-            guest.reply(&two, 0, b"two").await;
-        };
-        let (answer, ()) = tokio::join!(held, serving);
-        assert_eq!(answer.unwrap(), AgentReply::Bytes(b"two".to_vec()));
-    }
-
-    #[tokio::test]
-    async fn requests_are_limited_and_the_end_answers_them_all() {
-        let (ours, guest) = Guest::new();
-        let agent = Arc::new(AgentClient::start(ours, Some(Arc::new(hello()))));
-        let mut asking = tokio::task::JoinSet::new();
-        for _ in 0..=AGENT_REQUESTS_MAX {
-            let agent = Arc::clone(&agent);
-            asking.spawn(async move { agent.ask(echo("x"), LONG).await });
-        }
-        let refused = asking.join_next().await.unwrap().unwrap();
-        assert!(matches!(refused, Err(FleetError::Limit { .. })));
-        drop(guest);
-        while let Some(answer) = asking.join_next().await {
-            assert!(matches!(answer.unwrap(), Err(FleetError::WrongState(_))));
-        }
-    }
+fn is_held(number: u64) -> bool {
+    number % 2 == 1
 }
+
+#[cfg(test)]
+mod tests;

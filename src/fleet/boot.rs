@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::pin::pin;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use prost::bytes::Bytes;
@@ -95,6 +96,8 @@ pub struct Created {
 pub(super) struct Start {
     pub id: String,
     pub name: Option<String>,
+    /// The pool that it is made for, and whether it is to stand ready there.
+    pub pool: Option<(Arc<str>, bool)>,
     pub origin: Origin,
     pub kernel: String,
     pub ready: String,
@@ -139,7 +142,9 @@ impl Fleet {
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let vm = Arc::new(Vm {
             id: start.id,
-            name: start.name,
+            name: start.name.map(OnceLock::from).unwrap_or_default(),
+            held: AtomicBool::new(start.pool.as_ref().is_some_and(|(_, held)| *held)),
+            pool: start.pool.map(|(name, _)| name),
             origin: start.origin,
             kernel: start.kernel,
             ready: start.ready,
@@ -196,6 +201,7 @@ impl Fleet {
         let names: Vec<String> = request.name.iter().cloned().collect();
         names.iter().try_for_each(|name| id::check_name("a VM", name))?;
         self.registry.check_room(1, &names)?;
+        self.headroom.check()?;
         let bootable = self.images.bootable(request.image.as_deref()).await?;
         let mut plan = Plan::new(&request, &bootable)?;
         let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
@@ -227,6 +233,7 @@ impl Fleet {
             Start {
                 id: folder.id(),
                 name: request.name.clone(),
+                pool: None,
                 origin: request.image.clone().map_or(Origin::Embedded, Origin::Image),
                 kernel: bootable.title.clone(),
                 ready: plan.ready.text(),

@@ -17,10 +17,12 @@ use super::limits::*;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
 use super::registry::Guard;
+use super::shells::Shell;
 use super::snapshots::Source;
 use super::vm::{Origin, Vm};
 use super::{Fleet, id};
 use crate::agent::{AgentReply, AgentRequest};
+use crate::snapshot::working_set::Touched;
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{LinkKind, MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
 
@@ -47,6 +49,16 @@ pub struct FirstCall {
     pub within: Duration,
 }
 
+/// Where a clone is to stand.
+#[derive(Debug, Default)]
+pub(super) struct Place {
+    pub name: Option<String>,
+    /// The pool that it is made for, and whether it is to stand ready there.
+    pub pool: Option<(Arc<str>, bool)>,
+    /// A worker that was prepared for it; none: one of the reserve.
+    pub shell: Option<Box<Shell>>,
+}
+
 /// Clones that run.
 #[derive(Debug)]
 pub struct Clones {
@@ -67,6 +79,7 @@ impl Fleet {
         }
         let names = names(&request)?;
         self.registry.check_room(request.count as usize, &names)?;
+        self.headroom.check()?;
         let source = self.snapshots.source(&request.snapshot).await?;
         if (request.managed || request.first_call.is_some()) && source.hello.is_none() {
             return Err(FleetError::NoAgentInSnapshot);
@@ -77,16 +90,16 @@ impl Fleet {
         let networks = network::plan_clones(&request.networks, &source.networks, request.count)?;
         let mut names = names.into_iter();
         if request.count == 1 {
-            let (guard, answer) = self.clone_one(source, request, networks, names.next(), arrived).await?;
-            return Ok(Clones { vms: guard.hand_over().into_iter().collect(), answer });
+            let place = Place { name: names.next(), ..Place::default() };
+            let (guard, answer) = self.clone_one(source, request, networks, place, arrived).await?;
+            return Ok(Clones { vms: vec![guard.hand_over()], answer });
         }
         // Dropping the set, or a guard in it, ends what was started.
         let mut clones = JoinSet::new();
         for _ in 0..request.count {
-            let (fleet, source, request, name) =
-                (Arc::clone(self), Arc::clone(&source), request.clone(), names.next());
-            let networks = networks.clone();
-            clones.spawn(async move { fleet.clone_one(source, request, networks, name, arrived).await });
+            let (fleet, source, request) = (Arc::clone(self), Arc::clone(&source), request.clone());
+            let (networks, place) = (networks.clone(), Place { name: names.next(), ..Place::default() });
+            clones.spawn(async move { fleet.clone_one(source, request, networks, place, arrived).await });
         }
         let mut guards = Vec::with_capacity(request.count as usize);
         while let Some(clone) = clones.join_next().await {
@@ -94,17 +107,18 @@ impl Fleet {
                 clone.map_err(|error| FleetError::Internal(format!("a clone's task failed: {error}")))??;
             guards.push(guard);
         }
-        let mut vms: Vec<Arc<Vm>> = guards.into_iter().filter_map(Guard::hand_over).collect();
+        let mut vms: Vec<Arc<Vm>> = guards.into_iter().map(Guard::hand_over).collect();
         vms.sort_by_key(|vm| vm.number);
         Ok(Clones { vms, answer: None })
     }
 
-    async fn clone_one(
+    /// Starts one clone. Dropped before it is done, it ends what it has made.
+    pub(super) async fn clone_one(
         self: &Arc<Self>,
         source: Arc<Source>,
         request: CloneVm,
         networks: Vec<VmNetwork>,
-        name: Option<String>,
+        place: Place,
         arrived: Instant,
     ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
         let mut clock = Clock::new(arrived);
@@ -112,7 +126,10 @@ impl Fleet {
         // One that needs neither the pager nor a link may have been made ahead.
         let plain =
             request.memory_mode == MemoryMode::Mapped && links.iter().all(|link| link.kind == LinkKind::Down);
-        let mut shell = self.shells.take_for(&source, plain).await?;
+        let mut shell = match place.shell {
+            Some(shell) => *shell,
+            None => self.shells.take_for(&source, plain).await?,
+        };
         clock.lap("shell");
         source.check_fits(&shell.host)?;
         let generation = id::random::<16>()?;
@@ -133,18 +150,12 @@ impl Fleet {
                 Some(Faults { pager: Arc::clone(&self.pager), source: Arc::clone(&source.pages) })
             }
         };
-        let spec = RestoreSpec {
-            memory_mode: request.memory_mode,
-            disks: disks.iter().map(|disk| disk.spec()).collect(),
-            networks: links.iter().map(|link| link.kind).collect(),
-            paused: false,
-            ready_port: None,
-        };
         let started = self.start(
             shell,
             Start {
                 id: folder.id(),
-                name,
+                name: place.name,
+                pool: place.pool,
                 origin: Origin::Snapshot(source.open.manifest.id.to_string()),
                 kernel: facts.guest.kernel.clone(),
                 ready: facts.guest.ready.clone(),
@@ -200,7 +211,17 @@ impl Fleet {
                     ]);
                     fds.extend(disks.iter().flat_map(|disk| disk.fds()));
                     fds.extend(links.iter().flat_map(OpenLink::fd));
-                    Request::Restore(spec)
+                    Request::Restore(RestoreSpec {
+                        memory_mode: request.memory_mode,
+                        disks: disks.iter().map(|disk| disk.spec()).collect(),
+                        networks: links.iter().map(|link| link.kind).collect(),
+                        paused: false,
+                        ready_port: None,
+                        working_set: match request.memory_mode {
+                            MemoryMode::Mapped => Touched::default(),
+                            MemoryMode::Userfault => source.learning.learnt(),
+                        },
+                    })
                 }
             };
             let restoring = restore(&started, order, &fds);
@@ -232,6 +253,8 @@ impl Fleet {
             status.start_us = start_us;
             status.steps = clock.steps;
         });
+        source.keeping.used();
+        self.learn_from(&started.vm, &source, answer.is_some());
         Ok((started.guard, answer.map(|reply| (reply, start_us))))
     }
 }
@@ -261,7 +284,7 @@ async fn restore(
 }
 
 /// Tells the guest that it is another one now.
-async fn ask_identity(vm: &Vm, generation: [u8; 16]) -> Result<Asked, FleetError> {
+pub(super) async fn ask_identity(vm: &Vm, generation: [u8; 16]) -> Result<Asked, FleetError> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let request = AgentRequest::Identity {
         generation,
@@ -272,7 +295,7 @@ async fn ask_identity(vm: &Vm, generation: [u8; 16]) -> Result<Asked, FleetError
 }
 
 /// Waits until it has confirmed that.
-async fn confirm(vm: &Vm, identity: Asked, generation: [u8; 16]) -> Result<(), FleetError> {
+pub(super) async fn confirm(vm: &Vm, identity: Asked, generation: [u8; 16]) -> Result<(), FleetError> {
     match answer(vm, identity, IDENTITY_TIMEOUT).await? {
         AgentReply::Generation { generation: confirmed, .. } if confirmed == generation => Ok(()),
         _ => Err(FleetError::WrongGeneration),
@@ -280,7 +303,7 @@ async fn confirm(vm: &Vm, identity: Asked, generation: [u8; 16]) -> Result<(), F
 }
 
 /// Waits for an answer, or the VM's end.
-async fn answer(vm: &Vm, asked: Asked, within: Duration) -> Result<AgentReply, FleetError> {
+pub(super) async fn answer(vm: &Vm, asked: Asked, within: Duration) -> Result<AgentReply, FleetError> {
     let answered = tokio::select! {
         answer = asked.answer(within) => answer,
         reason = vm.ended() => Err(FleetError::Ended(reason)),

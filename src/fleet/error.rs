@@ -30,6 +30,18 @@ pub enum Kind {
 pub enum FleetError {
     #[error("there is no VM {0:?}; `coldspark vm ls` lists them")]
     NoVm(String),
+    #[error("there is no {what} {name:?}; `coldspark {what} ls` lists them")]
+    NotFound { what: &'static str, name: String },
+    #[error(
+        "all {max} VMs that the pool {pool:?} may have are in use; end some, or let it have more (`coldspark pool set {pool} --max N`)"
+    )]
+    PoolFull { pool: String, max: u32 },
+    #[error(
+        "the function {function:?} can take no more: {why}; ask again later, or deploy it with a higher --concurrency or --queue"
+    )]
+    FunctionBusy { function: String, why: String },
+    #[error("the prepare command {how}; it wrote last: {last:?}")]
+    Prepare { how: String, last: String },
     #[error("{what} {name:?} exists already; choose another name or delete it first")]
     Exists { what: &'static str, name: String },
     #[error("{name:?} is no name for {what}: use 1 to {NAME_BYTES_MAX} of a-z 0-9 -, not beginning with -{}", if *what == "a VM" { " or vm-" } else { "" })]
@@ -40,6 +52,10 @@ pub enum FleetError {
     WrongState(String),
     #[error("{what} are at their limit of {limit}; {hint}")]
     Limit { what: &'static str, limit: usize, hint: &'static str },
+    #[error(
+        "{available_mib} MiB of memory are left on this host, and {reserve_mib} are to stay free; end some VMs, or serve with a smaller --memory-reserve"
+    )]
+    LittleMemory { available_mib: u64, reserve_mib: u64 },
     #[error("the VM was not ready after {seconds} s: {waited_for} did not come; {found}")]
     NotReady { seconds: u64, waited_for: String, found: String },
     #[error("the VM ended before it was ready: {reason}; {last_lines}")]
@@ -60,6 +76,10 @@ pub enum FleetError {
     WrongGeneration,
     #[error("the guest's agent is in the middle of a request; ask again when it has answered")]
     AgentBusy,
+    #[error("the command did not end within {0} ms and was killed")]
+    ExecTimeout(u128),
+    #[error("what was under way in the guest is lost: {0}")]
+    StreamLost(String),
     #[error(transparent)]
     Agent(#[from] AgentError),
     #[error(transparent)]
@@ -85,17 +105,27 @@ impl FleetError {
     /// Sorts the failure for the API.
     pub fn kind(&self) -> Kind {
         match self {
-            Self::NoVm(_) => Kind::NotFound,
+            Self::NoVm(_) | Self::NotFound { .. } => Kind::NotFound,
             Self::Exists { .. } => Kind::AlreadyExists,
             Self::BadName { .. } | Self::Invalid(_) => Kind::InvalidArgument,
             Self::WrongState(_) | Self::NoAgentInSnapshot | Self::NoAgent | Self::AgentBusy => {
                 Kind::FailedPrecondition
             }
-            Self::Limit { .. } => Kind::ResourceExhausted,
-            Self::NotReady { .. } | Self::AgentTimeout(_) | Self::WorkerTimeout(_) => Kind::DeadlineExceeded,
-            Self::EndedEarly { .. } | Self::Ended(_) => Kind::Aborted,
+            Self::Limit { .. }
+            | Self::PoolFull { .. }
+            | Self::FunctionBusy { .. }
+            | Self::LittleMemory { .. } => Kind::ResourceExhausted,
+            Self::NotReady { .. } | Self::AgentTimeout(_) | Self::ExecTimeout(_) | Self::WorkerTimeout(_) => {
+                Kind::DeadlineExceeded
+            }
+            Self::EndedEarly { .. } | Self::Prepare { .. } | Self::Ended(_) | Self::StreamLost(_) => {
+                Kind::Aborted
+            }
             Self::Agent(error) => match error.refusal() {
                 Some(crate::agent::wire::STATUS_UNKNOWN_KIND) => Kind::Unimplemented,
+                Some(crate::agent::wire::STATUS_NOT_FOUND) => Kind::NotFound,
+                Some(crate::agent::wire::STATUS_NOT_ALLOWED) => Kind::PermissionDenied,
+                Some(crate::agent::wire::STATUS_LIMIT) => Kind::ResourceExhausted,
                 Some(
                     crate::agent::wire::STATUS_BAD_PAYLOAD
                     | crate::agent::wire::STATUS_OUT_OF_RANGE

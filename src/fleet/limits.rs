@@ -74,6 +74,16 @@ pub const RESTARTS_WITHIN: Duration = Duration::from_secs(60);
 pub const AGENT_REQUESTS_MAX: usize = 64;
 pub const AGENT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30);
 pub const AGENT_TIMEOUT_MAX: Duration = Duration::from_secs(600);
+/// Commands and files under way in one VM.
+pub const STREAMS_MAX: usize = crate::agent::wire::STREAMS_MAX;
+/// Output of one pipe of a stream that came and was not taken.
+pub const WINDOW_BYTES: u32 = 128 << 10;
+/// Input of a stream that the guest has not taken.
+pub const STDIN_WAITING_BYTES_MAX: usize = 64 << 10;
+/// Signals of a stream that the guest has not taken.
+pub const SIGNALS_WAITING_MAX: usize = 16;
+/// How long a command may be given at most, if it is given a time.
+pub const EXEC_TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a clone's agent may take to confirm its identity.
 pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a snapshot waits for the agent's answers under way.
@@ -83,6 +93,9 @@ pub const READY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 pub const READY_TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 /// How long a worker may take to answer a request that does not write memory.
 pub const WORKER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the zygote may take to become a worker, and how long none is started after one that did not.
+pub const ZYGOTE_TIMEOUT: Duration = Duration::from_secs(10);
+pub const ZYGOTE_RETRY: Duration = Duration::from_secs(1);
 /// How long a worker may take to tell where its vCPUs are: it waits 2 s for them itself.
 pub const INSPECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a worker may take to write a snapshot.
@@ -98,5 +111,10 @@ pub const STDERR_LINE_BYTES_MAX: usize = 4 << 10;
 pub const OPEN_SNAPSHOTS_MAX: usize = 64;
 /// Most memory of one snapshot that is folded into large folios of the page cache.
 pub const FOLD_BYTES_MAX: u64 = 2 << 30;
+/// A clone without a first answer is learnt from so long after its start.
+pub const LEARN_WITHIN: Duration = Duration::from_secs(1);
+/// How often the working sets of snapshots in use are looked at, and how long after its last clone one is in use.
+pub const KEEP_EVERY: Duration = Duration::from_secs(1);
+pub const KEEP_FOR: Duration = Duration::from_secs(600);
 /// Image imports under way.
 pub const IMPORTS_MAX: usize = 4;

@@ -7,13 +7,18 @@
 //! | [`profile`] | where a cold boot's time went |
 //! | [`watchdog`] | where a guest is that hangs |
 //! | [`clones`] | starting clones of a snapshot |
+//! | [`functions`] | commands run in fresh clones |
+//! | [`pools`] | clones that stand ready |
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
 //! | [`images`] | importing and opening images |
 //! | [`registry`] | which VMs there are |
-//! | [`shells`], [`process`], [`link`] | worker processes and the control channel |
+//! | [`shells`], [`process`], [`zygote`], [`child`], [`link`] | worker processes and the control channel |
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
+//! | [`streams`], [`exec`] | commands and files that the agent has under way |
 //! | [`disks`] | files behind a VM's disks |
 //! | [`network`] | what network interfaces are plugged into |
+//! | [`headroom`] | whether the host has memory for one more |
+//! | [`stored`] | settings that outlive the service |
 //! | [`error`], [`limits`], [`id`] | small things |
 //!
 //! Facts about guests come only through the control protocol, the console and the agent port, and all three are
@@ -21,25 +26,35 @@
 
 pub mod agent;
 pub mod boot;
+pub mod child;
 pub mod clones;
 pub mod console;
 pub mod disk_files;
 pub mod disks;
 pub mod error;
+pub mod exec;
+pub mod functions;
+pub mod headroom;
 pub mod id;
 pub mod images;
+pub mod keeping;
 pub mod kernel_words;
+pub mod learning;
 pub mod limits;
 pub mod link;
 pub mod network;
 pub mod owner;
+pub mod pools;
 pub mod process;
 pub mod profile;
 pub mod registry;
 pub mod shells;
 pub mod snapshots;
+pub mod stored;
+pub mod streams;
 pub mod vm;
 pub mod watchdog;
+pub mod zygote;
 
 use std::fs::{self, File};
 use std::io;
@@ -48,7 +63,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use error::FleetError;
+use functions::Functions;
+use headroom::Headroom;
 use images::Images;
+use pools::Pools;
 use process::{Spawner, WorkerProgram};
 use registry::Registry;
 use shells::Shells;
@@ -65,19 +83,33 @@ const PAGER_THREADS: usize = 2;
 /// How a fleet is to run.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// `snapshots/`, `images/` and `vms/` are below it.
+    /// `snapshots/`, `images/`, `pools/`, `functions/` and `vms/` are below it.
     pub data_dir: PathBuf,
     /// Shells kept in reserve.
     pub shells: usize,
+    /// Learn what clones of a snapshot touch first, and have it ready for later ones.
+    pub working_sets: bool,
     /// Most living VMs.
     pub vms_max: usize,
+    /// Of the time of the CPUs that may make what pools keep ready (half of all), how much goes into it, in hundredths.
+    pub refill_share: u32,
+    /// Bytes of the host's memory that are to stay free: no VM is started while there are fewer. `None`: a twentieth, at least 256 MiB.
+    pub memory_reserve: Option<u64>,
     pub worker: WorkerProgram,
 }
 
 impl Config {
     /// With the usual limits.
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        Self { data_dir: data_dir.into(), shells: 4, vms_max: 1024, worker: WorkerProgram::default() }
+        Self {
+            data_dir: data_dir.into(),
+            shells: 4,
+            working_sets: true,
+            vms_max: 1024,
+            refill_share: 50,
+            memory_reserve: None,
+            worker: WorkerProgram::default(),
+        }
     }
 }
 
@@ -88,6 +120,9 @@ pub struct Fleet {
     pub(crate) registry: Registry,
     pub(crate) snapshots: Snapshots,
     pub(crate) images: Images,
+    pub(crate) pools: Pools,
+    pub(crate) functions: Functions,
+    pub(crate) headroom: Arc<Headroom>,
     pub(crate) pager: Arc<Pager>,
     vms_dir: PathBuf,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
@@ -103,19 +138,28 @@ impl Fleet {
             .map_err(FleetError::io(format!("cannot make the folder {}", vms_dir.display())))?;
         let lock = lock(&vms_dir)?;
         remove_leftovers(&vms_dir);
-        let snapshots = Snapshots::open(&config.data_dir.join("snapshots"))?;
+        let snapshots = Snapshots::open(&config.data_dir.join("snapshots"), config.working_sets)?;
         let images = Images::open(&config.data_dir.join("images"))?;
+        let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
+        let functions = Functions::open(config.data_dir.join("functions"))?;
         let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
         let shells = Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone());
-        Ok(Arc::new(Self {
+        let fleet = Arc::new(Self {
             shells,
             registry: Registry::new(config.vms_max),
             snapshots,
             images,
+            pools,
+            functions,
+            headroom: Headroom::start(config.memory_reserve),
             pager: Arc::new(pager),
             vms_dir,
             _lock: lock,
-        }))
+        });
+        tokio::spawn(keeping::run(Arc::downgrade(&fleet)));
+        fleet.pools.begin(&fleet);
+        fleet.functions.begin(&fleet);
+        Ok(fleet)
     }
 
     /// Waits until the reserve of shells is full.
@@ -130,6 +174,7 @@ impl Fleet {
 
     /// Ends every VM and waits for their ends.
     pub async fn close(&self) {
+        self.pools.close(self);
         self.shells.close();
         let vms = self.registry.list();
         for vm in &vms {

@@ -248,10 +248,18 @@ impl Owner {
             Command::Inspect(answer) => {
                 let _ = answer.send(self.ears.during(watchdog::ask(&self.link)).await);
             }
+            Command::Touched(answer) => {
+                let result = self.ask(Request::Touched, &[]).await;
+                let _ = answer.send(result.and_then(|reply| match reply {
+                    Reply::Touched(touched) => Ok(touched),
+                    _ => Err(FleetError::WorkerConfused),
+                }));
+            }
             Command::Stats(answer) => {
                 let result = self.ask(Request::Stats, &[]).await;
+                let given = self.ears.attachment.as_ref().map(Attachment::counts).unwrap_or_default();
                 let _ = answer.send(result.and_then(|reply| match reply {
-                    Reply::Stats(stats) => Ok(stats),
+                    Reply::Stats(stats) => Ok((stats, given)),
                     _ => Err(FleetError::WorkerConfused),
                 }));
             }

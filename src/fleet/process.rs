@@ -6,18 +6,23 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::os::unix::process::ExitStatusExt;
+use std::io::{PipeReader, PipeWriter};
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
-use tokio::process::{Child, ChildStderr, Command};
+use tokio::net::unix::pipe;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot, watch};
 
+use super::child::Child;
 use super::error::FleetError;
-use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX};
+use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX, ZYGOTE_RETRY};
+use super::zygote::Zygote;
 use crate::worker::channel::Channel;
 
 /// How to start a worker.
@@ -25,6 +30,8 @@ use crate::worker::channel::Channel;
 pub struct WorkerProgram {
     pub program: PathBuf,
     pub arguments: Vec<OsString>,
+    /// With these instead it is a zygote; without, each worker is started by itself.
+    pub zygote: Option<Vec<OsString>>,
 }
 
 impl Default for WorkerProgram {
@@ -33,6 +40,7 @@ impl Default for WorkerProgram {
         Self {
             program: "/proc/self/exe".into(),
             arguments: vec!["worker".into(), "--die-with-parent".into()],
+            zygote: Some(vec!["worker".into(), "--die-with-parent".into(), "--zygote".into()]),
         }
     }
 }
@@ -96,7 +104,8 @@ fn signal_name(signal: i32) -> String {
     name.to_owned()
 }
 
-type Started = Result<(Child, Channel), FleetError>;
+/// A worker that has just begun, and the daemon's ends of its control socket and its stderr.
+type Started = Result<(Child, Channel, PipeReader), FleetError>;
 
 /// The thread that starts workers. Ends, and with it every worker it started, when this is dropped.
 #[derive(Debug)]
@@ -113,9 +122,10 @@ impl Spawner {
             .name("spawner".into())
             .spawn(move || {
                 let _runtime = runtime.enter();
+                let mut starter = Starter::new(program);
                 while let Ok(order) = inbox.recv() {
                     if !order.is_closed() {
-                        let _ = order.send(start(&program));
+                        let _ = order.send(starter.start());
                     }
                 }
             })
@@ -129,10 +139,12 @@ impl Spawner {
         let gone =
             || FleetError::Internal("the thread that starts workers has ended; restart the service".into());
         self.orders.send(order).map_err(|_| gone())?;
-        let (mut child, channel) = started.await.map_err(|_| gone())??;
-        let pid = child.id().unwrap_or_default();
+        let (mut child, channel, stderr) = started.await.map_err(|_| gone())??;
+        let pid = child.pid();
+        let stderr = pipe::Receiver::from_owned_fd(stderr.into())
+            .map_err(FleetError::io("cannot watch a worker's stderr"))?;
         let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let reading = child.stderr.take().map(|stderr| tokio::spawn(listen(pid, stderr, Arc::clone(&tail))));
+        let reading = tokio::spawn(listen(pid, stderr, Arc::clone(&tail)));
         let (ended_in, ended) = watch::channel(None);
         let kill = Arc::new(Notify::new());
         let process = Process { pid, kill: Arc::clone(&kill), ended, tail };
@@ -140,16 +152,11 @@ impl Spawner {
             let status = loop {
                 tokio::select! {
                     status = child.wait() => break status,
-                    () = kill.notified() => {
-                        // It may have ended by itself just now.
-                        let _ = child.start_kill();
-                    }
+                    () = kill.notified() => child.kill(),
                 }
             };
             // Its last words come before its end, unless somebody else holds its stderr open.
-            if let Some(reading) = reading {
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(200), reading).await;
-            }
+            let _ = tokio::time::timeout(std::time::Duration::from_millis(200), reading).await;
             let status = status.unwrap_or_else(|_| ExitStatus::from_raw(libc::SIGKILL));
             let _ = ended_in.send(Some(status));
         });
@@ -157,25 +164,89 @@ impl Spawner {
     }
 }
 
-fn start(program: &WorkerProgram) -> Started {
-    let (ours, theirs) = Channel::pair().map_err(FleetError::io("cannot make a control socket"))?;
-    let mut command = Command::new(&program.program);
-    command.args(&program.arguments).arg0("coldspark");
-    // The control socket is standard input, `CONTROL_FD`. With nothing to be run between fork and exec the standard library takes
-    // posix_spawn, which neither copies this process's page tables nor makes its next writes fault.
-    command
-        .stdin(Stdio::from(theirs.into_fd()))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(false);
-    let child = command
-        .spawn()
-        .map_err(FleetError::io(format!("cannot start a worker process ({})", program.program.display())))?;
-    Ok((child, ours))
+/// How the thread starts workers: by its zygote, and each by itself where there is none.
+struct Starter {
+    program: WorkerProgram,
+    zygote: Option<Zygote>,
+    /// When the last zygote was started, or was to be.
+    begun: Option<Instant>,
+}
+
+impl Starter {
+    /// Starts the zygote, too, so that it is prepared when the first worker is wanted.
+    fn new(program: WorkerProgram) -> Self {
+        let mut starter = Self { program, zygote: None, begun: None };
+        starter.renew();
+        starter
+    }
+
+    /// Sees to it that there is a zygote, if there can be one.
+    fn renew(&mut self) {
+        let WorkerProgram { program, zygote: Some(arguments), .. } = &self.program else { return };
+        if self.zygote.is_some() || self.begun.is_some_and(|begun| begun.elapsed() < ZYGOTE_RETRY) {
+            return;
+        }
+        self.begun = Some(Instant::now());
+        match Zygote::start(program, arguments) {
+            Ok(zygote) => self.zygote = Some(zygote),
+            Err(error) => {
+                tracing::warn!(%error, "each worker is started by itself, which takes longer");
+            }
+        }
+    }
+
+    fn start(&mut self) -> Started {
+        self.renew();
+        let Some(zygote) = &mut self.zygote else { return self.start_alone() };
+        let Pipes { ours, theirs, stderr, stderr_in } = Pipes::new()?;
+        match zygote.fork(theirs.as_fd(), stderr_in.as_fd()) {
+            Ok(child) => Ok((child, ours, stderr)),
+            Err(error) => {
+                let end = zygote.end();
+                tracing::warn!(%error, end, "the zygote made no worker: this one is started by itself, and another zygote");
+                self.zygote = None;
+                let started = self.start_alone();
+                self.renew();
+                started
+            }
+        }
+    }
+
+    fn start_alone(&self) -> Started {
+        let Pipes { ours, theirs, stderr, stderr_in } = Pipes::new()?;
+        let WorkerProgram { program, arguments, .. } = &self.program;
+        let mut command = Command::new(program);
+        // The control socket is standard input, `CONTROL_FD`, and needs no step of our own between fork and exec.
+        command
+            .args(arguments)
+            .arg0("coldspark")
+            .stdin(Stdio::from(theirs.into_fd()))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(stderr_in));
+        let child = Child::spawn(&mut command)
+            .map_err(FleetError::io(format!("cannot start a worker process ({})", program.display())))?;
+        Ok((child, ours, stderr))
+    }
+}
+
+/// What a worker talks to the daemon on, both ends.
+struct Pipes {
+    ours: Channel,
+    theirs: Channel,
+    stderr: PipeReader,
+    stderr_in: PipeWriter,
+}
+
+impl Pipes {
+    fn new() -> Result<Self, FleetError> {
+        let (ours, theirs) = Channel::pair().map_err(FleetError::io("cannot make a control socket"))?;
+        let (stderr, stderr_in) = std::io::pipe().map_err(FleetError::io("cannot make a pipe"))?;
+        Ok(Self { ours, theirs, stderr, stderr_in })
+    }
 }
 
 /// Passes a worker's stderr on to the log and keeps the last lines.
-async fn listen(pid: u32, stderr: ChildStderr, tail: Arc<Mutex<VecDeque<String>>>) {
+async fn listen(pid: u32, stderr: pipe::Receiver, tail: Arc<Mutex<VecDeque<String>>>) {
     let mut reader = BufReader::new(stderr);
     let mut line = Vec::new();
     loop {
@@ -204,7 +275,7 @@ mod tests {
     use crate::worker::channel::{AsyncChannel, ChannelError};
 
     fn shell(script: &str) -> WorkerProgram {
-        WorkerProgram { program: "/bin/sh".into(), arguments: vec!["-c".into(), script.into()] }
+        WorkerProgram { program: "/bin/sh".into(), arguments: vec!["-c".into(), script.into()], zygote: None }
     }
 
     #[tokio::test]
@@ -231,9 +302,42 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_zygote_that_is_of_no_use_costs_no_worker() {
+        // One dies at once, one takes an order along to its death.
+        for zygote in ["exit 1", "head -c 1 >/dev/null"] {
+            let zygote = Some(vec!["-c".into(), zygote.into()]);
+            let spawner = Spawner::start(WorkerProgram { zygote, ..shell("echo mine >&2; exit 4") }).unwrap();
+            for _ in 0..3 {
+                let (process, _channel) = spawner.spawn().await.unwrap();
+                let status = process.ended().await;
+                let text = process.obituary(status);
+                assert_eq!(text, "its worker ended with status 4; its last words: mine");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_nobody_waits_for_is_ended() {
+        let spawner = Spawner::start(shell("exec sleep 1000")).unwrap();
+        let (child, ..) = {
+            let (order, started) = oneshot::channel();
+            spawner.orders.send(order).unwrap();
+            started.await.unwrap().unwrap()
+        };
+        let place = PathBuf::from(format!("/proc/{}", child.pid()));
+        assert!(place.exists());
+        drop(child);
+        assert!(!place.exists());
+    }
+
+    #[tokio::test]
     async fn a_program_that_is_not_there_is_an_error() {
-        let spawner =
-            Spawner::start(WorkerProgram { program: "/nonexistent".into(), arguments: vec![] }).unwrap();
+        let spawner = Spawner::start(WorkerProgram {
+            program: "/nonexistent".into(),
+            arguments: vec![],
+            zygote: Some(vec![]),
+        })
+        .unwrap();
         let error = spawner.spawn().await.unwrap_err();
         assert!(error.to_string().contains("/nonexistent"), "{error}");
     }

@@ -31,6 +31,11 @@ impl Registry {
         Self { vms_max, next_number: AtomicU64::new(0), table: Mutex::new(Table::default()) }
     }
 
+    /// Most living VMs.
+    pub fn vms_max(&self) -> usize {
+        self.vms_max
+    }
+
     /// A number for a VM to be made.
     pub fn next_number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
@@ -47,9 +52,9 @@ impl Registry {
     pub fn insert(&self, vm: &Arc<Vm>) -> Result<(), FleetError> {
         let mut table = self.lock();
         self.check_count(&table, 1)?;
-        if let Some(name) = &vm.name {
+        if let Some(name) = vm.name() {
             table.check_name(name)?;
-            table.numbers_by_name.insert(name.clone(), vm.number);
+            table.numbers_by_name.insert(name.to_owned(), vm.number);
         }
         table.numbers_by_id.insert(vm.id.clone(), vm.number);
         table.vms.insert(vm.number, Arc::clone(vm));
@@ -57,14 +62,34 @@ impl Registry {
         Ok(())
     }
 
-    /// Finds a VM by id or name.
+    /// Finds a VM by id or name. One that stands ready in a pool is nobody's to use.
     pub fn get(&self, id_or_name: &str) -> Result<Arc<Vm>, FleetError> {
         let table = self.lock();
         let found = table.number(id_or_name).and_then(|number| table.vms.get(&number));
-        found.cloned().ok_or_else(|| FleetError::NoVm(id_or_name.chars().take(80).collect()))
+        let vm = found.ok_or_else(|| FleetError::NoVm(id_or_name.chars().take(80).collect()))?;
+        match &vm.pool {
+            Some(pool) if vm.is_held() => Err(FleetError::WrongState(format!(
+                "VM {} stands ready in the pool {pool}; take one with `coldspark pool take {pool}`",
+                vm.id
+            ))),
+            _ => Ok(Arc::clone(vm)),
+        }
     }
 
-    /// All VMs, oldest first.
+    /// Hands a VM of a pool over: it can be found and used from now on, also by its name.
+    pub fn release(&self, vm: &Arc<Vm>, name: Option<String>) -> Result<(), FleetError> {
+        let mut table = self.lock();
+        if let Some(name) = name {
+            table.check_name(&name)?;
+            if vm.name.set(name.clone()).is_ok() {
+                table.numbers_by_name.insert(name, vm.number);
+            }
+        }
+        vm.held.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// All VMs, oldest first, those of pools among them.
     pub fn list(&self) -> Vec<Arc<Vm>> {
         self.lock().vms.values().cloned().collect()
     }
@@ -111,7 +136,7 @@ impl Table {
     fn remove(&mut self, number: u64) -> Option<Arc<Vm>> {
         let vm = self.vms.remove(&number)?;
         self.numbers_by_id.remove(&vm.id);
-        if let Some(name) = &vm.name
+        if let Some(name) = vm.name()
             && self.numbers_by_name.get(name) == Some(&number)
         {
             self.numbers_by_name.remove(name);
@@ -133,25 +158,31 @@ impl Table {
 #[derive(Debug)]
 pub struct Guard {
     fleet: Arc<Fleet>,
-    vm: Option<Arc<Vm>>,
+    vm: Arc<Vm>,
+    handed_over: bool,
 }
 
 impl Guard {
     pub fn new(fleet: &Arc<Fleet>, vm: Arc<Vm>) -> Self {
-        Self { fleet: Arc::clone(fleet), vm: Some(vm) }
+        Self { fleet: Arc::clone(fleet), vm, handed_over: false }
+    }
+
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
     }
 
     /// The VM is somebody else's from now on.
-    pub fn hand_over(mut self) -> Option<Arc<Vm>> {
-        self.vm.take()
+    pub fn hand_over(mut self) -> Arc<Vm> {
+        self.handed_over = true;
+        Arc::clone(&self.vm)
     }
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        if let Some(vm) = self.vm.take() {
-            vm.kill("it did not start well");
-            self.fleet.registry.remove(&vm.id);
+        if !self.handed_over {
+            self.vm.kill("it did not start well");
+            self.fleet.registry.remove(&self.vm.id);
         }
     }
 }
@@ -162,12 +193,11 @@ impl Fleet {
         self.registry.get(id_or_name)
     }
 
-    /// All VMs, oldest first.
+    /// All VMs, oldest first, those that stand ready in pools among them.
     pub fn vms(&self) -> Vec<Arc<Vm>> {
         self.registry.list()
     }
 
-    /// Ends a VM if it runs, and forgets it. Comes back when its process is gone.
     /// Asks the guest to power itself off, and ends the VM when it has not done so `within` that time. The VM stays in the
     /// list, EXITED. One whose guest cannot be asked, or is paused or still booting, is ended at once.
     pub async fn stop_vm(&self, id_or_name: &str, within: Duration) -> Result<Stopped, FleetError> {
@@ -196,6 +226,7 @@ impl Fleet {
         Ok(Stopped { vm, by_itself, not_asked: asked.err(), took: begin.elapsed() })
     }
 
+    /// Ends a VM if it runs, and forgets it. Comes back when its process is gone.
     pub async fn delete_vm(&self, id_or_name: &str) -> Result<(), FleetError> {
         let vm = self.registry.get(id_or_name)?;
         vm.kill("deleted");

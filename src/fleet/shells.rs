@@ -49,6 +49,8 @@ pub struct Shell {
     pub console: Socket,
     pub agent: Socket,
     expects: Expects,
+    /// It did not answer: what it is now nobody knows.
+    unsure: bool,
 }
 
 /// What a shell has done ahead.
@@ -161,6 +163,19 @@ impl Shells {
         self.take_best(&[&|expects| matches!(expects, Expects::Nothing)]).await
     }
 
+    /// Starts a worker and makes it a clone of this snapshot that only needs to be let run; it belongs to no reserve.
+    pub async fn seat_for(&self, source: &Source) -> Result<Shell, FleetError> {
+        let mut shell = self.make().await?;
+        match self.seat(&shell, source).await {
+            Ok(seat) => shell.expects = Expects::Seat(seat),
+            Err(error) => {
+                shell.process.kill();
+                return Err(error);
+            }
+        }
+        Ok(shell)
+    }
+
     /// Takes a shell for a clone, if possible one that expects it; those that follow will. `seat`: a clone that was made ahead will do.
     pub async fn take_for(&self, source: &Arc<Source>, seat: bool) -> Result<Shell, FleetError> {
         *self.expected() = Expected { source: Arc::downgrade(source), seats: seat };
@@ -181,6 +196,11 @@ impl Shells {
             *expected = Expected::default();
         }
         drop(expected);
+        self.renew(snapshot);
+    }
+
+    /// Ends the shells that stand ready for clones of a snapshot: others are made, that know what is known now.
+    pub fn renew(&self, snapshot: &str) {
         let mut ready = self.lock();
         let (gone, kept): (VecDeque<Shell>, _) =
             ready.drain(..).partition(|shell| shell.expects.snapshot() == Some(snapshot));
@@ -255,7 +275,7 @@ impl Shells {
         let host = asked.await.inspect_err(|_| process.kill())?;
         tracing::debug!("a worker is ready");
         let (console, agent) = (Socket::new()?, Socket::new()?);
-        Ok(Shell { process, link, events, host, console, agent, expects: Expects::Nothing })
+        Ok(Shell { process, link, events, host, console, agent, expects: Expects::Nothing, unsure: false })
     }
 
     /// Tells a shell what to expect, if something is expected and another shell is left that was told nothing. It is not in the
@@ -277,21 +297,14 @@ impl Shells {
                 }
             }
         };
-        match tokio::time::timeout(WORKER_TIMEOUT, telling).await {
-            Ok(Ok(expects)) => {
-                // It may have been forgotten meanwhile.
-                let gone = self.expected().source.upgrade().is_none();
-                shell.expects = expects;
-                if gone {
-                    shell.process.kill();
-                }
-            }
-            Ok(Err(error)) => {
+        match telling.await {
+            Ok(expects) => shell.expects = expects,
+            Err(error) => {
                 // Nor could the next one: whoever clones it hears why.
                 tracing::debug!(%error, "a shell could not prepare for clones of a snapshot");
                 *self.expected() = Expected::default();
+                shell.unsure = !matches!(error, FleetError::Fault(_));
             }
-            Err(_) => shell.process.kill(),
         }
     }
 
@@ -306,6 +319,7 @@ impl Shells {
             networks: Vec::new(),
             paused: false,
             ready_port: None,
+            working_set: source.learning.learnt(),
         };
         let mut fds = vec![
             shell.console.theirs.as_fd(),
@@ -340,11 +354,18 @@ impl Shells {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Puts a shell into the reserve, unless it came to harm, or what it was told to expect is expected no more: that snapshot may be gone
+    /// meanwhile, and the shell would hold its files.
     fn put(&self, shell: Shell) {
-        if shell.link.is_closed() {
+        // Locked before the question: `forget` looks through the reserve when it has changed the answer.
+        let mut ready = self.lock();
+        let expected = self.expected().source.upgrade().map(|source| source.id());
+        let told = shell.expects.snapshot();
+        let forgotten = told.is_some_and(|told| expected.as_deref() != Some(told));
+        if shell.unsure || forgotten || shell.link.is_closed() {
             shell.process.kill();
         } else {
-            self.lock().push_back(shell);
+            ready.push_back(shell);
         }
     }
 

@@ -9,6 +9,8 @@ use super::Fleet;
 use super::boot::{micros, step};
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
 use super::error::FleetError;
+use super::keeping::{Keeping, KeptSoFar};
+use super::learning::Learning;
 use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
 use super::network::{LinkRequest, VmNetwork, mac_from_text, mac_text};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
@@ -18,10 +20,14 @@ use crate::snapshot::manifest::{
 };
 use crate::snapshot::memory::pager::PagerSource;
 use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
+pub use crate::snapshot::working_set::WorkingSet;
 use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
 
 /// Label under which the agent's hello is kept, in hexadecimal.
 const HELLO_LABEL: &str = "coldspark.agent.hello";
+
+/// Label of a snapshot that was made for a function, with the function's name.
+const FUNCTION_LABEL: &str = "coldspark.function";
 
 impl From<StoreError> for FleetError {
     fn from(error: StoreError) -> Self {
@@ -36,6 +42,8 @@ pub struct CreateSnapshot {
     pub vm: String,
     pub name: Option<String>,
     pub stop_after: bool,
+    /// The function that it is made for.
+    pub function: Option<String>,
 }
 
 /// A snapshot that was taken.
@@ -63,6 +71,9 @@ pub struct Described {
     pub disks: u32,
     pub cpu_vendor: String,
     pub tsc_khz: u32,
+    pub working_set: WorkingSet,
+    /// The working set in the page cache.
+    pub kept: KeptSoFar,
 }
 
 /// What is in the store.
@@ -78,6 +89,8 @@ pub struct Listing {
 pub struct Snapshots {
     store: Arc<SnapshotStore>,
     sources: Mutex<HashMap<String, Arc<Source>>>,
+    /// Learn them, and use them.
+    working_sets: bool,
 }
 
 /// Everything that a clone needs, opened once.
@@ -92,12 +105,15 @@ pub struct Source {
     disks: Vec<VmDisk>,
     /// Without links.
     pub networks: Vec<VmNetwork>,
+    /// What its clones touch first.
+    pub learning: Learning,
+    pub keeping: Keeping,
     /// Why this host cannot run it, if so; looked at once.
     fits: OnceLock<Option<Refusal>>,
 }
 
 impl Source {
-    fn open(snapshot: &Snapshot) -> Result<Self, FleetError> {
+    fn open(snapshot: &Snapshot, working_sets: bool) -> Result<Self, FleetError> {
         let open = snapshot.open_for_restore()?;
         let manifest = &open.manifest;
         let mut disks = Vec::with_capacity(open.disks.len());
@@ -128,7 +144,24 @@ impl Source {
         let pages = open
             .pager_source()
             .map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?;
-        Ok(Self { open, protocol, hello, pages, disks, networks, fits: OnceLock::new() })
+        let known = || {
+            snapshot.working_set().unwrap_or_else(|error| {
+                tracing::warn!(%error, "a working set is learnt anew");
+                WorkingSet::default()
+            })
+        };
+        let learning = Learning::new(working_sets.then(known), manifest.facts.memory.file_bytes());
+        Ok(Self {
+            open,
+            protocol,
+            hello,
+            pages,
+            disks,
+            networks,
+            learning,
+            keeping: Keeping::default(),
+            fits: OnceLock::new(),
+        })
     }
 
     /// The snapshot's id.
@@ -156,7 +189,7 @@ impl Source {
 
     /// Puts the memory into the page cache in large folios; a failure only makes clones slower.
     fn fold(&self) {
-        if let Err(error) = self.open.fold(FOLD_BYTES_MAX) {
+        if let Err(error) = self.open.fold(&self.learning.learnt().pieces, FOLD_BYTES_MAX) {
             tracing::debug!(%error, "a snapshot's memory was not folded");
         }
     }
@@ -206,6 +239,9 @@ fn describe(snapshot: &Snapshot) -> Result<Described, FleetError> {
         disks: u32::try_from(facts.disks.len()).unwrap_or(u32::MAX),
         cpu_vendor: facts.cpu.vendor.clone(),
         tsc_khz: facts.cpu.tsc_khz,
+        // One that cannot be read is learnt anew.
+        working_set: snapshot.working_set().unwrap_or_default(),
+        kept: KeptSoFar::default(),
     })
 }
 
@@ -246,8 +282,9 @@ fn hello_label(hello: &Hello) -> Result<String, FleetError> {
 }
 
 impl Snapshots {
-    pub fn open(path: &Path) -> Result<Self, FleetError> {
-        Ok(Self { store: Arc::new(SnapshotStore::open(path)?), sources: Mutex::new(HashMap::new()) })
+    pub fn open(path: &Path, working_sets: bool) -> Result<Self, FleetError> {
+        let store = Arc::new(SnapshotStore::open(path)?);
+        Ok(Self { store, sources: Mutex::new(HashMap::new()), working_sets })
     }
 
     /// The open files of a snapshot, by id or name.
@@ -257,11 +294,40 @@ impl Snapshots {
         if let Some(source) = self.lock().get(&id) {
             return Ok(Arc::clone(source));
         }
-        let source = Arc::new(blocking(move || Source::open(&snapshot)).await??);
+        let working_sets = self.working_sets;
+        let source = Arc::new(blocking(move || Source::open(&snapshot, working_sets)).await??);
         self.keep(id, &source);
         let folding = Arc::clone(&source);
         tokio::task::spawn_blocking(move || folding.fold());
         Ok(source)
+    }
+
+    /// Those that are open.
+    pub(super) fn sources(&self) -> Vec<Arc<Source>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// How the snapshot's working set is kept, if it is open.
+    fn kept(&self, id: &str) -> KeptSoFar {
+        self.lock().get(id).map(|source| source.keeping.so_far()).unwrap_or_default()
+    }
+
+    /// A snapshot of the store, by id or name.
+    pub(super) fn published(&self, id_or_name: &str) -> Result<Arc<Snapshot>, FleetError> {
+        Ok(self.store.get(id_or_name)?)
+    }
+
+    /// Ids of the snapshots that were made for functions, with the functions' names.
+    pub(super) fn of_functions(&self) -> Vec<(String, String)> {
+        let whole = self.store.list().into_iter().filter_map(|listed| match listed {
+            Listed::Whole(snapshot) => Some(snapshot),
+            Listed::Damaged { .. } => None,
+        });
+        let labelled = whole.filter_map(|snapshot| {
+            let function = snapshot.manifest().facts.labels.get(FUNCTION_LABEL).cloned();
+            function.map(|function| (snapshot.id().to_string(), function))
+        });
+        labelled.collect()
     }
 
     fn keep(&self, id: String, source: &Arc<Source>) {
@@ -315,7 +381,7 @@ impl Fleet {
         }));
         let pause_us = frozen.frozen.pause_us;
         let publishing = Instant::now();
-        match self.publish(&vm, frozen, request.name).await {
+        match self.publish(&vm, frozen, request.name, request.function).await {
             Ok((snapshot, source)) => {
                 steps.push(step("publish", micros(publishing)));
                 self.snapshots.keep(snapshot.id.clone(), &source);
@@ -341,15 +407,16 @@ impl Fleet {
         vm: &Arc<Vm>,
         frozen: FrozenVm,
         name: Option<String>,
+        function: Option<String>,
     ) -> Result<(Described, Arc<Source>), FleetError> {
         let FrozenVm { mut draft, frozen, disks } = frozen;
-        let vm = Arc::clone(vm);
+        let (vm, working_sets) = (Arc::clone(vm), self.snapshots.working_sets);
         blocking(move || {
             let lines = link_into(&mut draft, &disks)?;
-            let facts = facts(&vm, &frozen, name, lines)?;
+            let facts = facts(&vm, &frozen, name, function, lines)?;
             let draft: Draft = *draft;
             let snapshot = draft.publish(facts)?;
-            let source = Arc::new(Source::open(&snapshot)?);
+            let source = Arc::new(Source::open(&snapshot, working_sets)?);
             source.fold();
             Ok((describe(&snapshot)?, source))
         })
@@ -359,7 +426,7 @@ impl Fleet {
     /// Everything in the store, oldest first.
     pub async fn list_snapshots(&self) -> Result<Listing, FleetError> {
         let store = Arc::clone(&self.snapshots.store);
-        blocking(move || {
+        let mut listing = blocking(move || {
             let mut listing = Listing { whole: Vec::new(), damaged: Vec::new() };
             for listed in store.list() {
                 match listed {
@@ -371,17 +438,31 @@ impl Fleet {
             listing.whole.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
             listing
         })
-        .await
+        .await?;
+        for described in &mut listing.whole {
+            described.kept = self.snapshots.kept(&described.id);
+        }
+        Ok(listing)
     }
 
     /// One snapshot, by id or name.
     pub async fn snapshot(&self, id_or_name: &str) -> Result<Described, FleetError> {
         let snapshot = self.snapshots.store.get(id_or_name)?;
-        blocking(move || describe(&snapshot)).await?
+        let mut described = blocking(move || describe(&snapshot)).await??;
+        described.kept = self.snapshots.kept(&described.id);
+        Ok(described)
     }
 
-    /// Removes a snapshot; clones keep what they have.
+    /// Removes a snapshot; clones keep what they have. One that a pool is made of is refused.
     pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
+        // A damaged one can be removed too.
+        let id = self.snapshots.store.get(id_or_name).map(|snapshot| snapshot.id().to_string());
+        if let Some(pool) = id.ok().and_then(|id| self.pools.of(&id)) {
+            return Err(FleetError::WrongState(format!(
+                "the pool {0} is made of this snapshot; give it another (`coldspark pool set {0} --snapshot S`) or delete it first",
+                pool.name
+            )));
+        }
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let id = blocking(move || store.delete(&key)).await??;
         self.snapshots.lock().remove(id.as_str());
@@ -401,12 +482,16 @@ fn facts(
     vm: &Vm,
     frozen: &Frozen,
     name: Option<String>,
+    function: Option<String>,
     disks: Vec<crate::snapshot::manifest::Disk>,
 ) -> Result<Facts, FleetError> {
     let hello = vm.agent.hello();
     let mut labels = BTreeMap::new();
     if let Some(hello) = &hello {
         labels.insert(HELLO_LABEL.to_owned(), hello_label(hello)?);
+    }
+    if let Some(function) = function {
+        labels.insert(FUNCTION_LABEL.to_owned(), function);
     }
     let parent = match &vm.origin {
         Origin::Snapshot(id) => id.parse().ok(),
@@ -485,6 +570,7 @@ mod tests {
             arena_bytes: 1 << 28,
             filled_bytes: 0,
             disks: 1,
+            request_bytes: 0,
             name: "test guest".into(),
         };
         let mut labels = BTreeMap::from([(HELLO_LABEL.to_owned(), hello_label(&hello).unwrap())]);

@@ -12,7 +12,8 @@
 //!
 //! A guest that resets itself when READY is booted again in place, and stays READY (see `on_reset`).
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,7 +24,9 @@ use super::disks::VmDisk;
 use super::error::FleetError;
 use super::network::VmNetwork;
 use super::process::Process;
+pub use crate::snapshot::memory::pager::Counts as PagerCounts;
 use crate::snapshot::store::Draft;
+use crate::snapshot::working_set::Touched;
 use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step, VcpuLook};
 
 /// What a VM was started from.
@@ -65,7 +68,12 @@ pub struct Status {
 #[derive(Debug)]
 pub struct Vm {
     pub id: String,
-    pub name: Option<String>,
+    /// Given when it is made, or when it is taken out of a pool.
+    pub(super) name: OnceLock<String>,
+    /// Name of the pool that it was made for.
+    pub pool: Option<Arc<str>>,
+    /// It stands ready in that pool: nobody's yet.
+    pub(super) held: AtomicBool,
     pub origin: Origin,
     /// What the first VM of its line was booted from, for people.
     pub kernel: String,
@@ -107,7 +115,9 @@ pub enum Command {
     PowerButton(Answer<()>),
     /// End it, giving this reason.
     Stop(String),
-    Stats(Answer<Stats>),
+    Stats(Answer<(Stats, PagerCounts)>),
+    /// What it has touched of its snapshot's memory.
+    Touched(Answer<Touched>),
     Inspect(Answer<Vec<VcpuLook>>),
 }
 
@@ -131,6 +141,15 @@ pub struct FrozenVm {
 }
 
 impl Vm {
+    pub fn name(&self) -> Option<&str> {
+        self.name.get().map(String::as_str)
+    }
+
+    /// Whether it stands ready in its pool and is nobody's yet.
+    pub fn is_held(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
     }
@@ -176,7 +195,8 @@ impl Vm {
         self.command(Command::Resume).await
     }
 
-    pub async fn stats(&self) -> Result<Stats, FleetError> {
+    /// Counters of its worker, and of the pager for it.
+    pub async fn stats(&self) -> Result<(Stats, PagerCounts), FleetError> {
         self.command(Command::Stats).await
     }
 

@@ -238,6 +238,20 @@ pub fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, FileEr
     Ok((content.len() as u64 <= bytes_max).then_some(content))
 }
 
+/// Puts a small file in the place of another, or of none: whoever reads it sees the old one or the new one. After a crash it is one of them too,
+/// but which is not known: the folder is not synced.
+pub fn replace_small(path: &Path, content: &[u8]) -> Result<(), FileError> {
+    let new = path.with_extension("new");
+    let write = || -> io::Result<()> {
+        // One that a crash left is written over.
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    write().map_err(failed(path, "written"))
+}
+
 /// Starts writing a file's pages to the disk without waiting, so that a later fsync finds little to do.
 pub fn start_writing_out(file: &File) {
     // Advice: where it is not supported the fsync does all the work.

@@ -10,6 +10,7 @@
 //! | [`images`] | the folder of images that can be cold-booted |
 //! | [`sums`] | BLAKE3 sums of whole and of sparse files |
 //! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
+//! | [`working_set`] | what clones touch of the memory first |
 //! | [`layers`] | copy-on-write disks: base, frozen layers, a private overlay |
 //! | [`codec`] | bounded encoding of plain structs |
 //!
@@ -17,7 +18,7 @@
 
 pub mod cause;
 pub mod codec;
-mod folder;
+pub mod folder;
 pub mod images;
 pub mod layers;
 pub mod limits;
@@ -28,3 +29,4 @@ pub mod state;
 pub mod store;
 pub mod sums;
 mod transfer;
+pub mod working_set;

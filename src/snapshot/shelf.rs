@@ -322,6 +322,21 @@ impl Stored {
         Ok(Verified { files: entries.len(), bytes })
     }
 
+    /// Reads a small file that is not part of what was published. `None`: there is none.
+    pub fn read_advice(&self, name: &str, bytes_max: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        match folder::read_small(&self.path.join(name), bytes_max) {
+            Ok(Some(bytes)) => Ok(Some(bytes)),
+            Ok(None) => Err(self.damaged(name, format!("it has more than {bytes_max} bytes"))),
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Writes one: whole or not at all.
+    pub fn write_advice(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        Ok(folder::replace_small(&self.path.join(name), bytes)?)
+    }
+
     /// Bytes that the files take on disk, hard links counted as if they were its own.
     pub fn disk_usage_bytes(&self, entries: &[FileEntry]) -> Result<u64, StoreError> {
         use std::os::unix::fs::MetadataExt;

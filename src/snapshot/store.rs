@@ -11,6 +11,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
+    io,
     path::Path,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::SystemTime,
@@ -31,6 +32,7 @@ use super::{
     shelf::{Document, Item, Shelf, Stored, entry_of},
     sums::SumKind,
     transfer,
+    working_set::{self, Run, WorkingSet},
 };
 
 pub use super::{
@@ -43,6 +45,8 @@ pub type Listed = super::shelf::Listed<Snapshot>;
 
 const DOCUMENT: Document = Document { file: "manifest.json", sum_file: "manifest.b3" };
 const KIND: &str = "snapshot";
+/// Beside what the manifest names.
+const WORKING_SET_FILE: &str = "working-set.bin";
 
 /// The store. Shared by `Arc`; every method may be called from any thread.
 #[derive(Debug)]
@@ -326,6 +330,26 @@ impl Snapshot {
         Ok(open)
     }
 
+    /// What was learnt of what its clones touch; nothing if there is no file with it.
+    ///
+    /// # Errors
+    /// The file cannot be used: it is to be learnt anew.
+    pub fn working_set(&self) -> Result<WorkingSet, StoreError> {
+        let Some(bytes) = self.stored.read_advice(WORKING_SET_FILE, working_set::FILE_BYTES_MAX)? else {
+            return Ok(WorkingSet::default());
+        };
+        WorkingSet::from_bytes(&bytes, self.manifest.facts.memory.file_bytes())
+            .map_err(|problem| self.stored.damaged(WORKING_SET_FILE, problem))
+    }
+
+    /// Keeps what was learnt, beside the published files.
+    pub fn keep_working_set(&self, set: &WorkingSet) -> Result<(), StoreError> {
+        let bytes = set
+            .to_bytes()
+            .map_err(|error| failed(Path::new(WORKING_SET_FILE), "written")(io::Error::other(error)))?;
+        self.stored.write_advice(WORKING_SET_FILE, &bytes)
+    }
+
     /// Closes the files, once the last clone is done with them; the next restore opens and checks anew.
     pub fn close(&self) {
         *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -380,12 +404,12 @@ impl OpenSnapshot {
         Ok(Arc::clone(self.pager_source.get_or_init(|| source)))
     }
 
-    /// Makes the page cache hold the memory in 2 MiB folios, up to `bytes_max` bytes: mapped clones then fault a
-    /// hundred times less. Worth doing in the background after publishing, and when a daemon has just started; never
+    /// Makes the page cache hold the memory in 2 MiB folios, the pieces of `first` before the others, up to `bytes_max` bytes: mapped clones then
+    /// fault a hundred times less. Worth doing in the background after publishing, and when a daemon has just started; never
     /// on the road of a clone, for it reads the disk. Returns the bytes folded.
-    pub fn fold(&self, bytes_max: u64) -> Result<u64, StoreError> {
+    pub fn fold(&self, first: &[Run], bytes_max: u64) -> Result<u64, StoreError> {
         let folded =
-            Extents::of_file(&self.memory).and_then(|extents| fold(&self.memory, &extents, bytes_max));
+            Extents::of_file(&self.memory).and_then(|extents| fold(&self.memory, &extents, first, bytes_max));
         Ok(folded.map_err(failed(Path::new(MEMORY_FILE), "folded"))?)
     }
 }

@@ -9,6 +9,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
+use std::time::Duration;
 
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
@@ -98,6 +99,28 @@ impl Channel {
         }
     }
 
+    /// Makes `recv` fail likewise when nothing has come for so long. Belongs to the socket, as the flag above.
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        let value = libc::timeval {
+            tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_usec: timeout.subsec_micros().into(),
+        };
+        // SAFETY: the option's value is read through the pointer, which is valid for the call.
+        let result = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+                (&raw const value).cast(),
+                size_of_val(&value) as libc::socklen_t,
+            )
+        };
+        match result {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Sends one message with copies of `fds`, whole or not at all. Never raises SIGPIPE.
     pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let bytes = codec::encode(message)?;
@@ -115,10 +138,7 @@ impl Channel {
     /// # Errors
     /// [`ChannelError::Closed`] when the other end is gone and everything it sent has been received.
     pub fn recv<T: DeserializeOwned>(&self) -> Result<(T, Vec<OwnedFd>), ChannelError> {
-        // One byte more than a message may have would not tell more than MSG_TRUNC does.
-        let mut bytes = vec![0u8; MESSAGE_BYTES_MAX];
-        let (length, fds) = self.recv_bytes(&mut bytes)?;
-        bytes.truncate(length);
+        let (bytes, fds) = self.recv_bytes()?;
         Ok((codec::decode(&bytes)?, fds))
     }
 
@@ -149,9 +169,12 @@ impl Channel {
         retry(|| unsafe { libc::sendmsg(self.socket.as_raw_fd(), &header, libc::MSG_NOSIGNAL) }).map(|_| ())
     }
 
-    fn recv_bytes(&self, bytes: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), ChannelError> {
+    fn recv_bytes(&self) -> Result<(Vec<u8>, Vec<OwnedFd>), ChannelError> {
+        // Not cleared: of the pages of a largest message only those are touched that this one has. One byte more than a message may have
+        // would not tell more than MSG_TRUNC does.
+        let mut bytes = Vec::<u8>::with_capacity(MESSAGE_BYTES_MAX);
         let mut control = ControlBuffer::new();
-        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: MESSAGE_BYTES_MAX };
         // SAFETY: msghdr is plain data for which all zeroes is a valid value.
         let mut header: libc::msghdr = unsafe { mem::zeroed() };
         header.msg_iov = &mut iov;
@@ -169,7 +192,11 @@ impl Channel {
         }
         match length {
             0 => Err(ChannelError::Closed), // No message encodes to nothing: this is end of file.
-            length => Ok((length, fds)),
+            length => {
+                // SAFETY: the kernel wrote so many bytes, and no more than there is room for: the packet was not cut off.
+                unsafe { bytes.set_len(length.min(MESSAGE_BYTES_MAX)) };
+                Ok((bytes, fds))
+            }
         }
     }
 }

@@ -6,20 +6,24 @@
 //! | [`channel`] | the socket they travel on |
 //! | [`ahead`] | what a shell does for clones of a snapshot before it is asked for one |
 //! | [`vm`] | the VM: from a request's descriptors to a machine, and from a machine to a snapshot's files |
+//! | [`resident`] | the memory of a clone, with what it will probably touch in place |
 //! | [`fault`] | errors as the daemon is told them |
 //! | [`warm`] | the program's own pages, mapped ahead |
+//! | [`zygote`] | workers made by a fork of a process that is prepared already |
 //!
 //! Threads: this one takes requests, one for each vCPU, one for the devices. Opened by path at the start, before
-//! anything of a guest is seen: `/dev/kvm` and the userfault device. Nothing later.
+//! anything of a guest is seen: `/dev/kvm` and the userfault device, in the zygote if there is one. Nothing later.
 
 mod ahead;
 pub mod channel;
 mod fault;
 pub mod protocol;
+mod resident;
 mod vm;
 mod warm;
+mod zygote;
 
-use std::fs::OpenOptions;
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -30,9 +34,18 @@ use channel::{Channel, ChannelError};
 use protocol::{CONTROL_FD, Event, ExitReason, Fault, FaultKind, FromWorker, Reply, Request, ToWorker};
 use vm::{Shell, Vm};
 
+/// How the process is to begin.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting {
+    /// It is killed when the thread that started it ends.
+    pub die_with_parent: bool,
+    /// It is told to become workers, and is none itself.
+    pub zygote: bool,
+}
+
 /// Runs the worker until its VM ends or, while it is a shell, until the control socket closes.
-pub fn main(die_with_parent: bool) -> ExitCode {
-    match run(die_with_parent) {
+pub fn main(setting: Setting) -> ExitCode {
+    match run(setting) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             // Standard error is the daemon's log of this worker.
@@ -61,7 +74,7 @@ impl Daemon {
     }
 }
 
-fn run(die_with_parent: bool) -> Result<(), String> {
+fn run(setting: Setting) -> Result<(), String> {
     // Standard error is the daemon's log of this worker: a device that stops must not do so in silence.
     let _ = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
@@ -69,19 +82,34 @@ fn run(die_with_parent: bool) -> Result<(), String> {
         .with_ansi(false)
         .without_time()
         .try_init();
-    if die_with_parent {
-        die_with_parent_now().map_err(|e| format!("PR_SET_PDEATHSIG: {e}"))?;
+    let parent = parent();
+    if setting.die_with_parent {
+        die_with(parent)?;
     }
+    one_arena();
+    name(if setting.zygote { c"zygote" } else { c"worker" });
     let control = control_socket().map_err(|e| {
         format!(
             "descriptor {CONTROL_FD} is not a control socket ({e}); workers are started by `coldspark serve`"
         )
     })?;
-    let daemon = Daemon(Arc::new(control));
-    let mut kvm = Some(OpenOptions::new().read(true).write(true).open("/dev/kvm"));
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
     let mut shell = Shell::default();
-    shell.prepare(&mut kvm);
+    shell.open();
+    if setting.zygote {
+        // A VM belongs to the process that made it; this one is for the road there.
+        shell.rehearse();
+        if zygote::serve(&control)? == zygote::Side::Zygote {
+            return Ok(());
+        }
+        if setting.die_with_parent {
+            die_with(parent)?;
+        }
+        name(c"worker");
+        shell.open();
+    }
+    let daemon = Daemon(Arc::new(control));
+    shell.prepare();
     daemon.event(Event::Hello(shell.ready()));
     let mut vm: Option<Vm> = None;
     loop {
@@ -173,6 +201,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Snapshot(spec) => vm.snapshot(&spec, fds).map(Reply::Frozen),
         Request::Stats => Ok(Reply::Stats(vm.stats())),
         Request::Milestones => Ok(Reply::Milestones(vm.milestones())),
+        Request::Touched => vm.touched().map(Reply::Touched),
         Request::Inspect => vm.inspect().map(Reply::Looks),
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
         Request::Boot(_)
@@ -209,18 +238,38 @@ fn control_socket() -> io::Result<Channel> {
     Ok(Channel::from_fd(socket))
 }
 
-/// Lets the kernel kill this process when its parent goes. Until workers are re-adopted after a daemon's crash, a VM
-/// without a daemon could be reached by nobody.
-fn die_with_parent_now() -> io::Result<()> {
+fn parent() -> libc::pid_t {
+    // SAFETY: no arguments, cannot fail.
+    unsafe { libc::getppid() }
+}
+
+/// Lets the kernel kill this process when `expected`, its parent, goes. Until workers are re-adopted after a daemon's crash, a VM without a
+/// daemon could be reached by nobody.
+fn die_with(expected: libc::pid_t) -> Result<(), String> {
     // SAFETY: prctl with plain integer arguments.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
-        return Err(io::Error::last_os_error());
+        return Err(format!("PR_SET_PDEATHSIG: {}", io::Error::last_os_error()));
     }
-    // SAFETY: no arguments, cannot fail.
-    if unsafe { libc::getppid() } == 1 {
-        return Err(io::Error::other("the parent is gone already"));
+    // It may have gone before. (If it had when this process asked who it is, the control socket is closed, which ends a shell.)
+    if parent() != expected {
+        return Err("the service is gone already".to_owned());
     }
     Ok(())
+}
+
+/// What this process is called in lists of processes.
+fn name(name: &CStr) {
+    // SAFETY: a string that ends; at most 16 bytes of it are read.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+}
+
+/// One heap for all threads: each further one costs system calls and pages, and these threads rarely allocate.
+fn one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a limit; no allocation is touched.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1)
+    };
 }
 
 /// Duplicates a descriptor for sending.

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::working_set::Touched;
+
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -30,6 +32,16 @@ pub const NETWORKS_MAX: usize = 4;
 pub const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most layers under a disk, the base not counted.
 pub const LAYERS_MAX: usize = 16;
+
+/// What a zygote can be told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ToZygote {
+    /// Become one more worker. Descriptors: the worker's end of its control socket, and its stderr.
+    Fork,
+}
+
+/// The answer: the new process's number, told by itself, so that a zygote that dies in this moment loses none; or why there is none.
+pub type Forked = Result<u32, String>;
 
 /// A message from the daemon.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -79,6 +91,8 @@ pub enum Request {
     PowerButton,
     /// When this VM's boot reached what. Does not disturb the guest.
     Milestones,
+    /// What the VM has touched of the memory file that it was started from, so far.
+    Touched,
     /// Where each vCPU is. The vCPUs stand still for a moment; devices do not. Answered within [`LOOK_TIMEOUT`] also when one of
     /// them does not come out of its exit.
     Inspect,
@@ -189,6 +203,8 @@ pub struct RestoreSpec {
     /// Stay paused after the state is set.
     pub paused: bool,
     pub ready_port: Option<u16>,
+    /// What it will probably touch first. Bringing it in takes time; of a mapped clone that somebody waits for it is empty.
+    pub working_set: Touched,
 }
 
 /// How to freeze.
@@ -218,6 +234,7 @@ pub enum Reply {
     Report(HostReport),
     /// One for each vCPU, in order.
     Looks(Vec<VcpuLook>),
+    Touched(Touched),
 }
 
 /// One vCPU, for [`Request::Inspect`].

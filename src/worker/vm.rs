@@ -2,8 +2,8 @@
 
 mod look;
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -18,12 +18,14 @@ use super::protocol::{
     Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
     NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, instant_ns,
 };
-use super::{Daemon, duplicate, warm};
+use super::{Daemon, duplicate, resident, warm};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
-use crate::snapshot::memory::image::{PageMap, SourceRegion, write_image};
+use crate::snapshot::memory::image::{PageMap, Rest, SourceRegion, write_image};
 use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
+use crate::snapshot::memory::touched::{Place, touched};
 use crate::snapshot::state::machine::RegionState;
 use crate::snapshot::state::vcpu::VcpuState;
+use crate::snapshot::working_set::Touched;
 use crate::vmm::boot;
 use crate::vmm::host::Host;
 use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts, Prepared};
@@ -63,7 +65,7 @@ pub struct Vm {
     running: bool,
     /// Page faults of this process before it was this VM.
     faults_before: (u64, u64),
-    /// A freeze failed between two disks: their layers are no longer what the daemon believes.
+    /// A snapshot failed when disks were frozen already, or some of them: their layers are no longer what the daemon believes.
     disks_uneven: bool,
 }
 
@@ -213,18 +215,32 @@ impl Descriptors {
 }
 
 impl Shell {
-    /// Does ahead what needs no knowledge of the VM. A failure is told with the first request.
-    pub fn prepare(&mut self, kvm: &mut Option<io::Result<File>>) {
-        self.userfault = Some(UserfaultDevice::open());
-        self.host = Some(match kvm.take() {
-            Some(Ok(file)) => Host::new(file).map(Arc::new).map_err(Fault::from),
-            Some(Err(error)) => Err(fault::io(
-                "/dev/kvm cannot be opened (is KVM enabled, and is this user in the group kvm?)",
-            )(error)),
-            None => Err(fault::wrong_state("/dev/kvm was given away")),
-        });
+    /// Opens the devices and asks what they can do, as far as that is not done. The same for every worker, and a fork takes it along: VMs made of these
+    /// descriptors belong to the process that makes them. A failure is told with the first request, and tried again by the next worker.
+    pub fn open(&mut self) {
+        if !self.userfault.as_ref().is_some_and(UserfaultDevice::is_open) {
+            self.userfault = Some(UserfaultDevice::open());
+        }
+        if !matches!(self.host, Some(Ok(_))) {
+            self.host = Some(match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+                Ok(file) => Host::new(file).map(Arc::new).map_err(Fault::from),
+                Err(error) => Err(fault::io(
+                    "/dev/kvm cannot be opened (is KVM enabled, and is this user in the group kvm?)",
+                )(error)),
+            });
+        }
+    }
+
+    /// Does ahead what needs no knowledge of the VM.
+    pub fn prepare(&mut self) {
         // A failure here comes again, with its reason, when a request needs a VM.
         self.vm = self.host().ok().and_then(|host| EmptyVm::new(&host).ok());
+    }
+
+    /// Runs what workers run first, so that its code is mapped and its memory there.
+    pub fn rehearse(&mut self) {
+        self.prepare();
+        self.vm = None;
     }
 
     /// [`Request::Expect`](super::protocol::Request::Expect).
@@ -432,9 +448,7 @@ impl Shell {
         let mut uffd = None;
         match spec.memory_mode {
             MemoryMode::Mapped => {
-                for (region, mapping) in &mut memory {
-                    mapping.back_with_file(&memory_file, region.file_offset)?;
-                }
+                resident::map(&mut memory, &memory_file, &spec.working_set)?;
             }
             MemoryMode::Userfault => {
                 let device = self
@@ -442,9 +456,7 @@ impl Shell {
                     .as_ref()
                     .ok_or_else(|| fault::wrong_state("the worker is not prepared"))?;
                 let created = device.create()?;
-                for (_, mapping) in &mut memory {
-                    mapping.back_with_userfault(&created)?;
-                }
+                resident::register(&mut memory, &memory_file, &spec.working_set, &created)?;
                 // Before anything touches memory: KVM itself does, when it sets the guest's clock page.
                 hand_over(daemon, &created, &memory)?;
                 uffd = Some(created);
@@ -573,7 +585,7 @@ impl Vm {
     pub fn snapshot(&mut self, spec: &SnapshotSpec, fds: Vec<OwnedFd>) -> Result<Frozen, Fault> {
         if self.disks_uneven {
             return Err(fault::wrong_state(
-                "an earlier snapshot of this VM failed between two of its disks; start a new VM to snapshot it",
+                "an earlier snapshot of this VM failed when its disks were being frozen; start a new VM to snapshot it",
             ));
         }
         let was_running = self.running;
@@ -583,12 +595,22 @@ impl Vm {
         if was_running && (spec.resume || result.is_err()) {
             self.resume()?;
         }
-        let mut frozen = result?;
+        let (mut frozen, memory_file, rest) = result?;
         frozen.pause_us = u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if let Some(parent) = &self.parent {
+            let mut steps = Steps::since(Instant::now());
+            if let Err(error) = rest.copy(parent, &memory_file) {
+                self.disks_uneven = frozen.disks_frozen.contains(&true);
+                return Err(error.into());
+            }
+            steps.done("parent");
+            frozen.steps.append(&mut steps.steps);
+        }
         Ok(frozen)
     }
 
-    fn freeze(&mut self, fds: Vec<OwnedFd>, begin: Instant) -> Result<Frozen, Fault> {
+    /// Everything that the guest must stand still for; what is left has a memory file to go to.
+    fn freeze(&mut self, fds: Vec<OwnedFd>, begin: Instant) -> Result<(Frozen, File, Rest), Fault> {
         let mut steps = Steps::since(begin);
         steps.done("pause");
         let mut fds = Descriptors::new(fds);
@@ -608,7 +630,14 @@ impl Vm {
                 unsafe { SourceRegion::new(address, region.bytes as usize, region.file_offset) }
             })
             .collect();
-        let written = write_image(&sources, self.parent.as_ref(), &PageMap::open()?, &memory_file)?;
+        let (written, mut rest) =
+            write_image(&sources, self.parent.as_ref(), &PageMap::open()?, &memory_file)?;
+        if let Some(parent) = &self.parent
+            && !rest.has_room(&memory_file)
+        {
+            // It may fail, and must then fail before the disks are frozen.
+            std::mem::take(&mut rest).copy(parent, &memory_file)?;
+        }
         steps.done("memory");
         let many = overlays.len() > 1;
         let disks = self.machine.freeze_disks(overlays).inspect_err(|_| self.disks_uneven = many)?;
@@ -616,7 +645,7 @@ impl Vm {
         let vcpu: VcpuState = state.get(0)?;
         let shown = kvm_bindings::CpuId::from_entries(&vcpu.cpuid)
             .unwrap_or_else(|_| self.host.supported_cpuid.clone());
-        Ok(Frozen {
+        let frozen = Frozen {
             vcpus: self.machine.vcpu_count(),
             regions: self
                 .machine
@@ -637,7 +666,19 @@ impl Vm {
             data_bytes: written.data_bytes(),
             disks_frozen: disks.iter().map(|disk| matches!(disk, Some(Freeze::Layer(_)))).collect(),
             steps: steps.steps,
-        })
+        };
+        Ok((frozen, memory_file, rest))
+    }
+
+    /// [`Request::Touched`](super::protocol::Request::Touched).
+    pub fn touched(&self) -> Result<Touched, Fault> {
+        let regions = self.machine.ram().regions();
+        let place = |(region, address): (RegionState, *mut u8)| Place {
+            address: address.addr(),
+            bytes: region.bytes as usize,
+            file_offset: region.file_offset,
+        };
+        Ok(touched(&regions.map(place).collect::<Vec<_>>(), &PageMap::open()?)?)
     }
 
     pub fn press_power_button(&self) -> Result<(), Fault> {

@@ -11,8 +11,10 @@ use coldspark::api::proto::agent_service_client::AgentServiceClient;
 use coldspark::api::proto::create_vm_event::Event;
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::file_chunk::File;
+use coldspark::api::proto::function_service_client::FunctionServiceClient;
 use coldspark::api::proto::image_service_client::ImageServiceClient;
 use coldspark::api::proto::import_image_request::Message;
+use coldspark::api::proto::pool_service_client::PoolServiceClient;
 use coldspark::api::proto::ready_point::At;
 use coldspark::api::proto::snapshot_service_client::SnapshotServiceClient;
 use coldspark::api::proto::vm_service_client::VmServiceClient;
@@ -29,6 +31,8 @@ pub struct Client {
     pub vms: VmServiceClient<Channel>,
     pub snapshots: SnapshotServiceClient<Channel>,
     pub agent: AgentServiceClient<Channel>,
+    pub functions: FunctionServiceClient<Channel>,
+    pub pools: PoolServiceClient<Channel>,
     logs: PathBuf,
 }
 
@@ -70,6 +74,9 @@ impl Client {
             images: ImageServiceClient::new(channel.clone()),
             vms: VmServiceClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             snapshots: SnapshotServiceClient::new(channel.clone()),
+            functions: FunctionServiceClient::new(channel.clone())
+                .max_decoding_message_size(MESSAGE_BYTES_MAX),
+            pools: PoolServiceClient::new(channel.clone()),
             agent: AgentServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             logs,
         }
@@ -204,7 +211,7 @@ impl Client {
     }
 
     pub async fn list_vms(&mut self) -> Result<Vec<Vm>, Status> {
-        Ok(self.vms.list_vms(ListVmsRequest {}).await?.into_inner().vms)
+        Ok(self.vms.list_vms(ListVmsRequest::default()).await?.into_inner().vms)
     }
 
     pub async fn delete_vm(&mut self, vm: &str) -> Result<(), Status> {

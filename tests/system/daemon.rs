@@ -26,6 +26,8 @@ pub struct Daemon {
     folder: tempfile::TempDir,
     logs: PathBuf,
     starts: u32,
+    /// Further arguments.
+    arguments: Vec<String>,
     /// Processes that a killed daemon left running.
     orphans: Vec<Process>,
 }
@@ -33,22 +35,32 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one with an empty data folder, and waits until it accepts connections.
     pub async fn start(stage: &Stage) -> anyhow::Result<Daemon> {
+        Self::start_with(stage, &[]).await
+    }
+
+    /// The same, with further arguments of `coldspark serve`.
+    pub async fn start_with(stage: &Stage, arguments: &[String]) -> anyhow::Result<Daemon> {
         let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
         let data = folder.path().join("data");
         fs::create_dir(&data)?;
-        Self::start_in(stage, folder, data).await
+        Self::start_in(stage, folder, data, arguments.to_vec()).await
     }
 
     /// Starts one on a data folder that is there.
     pub async fn start_at(stage: &Stage, data: &Path) -> anyhow::Result<Daemon> {
         let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
-        Self::start_in(stage, folder, data.to_path_buf()).await
+        Self::start_in(stage, folder, data.to_path_buf(), Vec::new()).await
     }
 
-    async fn start_in(stage: &Stage, folder: tempfile::TempDir, data: PathBuf) -> anyhow::Result<Daemon> {
+    async fn start_in(
+        stage: &Stage,
+        folder: tempfile::TempDir,
+        data: PathBuf,
+        arguments: Vec<String>,
+    ) -> anyhow::Result<Daemon> {
         let logs = stage.logs.clone();
-        let child = spawn(&socket(&folder), &data, &log_file(&logs, 1))?;
-        let mut daemon = Daemon { child, data, folder, logs, starts: 1, orphans: Vec::new() };
+        let child = spawn(&socket(&folder), &data, &arguments, &log_file(&logs, 1))?;
+        let mut daemon = Daemon { child, data, folder, logs, starts: 1, arguments, orphans: Vec::new() };
         daemon.wait_until_ready().await?;
         Ok(daemon)
     }
@@ -66,11 +78,43 @@ impl Daemon {
         Ok(())
     }
 
+    /// What a killed daemon left running, and still runs.
+    pub fn orphans(&self) -> Vec<Process> {
+        self.orphans.iter().filter(|process| process.lives()).cloned().collect()
+    }
+
+    /// Its workers and its zygote.
+    pub fn processes(&self) -> Vec<Process> {
+        descendants(self.child.id())
+    }
+
+    /// The process from which its workers are forked.
+    pub fn zygote(&self) -> Option<Process> {
+        self.processes().into_iter().find(|process| process.name == "zygote" && !process.zombie)
+    }
+
+    /// How many descriptors the daemon has open.
+    pub fn descriptors(&self) -> anyhow::Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    }
+
     /// Starts the daemon again on the same data and socket.
     pub async fn start_again(&mut self) -> anyhow::Result<()> {
         self.starts += 1;
-        self.child = spawn(&socket(&self.folder), &self.data, &log_file(&self.logs, self.starts))?;
+        self.child =
+            spawn(&socket(&self.folder), &self.data, &self.arguments, &log_file(&self.logs, self.starts))?;
         self.wait_until_ready().await
+    }
+
+    /// Tells it to read its tokens and certificates again (SIGHUP).
+    pub fn hang_up(&self) {
+        // SAFETY: plain kill of a child that has not been waited for.
+        unsafe { libc::kill(self.child.id() as i32, libc::SIGHUP) };
+    }
+
+    /// What it has logged since it was started last.
+    pub fn log(&self) -> anyhow::Result<String> {
+        Ok(fs::read_to_string(log_file(&self.logs, self.starts))?)
     }
 
     /// Asks it to end (SIGTERM) and waits until it has.
@@ -168,7 +212,7 @@ fn log_file(logs: &Path, start: u32) -> PathBuf {
     logs.join(format!("daemon-{start}.log"))
 }
 
-fn spawn(socket: &Path, data: &Path, log: &Path) -> anyhow::Result<Child> {
+fn spawn(socket: &Path, data: &Path, arguments: &[String], log: &Path) -> anyhow::Result<Child> {
     let log = File::create(log)?;
     let program = program();
     Command::new(&program)
@@ -177,6 +221,7 @@ fn spawn(socket: &Path, data: &Path, log: &Path) -> anyhow::Result<Child> {
         .arg(socket)
         .arg("--data-dir")
         .arg(data)
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)
@@ -200,9 +245,13 @@ pub async fn connect(socket: &Path) -> anyhow::Result<Channel> {
 }
 
 /// A process, told from a later one with the same number by its start time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Process {
-    pid: i32,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    /// What it calls itself: `worker`, `zygote`.
+    pub name: String,
+    /// It has ended, and its parent has not taken notice.
+    pub zombie: bool,
     parent: i32,
     started: u64,
 }
@@ -211,12 +260,29 @@ impl Process {
     /// From `/proc/PID/stat`; the command's name (second field) may contain anything, its closing bracket ends it.
     fn read(pid: i32) -> Option<Process> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        Some(Process { pid, parent: fields.get(1)?.parse().ok()?, started: fields.get(19)?.parse().ok()? })
+        let (name, fields) = stat.rsplit_once(')')?;
+        let fields: Vec<&str> = fields.split_whitespace().collect();
+        Some(Process {
+            pid,
+            name: name.split_once('(')?.1.to_owned(),
+            zombie: *fields.first()? == "Z",
+            parent: fields.get(1)?.parse().ok()?,
+            started: fields.get(19)?.parse().ok()?,
+        })
     }
 
-    fn kill(&self) {
-        if Process::read(self.pid).is_some_and(|now| now.started == self.started) {
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> anyhow::Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.pid))?.count())
+    }
+
+    /// The same process, still there and not a zombie.
+    fn lives(&self) -> bool {
+        Process::read(self.pid).is_some_and(|now| now.started == self.started && !now.zombie)
+    }
+
+    pub fn kill(&self) {
+        if self.lives() {
             // SAFETY: plain kill of a process that this test's daemon started.
             unsafe { libc::kill(self.pid, libc::SIGKILL) };
         }
@@ -235,7 +301,7 @@ fn descendants(ancestor: u32) -> Vec<Process> {
     let mut parents = vec![ancestor as i32];
     while let Some(parent) = parents.pop() {
         for process in all.iter().filter(|process| process.parent == parent) {
-            found.push(*process);
+            found.push(process.clone());
             parents.push(process.pid);
         }
     }

@@ -62,7 +62,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Further kernel environment, `name=value` words.
-fn environment() -> String {
+pub fn environment() -> String {
     let rig = if host::in_rig() { RIG_ENVIRONMENT } else { "" };
     format!("{rig} {}", std::env::var("COLDSPARK_FREEBSD_ENVIRONMENT").unwrap_or_default()).trim().to_string()
 }

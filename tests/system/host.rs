@@ -2,6 +2,7 @@
 //! not there.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::OnceLock;
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -20,6 +21,8 @@ pub enum Need {
     LargeMemory,
     /// Permission to mount a small tmpfs.
     Mount,
+    /// Permission to be another user.
+    Root,
     /// The inner Linux guest of the rig.
     LinuxGuest,
     /// Permission to make a TAP.
@@ -32,8 +35,16 @@ pub enum Need {
     FreeBsdNetwork,
     /// Its userland powers off when the kernel tells it to.
     FreeBsdPower,
+    /// Debian's Python with grpcio, and protoc with its plugin.
+    PythonGrpc,
+    /// Its userland runs the agent.
+    FreeBsdAgent,
     /// The wish for a long run.
     FreeBsdSoak,
+    /// A Firecracker to compare with.
+    Firecracker,
+    /// A QEMU to compare with.
+    Qemu,
 }
 
 impl Need {
@@ -49,11 +60,16 @@ impl Need {
             Need::Userfault => userfault().clone(),
             Need::LargeMemory => large_memory(),
             Need::Mount => is_root().then_some(()).ok_or_else(|| "only root can mount a small tmpfs".into()),
+            Need::Root => is_root().then_some(()).ok_or_else(|| "only root can be another user".into()),
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
+            Need::PythonGrpc => python_grpc().clone(),
+            Need::FreeBsdAgent => freebsd_agent().map(|_| ()),
             Need::FreeBsdSoak => freebsd_soak().map(|_| ()),
+            Need::Firecracker => firecracker().map(|_| ()),
+            Need::Qemu => qemu().map(|_| ()),
             Need::FreeBsdNetwork => {
                 yes("COLDSPARK_FREEBSD_NETWORK", "no FreeBSD userland with network commands")
             }
@@ -86,6 +102,12 @@ pub fn freebsd_generic() -> Result<(PathBuf, PathBuf), String> {
     Ok((path_from("COLDSPARK_FREEBSD_GENERIC", reason)?, path_from("COLDSPARK_FREEBSD_DISK", reason)?))
 }
 
+/// The kernel of [`freebsd`], and a disk whose userland runs the agent.
+pub fn freebsd_agent() -> Result<(PathBuf, PathBuf), String> {
+    let reason = "no FreeBSD with the agent given (docs/testing.md says how)";
+    Ok((path_from("COLDSPARK_FREEBSD_KERNEL", reason)?, path_from("COLDSPARK_FREEBSD_AGENT_DISK", reason)?))
+}
+
 /// Boots and restores to be done.
 pub fn freebsd_soak() -> Result<(u32, u32), String> {
     const SOAK: &str = "COLDSPARK_FREEBSD_SOAK";
@@ -97,6 +119,16 @@ pub fn freebsd_soak() -> Result<(u32, u32), String> {
         .split_once(',')
         .and_then(|(boots, restores)| Some((boots.parse().ok()?, restores.parse().ok()?)));
     counts.ok_or_else(|| format!("{SOAK} is {given:?}, not BOOTS,RESTORES"))
+}
+
+/// The Firecracker of the user's.
+pub fn firecracker() -> Result<PathBuf, String> {
+    path_from("COLDSPARK_FIRECRACKER", "no Firecracker given to compare with")
+}
+
+/// The qemu-system-x86_64 of the user's, 9.0 or newer.
+pub fn qemu() -> Result<PathBuf, String> {
+    path_from("COLDSPARK_QEMU", "no qemu-system-x86_64 (9.0 or newer) given to compare with")
 }
 
 fn yes(variable: &str, reason: &str) -> Result<(), String> {
@@ -121,6 +153,32 @@ fn large_memory() -> Result<(), String> {
         .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
         .unwrap_or(0);
     if available_kib >= 6 << 20 { Ok(()) } else { Err("less than 6 GiB of memory available".into()) }
+}
+
+/// Where Debian's own Python is: another one, first in the path, has none of Debian's packages.
+pub const PYTHON: &str = "/usr/bin/python3";
+
+fn python_grpc() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let there = |program: &str, arguments: &[&str]| {
+            let mut command = std::process::Command::new(program);
+            command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            command.status().is_ok_and(|status| status.success())
+        };
+        // The plugin reads a request from stdin; an empty one is refused, but it is there.
+        let plugin = std::process::Command::new("grpc_python_plugin").stdin(Stdio::null()).output().is_ok();
+        match there(PYTHON, &["-c", "import grpc, google.protobuf"])
+            && there("protoc", &["--version"])
+            && plugin
+        {
+            true => Ok(()),
+            false => {
+                Err("no grpcio for Python, or no protoc with its plugin (tests/run installs them as root)"
+                    .into())
+            }
+        }
+    })
 }
 
 fn tap() -> &'static Result<(), String> {

@@ -9,7 +9,9 @@
 //! | `stock_client` | health and reflection, as any gRPC client asks |
 //! | `many_cpus` | 32 vCPUs: found, used, in clones too; described by MPTable and by MADT |
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
+//! | `exec` | commands and files in the embedded guest: streams, windows, signals, clones |
 //! | `death` | workers and daemons that are killed |
+//! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
 //! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
@@ -20,11 +22,14 @@
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
+//! | `freebsd_agent` | the agent in such a FreeBSD |
 //! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
+mod access;
 mod bad_input;
 mod bench;
 mod client;
+mod commands;
 mod console;
 mod daemon;
 mod death;
@@ -32,19 +37,25 @@ mod death;
 mod disk_images;
 mod disks;
 mod embedded;
+mod exec;
 mod freebsd;
+mod freebsd_agent;
+mod functions;
 mod host;
 mod images;
 mod linux;
 mod load;
 mod many_cpus;
 mod network;
+mod pools;
 mod serial;
 mod soak;
 mod stock_client;
 mod tap;
 mod trial;
 mod watch;
+mod workers;
+mod working_set;
 
 use std::process::ExitCode;
 
@@ -56,8 +67,12 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(2);
     let trials = [
         stock_client::trials(),
+        access::trials(),
         embedded::trials(),
+        exec::trials(),
+        working_set::trials(),
         death::trials(),
+        workers::trials(),
         bad_input::trials(),
         many_cpus::trials(),
         serial::trials(),
@@ -66,9 +81,12 @@ fn main() -> ExitCode {
         images::trials(),
         linux::trials(),
         network::trials(),
+        pools::trials(),
+        functions::trials(),
         load::trials(),
         bench::trials(),
         freebsd::trials(),
+        freebsd_agent::trials(),
         soak::trials(),
     ];
     let mut trials: Vec<_> = trials.into_iter().flatten().collect();

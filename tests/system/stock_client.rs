@@ -1,9 +1,13 @@
 //! What a client that knows nothing of coldspark finds: the standard health service, and reflection.
 
+use std::path::Path;
+use std::process::Stdio;
+
 use anyhow::{Context as _, bail, ensure};
 use libtest_mimic::Trial;
 use prost::Message as _;
 use prost_types::FileDescriptorProto;
+use tokio::process::Command;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -12,13 +16,18 @@ use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 
-use crate::daemon::{Daemon, connect};
+use crate::daemon::{Daemon, connect, eventually};
+use crate::host::{Need, PYTHON};
 use crate::trial::{Stage, trial};
 
-const SERVICES: [&str; 4] = ["ImageService", "VmService", "SnapshotService", "AgentService"];
+const SERVICES: [&str; 6] =
+    ["ImageService", "VmService", "SnapshotService", "AgentService", "PoolService", "FunctionService"];
 
 pub fn trials() -> Vec<Trial> {
-    vec![trial("stock-client/health-and-reflection", &[], 30, health_and_reflection)]
+    vec![
+        trial("stock-client/health-and-reflection", &[], 30, health_and_reflection),
+        trial("stock-client/python", &[Need::Kvm, Need::PythonGrpc], 180, python),
+    ]
 }
 
 async fn health_and_reflection(stage: Stage) -> anyhow::Result<()> {
@@ -67,4 +76,40 @@ async fn health_and_reflection(stage: Stage) -> anyhow::Result<()> {
         ensure!(methods.contains(&method), "{method} is not in {methods:?}");
     }
     Ok(())
+}
+
+/// tests/python/stock_client.py, with what protoc makes of our .proto files.
+async fn python(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let made = tempfile::tempdir()?;
+    let top = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let proto = top.join("proto");
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(proto.join("coldspark/v1"))? {
+        files.push(entry?.path());
+    }
+    let mut protoc = Command::new("protoc");
+    protoc
+        .arg("-I")
+        .arg(&proto)
+        .arg("--python_out")
+        .arg(made.path())
+        .arg("--grpc_python_out")
+        .arg(made.path());
+    run(protoc.arg("--plugin=protoc-gen-grpc_python=/usr/bin/grpc_python_plugin").args(&files)).await?;
+    let mut script = Command::new(PYTHON);
+    script.env("PYTHONPATH", made.path()).arg(top.join("tests/python/stock_client.py")).arg(daemon.socket());
+    let said = run(&mut script).await?;
+    ensure!(said.trim() == "all good", "{said}");
+    // The last call was given up by its deadline.
+    let mut client = daemon.client().await?;
+    eventually("no VM is left", 30, async || Ok(client.list_vms().await?.is_empty())).await
+}
+
+/// Runs a program to its end; what it said, or an error with that.
+async fn run(command: &mut Command) -> anyhow::Result<String> {
+    let output = command.kill_on_drop(true).stdin(Stdio::null()).output().await?;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
+    Ok(out.into_owned())
 }

@@ -86,6 +86,11 @@ impl Console {
         Ok(())
     }
 
+    /// Whether [`Console::read`] has something to give at once.
+    pub(crate) fn has_bytes(&self) -> bool {
+        self.current.is_some() || self.receive.has_used()
+    }
+
     /// Sends bytes; returns when the device has taken them.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         for piece in bytes.chunks(PIECE_BYTES) {

@@ -1,30 +1,37 @@
 //! `coldspark bench first-answer`: what a clone's first answer costs when it needs memory: nothing, some of the snapshot's pages
 //! read, as many written. Beside it the floor: a process that maps a file of that size privately and touches each page.
+//!
+//! Each kind has a snapshot of its own, of which the working set is learnt before anything counts. With `--cold` the service begins
+//! anew before each clone and finds the snapshot's memory on disk only, as after a reboot of the host.
 
 use std::fs::File;
 use std::hint::black_box;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use clap::Args;
 use memmap2::MmapOptions;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
-use super::{guest, host, ms, spread, with_service};
+use super::guest::Pages;
+use super::{folios, guest, host, ms, plot, sort, spread, tell, with};
 use crate::api::client::Client;
 use crate::api::proto;
-use crate::cli::output::{self, Table};
-use crate::cli::private::PrivateService;
+use crate::cli::output::Table;
+use crate::cli::private::{PrivateService, Setting, unless_interrupted};
 use crate::cli::units;
 use crate::cli::vm::MemoryMode;
-use proto::agent_call_request::Op;
-use proto::agent_call_response::Result as Answer;
 
 const PAGE_BYTES: u64 = 4096;
+/// Of the pattern that is written.
+const SEED: u64 = 1;
 /// Rounds before those that count.
 const WARM_UP: u32 = 3;
+/// Clones that a working set may take to be learnt: some may end before they are looked at.
+const LEARN_FROM_MAX: u32 = 50;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -34,6 +41,9 @@ pub struct Arguments {
     /// What the first answer reads or writes of the snapshot's memory
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::parse_bytes)]
     touch: u64,
+    /// Data in the snapshot's memory besides its program, of which the last is touched [default: as much as is touched]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    data: Option<u64>,
     #[arg(long, value_enum, default_value_t = MemoryMode::Mapped)]
     memory_mode: MemoryMode,
     /// Memory
@@ -42,6 +52,18 @@ pub struct Arguments {
     /// Shells kept by the service
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=64))]
     shells: u16,
+    /// Let the service learn no working set
+    #[arg(long)]
+    no_working_sets: bool,
+    /// Have the snapshot's memory in the page cache in single pages, not folded
+    #[arg(long, conflicts_with = "cold")]
+    small_folios: bool,
+    /// Have none of it in the page cache, and a service that has just begun
+    #[arg(long)]
+    cold: bool,
+    /// Also draw the times
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -53,9 +75,11 @@ enum Kind {
     Nothing,
     Reads,
     Writes,
+    /// Touches nothing, where the working set was learnt from clones that wrote.
+    Unexpected,
 }
 
-const KINDS: [Kind; 3] = [Kind::Nothing, Kind::Reads, Kind::Writes];
+const KINDS: [Kind; 4] = [Kind::Nothing, Kind::Reads, Kind::Writes, Kind::Unexpected];
 
 impl Kind {
     fn name(self) -> &'static str {
@@ -63,132 +87,192 @@ impl Kind {
             Self::Nothing => "touches_nothing",
             Self::Reads => "reads",
             Self::Writes => "writes",
+            Self::Unexpected => "expected_to_write_touches_nothing",
         }
     }
 
-    fn op(self, pages: u64) -> proto::AgentCallRequest {
-        let (pages, mode) = match self {
-            Self::Nothing => (0, proto::TouchMode::Read),
-            Self::Reads => (pages, proto::TouchMode::Read),
-            Self::Writes => (pages, proto::TouchMode::Write),
-        };
-        touch(String::new(), pages, mode)
+    /// What the working set is learnt from.
+    fn learnt_from(self) -> Self {
+        match self {
+            Self::Unexpected => Self::Writes,
+            other => other,
+        }
     }
 }
 
-fn touch(vm: String, pages: u64, mode: proto::TouchMode) -> proto::AgentCallRequest {
-    let op = Op::Touch(proto::TouchOp { first_page: 0, pages, stride: 1, seed: 1, mode: mode.into() });
-    proto::AgentCallRequest { vm, timeout_ms: 0, op: Some(op) }
+impl Arguments {
+    fn data(&self) -> u64 {
+        self.data.unwrap_or(self.touch)
+    }
+
+    fn title(&self) -> String {
+        let working_set = if self.no_working_sets { "no working set" } else { "working set learnt" };
+        let cache = match (self.cold, self.small_folios) {
+            (true, _) => "not in the page cache",
+            (false, true) => "in the page cache in single pages",
+            (false, false) => "in the page cache, folded",
+        };
+        format!(
+            "{} clones of each kind of the embedded guest, {} of memory ({}, {cache}, {working_set}), 1 vCPU, one at a time",
+            self.count,
+            units::bytes(self.memory),
+            self.memory_mode.name(),
+        )
+    }
+
+    /// What a first answer of this kind touches.
+    fn touched(&self, kind: Kind) -> Pages {
+        let count = self.touch / PAGE_BYTES;
+        match kind {
+            Kind::Reads | Kind::Writes => Pages { first: self.data() / PAGE_BYTES - count, count },
+            Kind::Nothing | Kind::Unexpected => Pages { first: 0, count: 0 },
+        }
+    }
 }
 
 /// Milliseconds.
 #[derive(Default)]
 struct Samples {
     /// As [`KINDS`].
-    answer: [Vec<f64>; 3],
-    page_faults: [Vec<f64>; 3],
+    answer: [Vec<f64>; KINDS.len()],
+    page_faults: [Vec<f64>; KINDS.len()],
     floor_reads: Vec<f64>,
     floor_writes: Vec<f64>,
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     ensure!(
-        arguments.touch >= PAGE_BYTES && arguments.touch <= arguments.memory / 2,
-        "--touch is to be between a page and half of --memory"
+        arguments.touch >= PAGE_BYTES
+            && arguments.touch <= arguments.data()
+            && arguments.data() <= arguments.memory / 2,
+        "--touch is to be a page or more, and at most --data, which is to be at most half of --memory"
     );
-    let mut samples =
-        with_service(arguments.shells.into(), async |service| measure(service, &arguments).await).await?;
+    let setting = Setting { shells: arguments.shells.into(), working_sets: !arguments.no_working_sets };
+    let service = PrivateService::start_as(setting).await?;
+    let mut samples = match arguments.cold {
+        false => with(service, async |service| measure(service, &arguments).await).await?,
+        // Dropped, the service ends too.
+        true => unless_interrupted(cold(service, &arguments)).await?,
+    };
     let lists = samples.answer.iter_mut().chain(&mut samples.page_faults);
-    for list in lists.chain([&mut samples.floor_reads, &mut samples.floor_writes]) {
-        list.sort_by(f64::total_cmp);
+    sort(lists.chain([&mut samples.floor_reads, &mut samples.floor_writes]));
+    if let Some(path) = &arguments.svg {
+        let size = units::bytes(arguments.touch);
+        let [reads, writes] = ["reads", "writes"].map(|does| format!("first answer that {does} {size}"));
+        let [maps_reads, maps_writes] =
+            ["reads", "writes"].map(|does| format!("a process that maps and {does} {size}"));
+        let names = ["first answer", &reads, &writes, "first answer, expected to write"];
+        let mut lines: Vec<plot::Line> =
+            names.into_iter().zip(samples.answer.iter().map(Vec::as_slice)).collect();
+        lines.extend([(&*maps_reads, &*samples.floor_reads), (&*maps_writes, &*samples.floor_writes)]);
+        plot::latencies(path, &arguments.title(), &lines)?;
     }
-    if arguments.json {
-        let kinds = KINDS.iter().zip(samples.answer.iter().zip(&samples.page_faults));
-        let kinds: serde_json::Map<String, serde_json::Value> = kinds
-            .map(|(kind, (answer, faults))| {
-                let value = json!({ "first_answer_ms": spread(answer), "page_faults": spread(faults) });
-                (kind.name().to_owned(), value)
-            })
-            .collect();
-        output::json(&json!({
-            "bench": "first-answer",
-            "host": host::description(),
-            "date_unix_s": host::unix_s(),
-            "n": arguments.count,
-            "memory_mode": arguments.memory_mode.name(),
-            "memory_bytes": arguments.memory,
-            "touched_bytes": arguments.touch,
-            "shells": arguments.shells,
-            "answers": kinds,
-            "floor_reads_ms": spread(&samples.floor_reads),
-            "floor_writes_ms": spread(&samples.floor_writes),
-        }))?;
-    } else {
-        output::print(&text(&arguments, &samples))?;
-    }
+    tell(arguments.json, || json(&arguments, &samples), || text(&arguments, &samples))?;
     Ok(ExitCode::SUCCESS)
 }
 
 async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
-    let mut client = service.client.clone();
-    let pages = arguments.touch / PAGE_BYTES;
-    let vm = guest::boot(&mut client, arguments.memory, 1).await?;
-    // Pages that are in the snapshot's file: not zero.
-    touched(&mut client, touch(vm.clone(), pages, proto::TouchMode::Fill), pages).await?;
-    let snapshot = guest::freeze(&mut client, vm).await?;
     let floor = Floor::new(service, arguments.touch)?;
     let mut samples = Samples::default();
-    for n in 0..arguments.count + WARM_UP {
-        // In turn, so that all see the same host.
-        let (reads, writes) = tokio::task::block_in_place(|| floor.run())?;
-        let mut round = Vec::with_capacity(KINDS.len());
-        for kind in KINDS {
+    for kind in KINDS {
+        let snapshot = snapshot(service, arguments, kind).await?;
+        service.settle().await?;
+        for n in 0..arguments.count + WARM_UP {
+            // In turn, so that both see the same host.
+            let floors = tokio::task::block_in_place(|| floor.run())?;
             if service.shells_ready() <= 1 {
                 service.settle().await?;
             }
-            let request = proto::CloneVmRequest {
-                snapshot: snapshot.clone(),
-                memory_mode: arguments.memory_mode.number(),
-                identity: proto::Identity::Managed.into(),
-                first_call: Some(kind.op(pages)),
-                ..proto::CloneVmRequest::default()
-            };
-            let begin = Instant::now();
-            let made = client.vms.clone_vm(request).await?.into_inner();
-            let took = ms(begin);
-            let vm = made.vms.into_iter().next().context("the service's answer has no VM")?.id;
-            let expected = if kind == Kind::Nothing { 0 } else { pages };
-            check(made.answer, expected)?;
-            let stats =
-                client.vms.get_vm_stats(proto::GetVmStatsRequest { vm: vm.clone() }).await?.into_inner();
-            client.vms.delete_vm(proto::DeleteVmRequest { vm }).await?;
-            // Far below what a float holds exactly.
-            round.push((took, (stats.minor_faults + stats.major_faults) as f64));
-        }
-        if n < WARM_UP {
-            continue;
-        }
-        samples.floor_reads.push(reads);
-        samples.floor_writes.push(writes);
-        for ((answer, faults), (took, count)) in
-            samples.answer.iter_mut().zip(&mut samples.page_faults).zip(round)
-        {
-            answer.push(took);
-            faults.push(count);
+            let clone = clone(&mut service.client.clone(), &snapshot, arguments, kind).await?;
+            if n >= WARM_UP {
+                samples.add(kind, clone, floors);
+            }
         }
     }
     Ok(samples)
 }
 
-async fn touched(client: &mut Client, request: proto::AgentCallRequest, pages: u64) -> anyhow::Result<()> {
-    check(Some(client.agent.call(request).await?.into_inner()), pages)
+/// The same, but each clone is the first of a service that has just begun, and its memory is on disk only.
+async fn cold(mut service: PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
+    let floor = Floor::new(&service, arguments.touch)?;
+    let mut samples = Samples::default();
+    for kind in KINDS {
+        let snapshot = snapshot(&service, arguments, kind).await?;
+        for _ in 0..arguments.count {
+            service = service.restart().await?;
+            service.settle().await?;
+            let file = service.memory_file(&snapshot);
+            let floors = tokio::task::block_in_place(|| {
+                folios::drop_from_cache(&file)?;
+                floor.run()
+            })?;
+            samples.add(kind, clone(&mut service.client.clone(), &snapshot, arguments, kind).await?, floors);
+        }
+    }
+    service.close().await;
+    Ok(samples)
 }
 
-fn check(answer: Option<proto::AgentCallResponse>, pages: u64) -> anyhow::Result<()> {
-    match answer.and_then(|answer| answer.result) {
-        Some(Answer::Touch(touch)) if touch.pages == pages => Ok(()),
-        other => anyhow::bail!("asked for {pages} pages, the guest answered {other:?}"),
+impl Samples {
+    fn add(&mut self, kind: Kind, (took, faults): (f64, f64), (reads, writes): (f64, f64)) {
+        self.floor_reads.push(reads);
+        self.floor_writes.push(writes);
+        if let (Some(answer), Some(page_faults)) =
+            (self.answer.get_mut(kind as usize), self.page_faults.get_mut(kind as usize))
+        {
+            answer.push(took);
+            page_faults.push(faults);
+        }
     }
+}
+
+/// A snapshot whose working set has been learnt from clones of this kind.
+async fn snapshot(service: &PrivateService, arguments: &Arguments, kind: Kind) -> anyhow::Result<String> {
+    let mut client = service.client.clone();
+    let vm = guest::boot(&mut client, arguments.memory, 1).await?;
+    // Pages that are in the snapshot's file: not zero.
+    guest::fill(&mut client, &vm, arguments.data() / PAGE_BYTES, SEED).await?;
+    let snapshot = guest::freeze(&mut client, vm).await?;
+    if arguments.small_folios {
+        let file = service.memory_file(&snapshot);
+        tokio::task::block_in_place(|| folios::read_in_single_pages(&file))?;
+    }
+    if arguments.no_working_sets {
+        return Ok(snapshot);
+    }
+    for _ in 0..LEARN_FROM_MAX {
+        clone(&mut client, &snapshot, arguments, kind.learnt_from()).await?;
+        let request = proto::GetSnapshotRequest { snapshot: snapshot.clone() };
+        let described = client.snapshots.get_snapshot(request).await?.into_inner();
+        if described.working_set.is_some_and(|set| set.learnt) {
+            return Ok(snapshot);
+        }
+    }
+    anyhow::bail!(
+        "the working set was not learnt from {LEARN_FROM_MAX} clones; COLDSPARK_LOG=debug tells why"
+    )
+}
+
+/// Makes a clone and ends it: milliseconds to its first answer, and its page faults until then.
+async fn clone(
+    client: &mut Client,
+    snapshot: &str,
+    arguments: &Arguments,
+    kind: Kind,
+) -> anyhow::Result<(f64, f64)> {
+    let pages = arguments.touched(kind);
+    let mode = if kind == Kind::Writes { proto::TouchMode::Write } else { proto::TouchMode::Read };
+    let first_call = pages.touch(String::new(), SEED, mode);
+    let begin = Instant::now();
+    let (vm, answer) =
+        guest::asked_clone(client, snapshot, arguments.memory_mode.number(), first_call).await?;
+    let took = ms(begin);
+    let vm = vm.id;
+    pages.check(answer)?;
+    let stats = client.vms.get_vm_stats(proto::GetVmStatsRequest { vm: vm.clone() }).await?.into_inner();
+    client.vms.delete_vm(proto::DeleteVmRequest { vm }).await?;
+    // Far below what a float holds exactly.
+    Ok((took, (stats.minor_faults + stats.major_faults + stats.userfaults) as f64))
 }
 
 /// A file in the page cache.
@@ -224,6 +308,33 @@ impl Floor {
     }
 }
 
+fn json(arguments: &Arguments, samples: &Samples) -> Value {
+    let kinds = KINDS.iter().zip(samples.answer.iter().zip(&samples.page_faults));
+    let kinds: Map<String, Value> = kinds
+        .map(|(kind, (answer, faults))| {
+            let value = json!({ "first_answer_ms": spread(answer), "page_faults": spread(faults) });
+            (kind.name().to_owned(), value)
+        })
+        .collect();
+    json!({
+        "bench": "first-answer",
+        "host": host::description(),
+        "date_unix_s": host::unix_s(),
+        "n": arguments.count,
+        "memory_mode": arguments.memory_mode.name(),
+        "memory_bytes": arguments.memory,
+        "touched_bytes": arguments.touch,
+        "data_bytes": arguments.data(),
+        "shells": arguments.shells,
+        "working_sets": !arguments.no_working_sets,
+        "small_folios": arguments.small_folios,
+        "cold": arguments.cold,
+        "answers": kinds,
+        "floor_reads_ms": spread(&samples.floor_reads),
+        "floor_writes_ms": spread(&samples.floor_writes),
+    })
+}
+
 fn text(arguments: &Arguments, samples: &Samples) -> String {
     let size = units::bytes(arguments.touch);
     let mut table = Table::new(&["", "MEDIAN", "P90", "P99", "P99.9", "SLOWEST", "FAULTS"]);
@@ -232,18 +343,13 @@ fn text(arguments: &Arguments, samples: &Samples) -> String {
         let faults = faults.map_or(String::new(), |faults| format!("{:.0}", units::percentile(faults, 0.5)));
         table.row([name, at(0.5), at(0.9), at(0.99), at(0.999), at(1.0), faults]);
     };
-    let [nothing, reads, writes] = &samples.answer;
-    let [nothing_faults, reads_faults, writes_faults] = &samples.page_faults;
+    let [nothing, reads, writes, unexpected] = &samples.answer;
+    let [nothing_faults, reads_faults, writes_faults, unexpected_faults] = &samples.page_faults;
     row("first answer".to_owned(), nothing, Some(nothing_faults));
     row(format!("  that reads {size}"), reads, Some(reads_faults));
     row(format!("  that writes {size}"), writes, Some(writes_faults));
+    row("  that was expected to, and touches nothing".to_owned(), unexpected, Some(unexpected_faults));
     row(format!("a process that maps and reads {size}"), &samples.floor_reads, None);
     row(format!("a process that maps and writes {size}"), &samples.floor_writes, None);
-    format!(
-        "{} clones of each kind of the embedded guest, {} of memory ({}), 1 vCPU, one at a time\n\n{}",
-        arguments.count,
-        units::bytes(arguments.memory),
-        arguments.memory_mode.name(),
-        table.text(),
-    )
+    format!("{}\n\n{}", arguments.title(), table.text())
 }

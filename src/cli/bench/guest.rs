@@ -74,22 +74,64 @@ fn check(vm: &str, answer: Option<proto::AgentCallResponse>) -> anyhow::Result<(
     }
 }
 
-/// One clone with an identity of its own, and its first answer, in one request.
+/// Pages of the guest's arena.
+#[derive(Debug, Clone, Copy)]
+pub struct Pages {
+    pub first: u64,
+    pub count: u64,
+}
+
+impl Pages {
+    /// The request to touch them all.
+    pub fn touch(self, vm: String, seed: u64, mode: proto::TouchMode) -> proto::AgentCallRequest {
+        let Self { first: first_page, count: pages } = self;
+        let op = Op::Touch(proto::TouchOp { first_page, pages, stride: 1, seed, mode: mode.into() });
+        proto::AgentCallRequest { vm, timeout_ms: 0, op: Some(op) }
+    }
+
+    /// Looks whether that was done.
+    pub fn check(self, answer: Option<proto::AgentCallResponse>) -> anyhow::Result<()> {
+        match answer.and_then(|answer| answer.result) {
+            Some(Answer::Touch(touch)) if touch.pages == self.count => Ok(()),
+            other => anyhow::bail!("asked for {} pages, the guest answered {other:?}", self.count),
+        }
+    }
+}
+
+/// Has the guest write a pattern to the first `pages` pages.
+pub async fn fill(client: &mut Client, vm: &str, pages: u64, seed: u64) -> anyhow::Result<()> {
+    let pages = Pages { first: 0, count: pages };
+    let request = pages.touch(vm.to_owned(), seed, proto::TouchMode::Fill);
+    pages.check(Some(client.agent.call(request).await?.into_inner()))
+}
+
+/// One clone with an identity of its own, and its answer to `first_call`, in one request.
+pub async fn asked_clone(
+    client: &mut Client,
+    snapshot: &str,
+    memory_mode: i32,
+    first_call: proto::AgentCallRequest,
+) -> anyhow::Result<(proto::Vm, Option<proto::AgentCallResponse>)> {
+    let request = proto::CloneVmRequest {
+        snapshot: snapshot.to_owned(),
+        memory_mode,
+        identity: proto::Identity::Managed.into(),
+        first_call: Some(first_call),
+        ..proto::CloneVmRequest::default()
+    };
+    let made = client.vms.clone_vm(request).await?.into_inner();
+    let vm = made.vms.into_iter().next().context("the service's answer has no VM")?;
+    Ok((vm, made.answer))
+}
+
+/// One that says something.
 pub async fn answering_clone(
     client: &mut Client,
     snapshot: &str,
     memory_mode: i32,
 ) -> anyhow::Result<proto::Vm> {
-    let request = proto::CloneVmRequest {
-        snapshot: snapshot.to_owned(),
-        memory_mode,
-        identity: proto::Identity::Managed.into(),
-        first_call: Some(echo(String::new())),
-        ..proto::CloneVmRequest::default()
-    };
-    let made = client.vms.clone_vm(request).await?.into_inner();
-    let vm = made.vms.into_iter().next().context("the service's answer has no VM")?;
-    check(&vm.id, made.answer)?;
+    let (vm, answer) = asked_clone(client, snapshot, memory_mode, echo(String::new())).await?;
+    check(&vm.id, answer)?;
     Ok(vm)
 }
 

@@ -12,7 +12,7 @@ pub struct Held {
     pub descriptors: usize,
     /// Of this process.
     pub threads: u64,
-    /// Children that have not been reaped.
+    /// Children that have not been reaped: workers, and the zygote.
     pub workers: usize,
     /// Of this process.
     pub resident_bytes: u64,

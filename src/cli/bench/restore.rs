@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io::IsTerminal;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,11 +19,12 @@ use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
+use super::peer::{PeerArguments, Peers, Road};
 use super::steps::Steps;
-use super::{guest, host, ms, spread, with_service};
+use super::{Latencies, guest, host, ms, plot, sort, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
-use crate::cli::output::{self, Table};
+use crate::cli::output;
 use crate::cli::private::PrivateService;
 use crate::cli::tiny::{SAY_DONE, Tiny};
 use crate::cli::units;
@@ -47,12 +49,29 @@ pub struct Arguments {
     /// Shells kept by the service; 0: each clone waits for a process of its own
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(0..=64))]
     shells: u16,
+    /// Also draw the times
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    #[command(flatten)]
+    peers: PeerArguments,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
     /// With --json: also each time, in order
     #[arg(long, requires = "json")]
     samples: bool,
+}
+
+impl Arguments {
+    fn title(&self) -> String {
+        format!(
+            "{} clones of the embedded guest, {} of memory ({}), {} vCPU(s), one at a time",
+            self.count,
+            units::bytes(self.memory),
+            self.memory_mode.name(),
+            self.vcpus,
+        )
+    }
 }
 
 /// Milliseconds, and per step microseconds.
@@ -72,25 +91,41 @@ struct Samples {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    let mut samples =
+    let (mut samples, mut peers) =
         with_service(arguments.shells.into(), async |service| measure(service, &arguments).await).await?;
     let in_order = arguments.samples.then(|| samples.first_output.clone());
     samples.sort();
+    peers.sort();
+    if let Some(path) = &arguments.svg {
+        let lines: [plot::Line; 4] = [
+            ("request to first answer", &samples.first_output),
+            ("raw KVM restore (floor)", &samples.floor),
+            ("a call to its agent", &samples.next_call),
+            ("ending a VM", &samples.delete),
+        ];
+        plot::latencies(path, &arguments.title(), &lines)?;
+    }
     if arguments.json {
         let mut object = samples.json(&arguments);
         if let (Some(in_order), Some(object)) = (in_order, object.as_object_mut()) {
             object.insert("samples_ms".to_owned(), json!(in_order));
         }
+        if let (false, Some(object)) = (peers.is_empty(), object.as_object_mut()) {
+            object.insert("compared".to_owned(), peers.json(&samples.first_output));
+        }
         output::json(&object)?;
     } else {
-        output::print(&samples.text(&arguments))?;
+        output::line(&samples.text(&arguments))?;
+        output::print(&peers.text(&samples.first_output))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
+async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<(Samples, Peers)> {
     let mut client = service.client.clone();
     let snapshot = guest::snapshot(&mut client, arguments.memory, arguments.vcpus).await?;
+    let (memory, vcpus) = (arguments.memory, arguments.vcpus);
+    let mut peers = Peers::new(&arguments.peers, Road::Restore, service.folder(), memory, vcpus).await?;
     let floor = Arc::new(Floor::new(service, arguments.memory)?);
     let bar = match arguments.json || !std::io::stderr().is_terminal() {
         true => ProgressBar::hidden(),
@@ -98,10 +133,12 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     };
     let mut samples = Samples::default();
     for n in 0..arguments.count + WARM_UP {
-        if service.shells_ready() <= 1 {
+        // New shells are not to be made while others are measured.
+        if service.shells_ready() <= 1 || !peers.is_empty() {
             service.settle().await?;
         }
-        // In turn, so that both see the same host.
+        // In turn, so that all see the same host.
+        peers.round(n >= WARM_UP).await?;
         let floor = Arc::clone(&floor);
         let floor_ms = tokio::task::spawn_blocking(move || floor.run()).await??;
         let calling = Instant::now();
@@ -116,7 +153,7 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
         }
     }
     bar.finish_and_clear();
-    Ok(samples)
+    Ok((samples, peers))
 }
 
 /// One clone.
@@ -184,9 +221,7 @@ impl Samples {
             &mut self.faults,
             &mut self.private_kib,
         ];
-        for list in lists {
-            list.sort_by(f64::total_cmp);
-        }
+        sort(lists);
         self.steps.sort();
     }
 
@@ -212,29 +247,19 @@ impl Samples {
     }
 
     fn text(&self, arguments: &Arguments) -> String {
-        let mut table = Table::new(&["", "MEDIAN", "P90", "P99", "P99.9", "SLOWEST"]);
-        let mut row = |name: &str, values: &[f64], scale: f64| {
-            let at = |share| units::ms(units::percentile(values, share) * scale);
-            table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
-        };
-        row("request to first answer", &self.first_output, 1.0);
-        for (name, values) in self.steps.iter() {
-            let indent = if name.contains('/') { "    " } else { "  " };
-            row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
-        }
-        row("a call to its agent", &self.next_call, 1.0);
-        row("a call that does nothing", &self.empty_call, 1.0);
-        row("raw KVM restore (floor)", &self.floor, 1.0);
-        row("ending a VM", &self.delete, 1.0);
+        let mut table = Latencies::new();
+        table.row("request to first answer", &self.first_output, 1.0);
+        table.steps(&self.steps);
+        table.row("a call to its agent", &self.next_call, 1.0);
+        table.row("a call that does nothing", &self.empty_call, 1.0);
+        table.row("raw KVM restore (floor)", &self.floor, 1.0);
+        table.row("ending a VM", &self.delete, 1.0);
         let build =
-            if cfg!(debug_assertions) { "\nThis is a debug build: measure with --release.\n" } else { "" };
+            if cfg!(debug_assertions) { "\nThis is a debug build: measure with --release." } else { "" };
         format!(
-            "{} clones of the embedded guest, {} of memory ({}), {} vCPU(s), one at a time\n\n{}\n\
+            "{}\n\n{}\n\
              after its second answer a clone has {:.0} KiB for itself and has had {:.0} page faults (medians){build}",
-            arguments.count,
-            units::bytes(arguments.memory),
-            arguments.memory_mode.name(),
-            arguments.vcpus,
+            arguments.title(),
             table.text(),
             units::percentile(&self.private_kib, 0.5),
             units::percentile(&self.faults, 0.5),

@@ -8,14 +8,10 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::steps::Steps;
-use super::{guest, host, spread, with_service};
-use crate::api::client::Client;
+use super::{Latencies, guest, host, sort, spread, tell, with_service};
 use crate::api::proto;
-use crate::cli::output::{self, Table};
 use crate::cli::private::PrivateService;
 use crate::cli::units;
-use proto::agent_call_request::Op;
-use proto::agent_call_response::Result as Answer;
 
 const PAGE_BYTES: u64 = 4096;
 /// Snapshots before those that count.
@@ -29,6 +25,9 @@ pub struct Arguments {
     /// What the guest writes to before each
     #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = units::parse_bytes)]
     touch: u64,
+    /// Snapshot a clone, whose parent has so much data in its memory
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    parent: Option<u64>,
     /// Memory
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::parse_bytes)]
     memory: u64,
@@ -54,26 +53,32 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         arguments.touch >= PAGE_BYTES && arguments.touch <= arguments.memory / 2,
         "--touch is to be between a page and half of --memory"
     );
+    ensure!(
+        arguments.parent.is_none_or(|data| data >= PAGE_BYTES && data <= arguments.memory / 2),
+        "--parent is to be between a page and half of --memory"
+    );
     let mut samples = with_service(1, async |service| measure(service, &arguments).await).await?;
-    for list in [&mut samples.pause, &mut samples.total, &mut samples.stored_mib] {
-        list.sort_by(f64::total_cmp);
-    }
+    sort([&mut samples.pause, &mut samples.total, &mut samples.stored_mib]);
     samples.steps.sort();
-    if arguments.json {
-        output::json(&samples.json(&arguments))?;
-    } else {
-        output::print(&samples.text(&arguments))?;
-    }
+    tell(arguments.json, || samples.json(&arguments), || samples.text(&arguments))?;
     Ok(ExitCode::SUCCESS)
 }
 
 async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Result<Samples> {
     let mut client = service.client.clone();
-    let vm = guest::boot(&mut client, arguments.memory, arguments.vcpus).await?;
+    let mut vm = guest::boot(&mut client, arguments.memory, arguments.vcpus).await?;
+    if let Some(data) = arguments.parent {
+        guest::fill(&mut client, &vm, data / PAGE_BYTES, u64::MAX).await?;
+        let parent = guest::freeze(&mut client, vm).await?;
+        let mapped = proto::MemoryMode::Mapped.into();
+        let clone = guest::clones(&mut client, &parent, 1, mapped).await?.into_iter().next();
+        vm = clone.context("there is no clone")?.id;
+    }
     let bar = ProgressBar::new(arguments.count.into());
     let mut samples = Samples::default();
     for n in 0..u64::from(arguments.count) + WARM_UP {
-        fill(&mut client, &vm, arguments.touch / PAGE_BYTES, n).await?;
+        // Something new each time.
+        guest::fill(&mut client, &vm, arguments.touch / PAGE_BYTES, n).await?;
         let request = proto::CreateSnapshotRequest { vm: vm.clone(), name: String::new(), stop_after: false };
         let taken = client.snapshots.create_snapshot(request).await?.into_inner();
         let snapshot = taken.snapshot.context("the service's answer has no snapshot")?;
@@ -92,17 +97,6 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     Ok(samples)
 }
 
-/// Writes something new to all of `pages`.
-async fn fill(client: &mut Client, vm: &str, pages: u64, seed: u64) -> anyhow::Result<()> {
-    let mode = proto::TouchMode::Fill.into();
-    let op = Op::Touch(proto::TouchOp { first_page: 0, pages, stride: 1, seed, mode });
-    let request = proto::AgentCallRequest { vm: vm.to_owned(), timeout_ms: 0, op: Some(op) };
-    match client.agent.call(request).await?.into_inner().result {
-        Some(Answer::Touch(touch)) if touch.pages == pages => Ok(()),
-        other => anyhow::bail!("asked to fill {pages} pages, the guest answered {other:?}"),
-    }
-}
-
 impl Samples {
     fn json(&self, arguments: &Arguments) -> Value {
         json!({
@@ -113,6 +107,7 @@ impl Samples {
             "memory_bytes": arguments.memory,
             "touched_bytes": arguments.touch,
             "vcpus": arguments.vcpus,
+            "parent_data_bytes": arguments.parent,
             "pause_ms": spread(&self.pause),
             "total_ms": spread(&self.total),
             "stored_mib": spread(&self.stored_mib),
@@ -121,19 +116,16 @@ impl Samples {
     }
 
     fn text(&self, arguments: &Arguments) -> String {
-        let mut table = Table::new(&["", "MEDIAN", "P90", "P99", "P99.9", "SLOWEST"]);
-        let mut row = |name: &str, values: &[f64], scale: f64| {
-            let at = |share| units::ms(units::percentile(values, share) * scale);
-            table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
+        let mut table = Latencies::new();
+        table.row("the guest stood still", &self.pause, 1.0);
+        table.row("request to published snapshot", &self.total, 1.0);
+        table.steps(&self.steps);
+        let parent = match arguments.parent {
+            Some(data) => format!(" (a clone of a snapshot with {})", units::bytes(data)),
+            None => String::new(),
         };
-        row("the guest stood still", &self.pause, 1.0);
-        row("request to published snapshot", &self.total, 1.0);
-        for (name, values) in self.steps.iter() {
-            let indent = if name.contains('/') { "    " } else { "  " };
-            row(&format!("{indent}{}", name.rsplit('/').next().unwrap_or(name)), values, 1e-3);
-        }
         format!(
-            "{} snapshots of a running embedded guest, {} of memory, {} vCPU(s), {} written to before each\n\n{}\n{:.1} MiB on disk (median)",
+            "{} snapshots of a running embedded guest{parent}, {} of memory, {} vCPU(s), {} written to before each\n\n{}\n{:.1} MiB on disk (median)",
             arguments.count,
             units::bytes(arguments.memory),
             arguments.vcpus,

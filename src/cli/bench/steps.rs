@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::spread;
+use super::{sort, spread};
 use crate::api::proto;
 
 /// Microseconds by step, in the order of their first appearance.
@@ -23,7 +23,7 @@ impl Steps {
     }
 
     pub fn sort(&mut self) {
-        self.0.iter_mut().for_each(|(_, values)| values.sort_by(f64::total_cmp));
+        sort(self.0.iter_mut().map(|(_, values)| values));
     }
 
     /// Percentiles of each; sorted before.

@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::resources::Held;
-use super::{guest, host, ms, spread, with_service};
+use super::{Latencies, guest, host, ms, spread, with_service};
 use crate::api::client::Client;
 use crate::api::proto;
 use crate::cli::output::{self, Table};
@@ -156,13 +156,9 @@ async fn quiet(service: &PrivateService, wanted: Option<Held>) -> anyhow::Result
 }
 
 fn text(arguments: &Arguments, measured: &Measured, rate: f64) -> String {
-    let mut table = Table::new(&["", "MEDIAN", "P90", "P99", "P99.9", "SLOWEST"]);
-    let mut row = |name: &str, values: &[f64]| {
-        let at = |share| units::ms(units::percentile(values, share));
-        table.row([name.to_owned(), at(0.5), at(0.9), at(0.99), at(0.999), at(1.0)]);
-    };
-    row("request to first answer", &measured.first_output);
-    row("ending a VM", &measured.delete);
+    let mut table = Latencies::new();
+    table.row("request to first answer", &measured.first_output, 1.0);
+    table.row("ending a VM", &measured.delete, 1.0);
     let mut held = Table::new(&["HELD", "DESCRIPTORS", "THREADS", "WORKERS", "RESIDENT"]);
     for (when, what) in [("before", measured.before), ("after", measured.after)] {
         let resident = units::bytes(what.resident_bytes);

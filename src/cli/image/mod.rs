@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 pub use self::import::import;
-use super::output::{self, Table};
+use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
 use super::vm::create::{Hardware, Protocol};
 use super::{SocketArgument, units};
@@ -29,9 +29,8 @@ pub enum Command {
     Ls {
         #[command(flatten)]
         socket: SocketArgument,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        shape: Shape,
     },
     /// Remove images
     #[command(after_help = "Example:\n  coldspark image rm freebsd")]
@@ -76,7 +75,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Import(arguments) => import::run(arguments).await?,
         Command::Pull(arguments) => pull::run(arguments).await?,
-        Command::Ls { socket, json } => list(&socket, json).await?,
+        Command::Ls { socket, shape } => list(&socket, shape).await?,
         Command::Rm { socket, images } => {
             let mut client = socket.connect().await?.images;
             for name in images {
@@ -88,10 +87,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
+async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.images;
     let images = client.list_images(proto::ListImagesRequest {}).await?.into_inner().images;
-    if as_json {
+    if shape.quiet {
+        return Ok(output::lines(images.iter().map(|one| one.name.as_str()))?);
+    }
+    if shape.json {
         let value = |image: &proto::Image| {
             let boot = image.boot.clone().unwrap_or_default();
             json!({

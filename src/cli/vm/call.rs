@@ -131,6 +131,9 @@ enum Question {
     /// Read BYTES from the serial console and print them there
     #[command(after_help = "Example:\n  coldspark vm call web serial-echo 5")]
     SerialEcho { bytes: u32 },
+    /// Load, memory and uptime of the guest's system
+    #[command(after_help = "Example:\n  coldspark vm call web stats")]
+    Stats,
     /// Reset the machine; the VM ends
     #[command(after_help = "Example:\n  coldspark vm call web reset")]
     Reset,
@@ -176,6 +179,7 @@ impl Question {
             Self::Compute { nonce, bytes } => Op::Compute(proto::ComputeOp { nonce, bytes }),
             Self::Serial { text } => Op::Serial(proto::SerialOp { data: text.into() }),
             Self::SerialEcho { bytes } => Op::SerialEcho(proto::SerialEchoOp { bytes }),
+            Self::Stats => Op::Stats(proto::StatsOp {}),
             Self::Reset => Op::Reset(proto::ResetOp {}),
             Self::Hello => Op::Hello(proto::HelloOp {}),
         }
@@ -253,6 +257,13 @@ fn answer(answer: &Answer) -> Value {
             "digest": format!("{:016x}", compute.digest),
             "ticks": compute.ticks,
         }),
+        Answer::Stats(stats) => json!({
+            "uptime_ns": stats.uptime_ns,
+            "memory_bytes": stats.memory_bytes,
+            "free_bytes": stats.free_bytes,
+            "load": [stats.load_1, stats.load_5, stats.load_15],
+            "streams": stats.streams,
+        }),
         Answer::Hello(hello) => json!({
             "name": hello.name,
             "version": hello.version,
@@ -266,6 +277,7 @@ fn answer(answer: &Answer) -> Value {
             "memory_bytes": hello.memory_bytes,
             "arena_bytes": hello.arena_bytes,
             "disks": hello.disks,
+            "kinds": format!("{:#x}", hello.kinds),
         }),
     }
 }

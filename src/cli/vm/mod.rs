@@ -3,6 +3,7 @@
 mod call;
 mod console;
 pub mod create;
+mod exec;
 mod inspect;
 mod network;
 mod profile;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
-use super::output::{self, Table};
+use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
 use super::{SocketArgument, units};
 use crate::api::proto;
@@ -56,9 +57,11 @@ pub enum Command {
     Ls {
         #[command(flatten)]
         socket: SocketArgument,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        /// Those too that stand ready in pools
+        #[arg(short, long)]
+        all: bool,
+        #[command(flatten)]
+        shape: Shape,
     },
     /// Show what a VM has done so far: exits, page faults, frames
     #[command(after_help = "Example:\n  coldspark vm stats web")]
@@ -152,6 +155,16 @@ pub enum Command {
     /// Ask the agent in a VM something
     #[command(after_help = "Examples:\n  coldspark vm call web time\n  coldspark vm call web echo hello")]
     Call(call::Arguments),
+    /// Run a command in a VM; ends with the command's status, or 128 and the number of the signal that ended it
+    #[command(
+        after_help = "Examples:\n  coldspark vm exec web -- uname -a\n  coldspark vm exec -i -w /tmp -e LANG=C web -- sort < words"
+    )]
+    Exec(exec::ExecArguments),
+    /// Copy a file into a VM or out of it
+    #[command(
+        after_help = "Examples:\n  coldspark vm cp motd web:/etc/motd\n  coldspark vm cp web:/var/log/messages ."
+    )]
+    Cp(exec::CopyArguments),
 }
 
 /// How a clone's memory comes in.
@@ -189,24 +202,33 @@ pub enum Identity {
     Unmanaged,
 }
 
+impl Identity {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Managed => proto::Identity::Managed,
+            Self::Unmanaged => proto::Identity::Unmanaged,
+        }
+        .into()
+    }
+}
+
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Create(arguments) => return create::run(arguments).await,
         Command::Call(arguments) => call::run(arguments).await?,
+        Command::Exec(arguments) => return exec::exec(arguments).await,
+        Command::Cp(arguments) => exec::copy(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
         Command::Clone { socket, snapshot, count, memory_mode, identity, name, nets, json, steps } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
                 memory_mode: memory_mode.number(),
-                identity: match identity {
-                    Identity::Managed => proto::Identity::Managed,
-                    Identity::Unmanaged => proto::Identity::Unmanaged,
-                }
-                .into(),
+                identity: identity.number(),
                 name,
                 networks: nets,
                 first_call: None,
+                request_id: String::new(),
             };
             let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
             if json {
@@ -214,19 +236,19 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
             } else {
                 for vm in &vms {
                     output::line(&format!("{}  {}", vm.id, units::us(vm.start_us)))?;
-                    for step in vm.steps.iter().filter(|_| steps) {
-                        output::line(&format!("  {:<28} {}", step.name, units::us(step.us)))?;
+                    if steps {
+                        print_steps(vm)?;
                     }
                 }
             }
         }
         Command::Stats { socket, vm, json } => network::stats(&socket, vm, json).await?,
         Command::Inspect { socket, vm, json } => inspect::run(&socket, vm, json).await?,
-        Command::Ls { socket, json } => list(&socket, json).await?,
+        Command::Ls { socket, shape, all } => list(&socket, shape, all).await?,
         Command::Rm { socket, mut vms, all } => {
             let mut client = socket.connect().await?.vms;
             if all {
-                let list = client.list_vms(proto::ListVmsRequest {}).await?.into_inner().vms;
+                let list = client.list_vms(proto::ListVmsRequest::default()).await?.into_inner().vms;
                 vms = list.into_iter().map(|vm| vm.id).collect();
             }
             for vm in vms {
@@ -279,10 +301,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
+async fn list(socket: &SocketArgument, shape: Shape, all: bool) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.vms;
-    let vms = client.list_vms(proto::ListVmsRequest {}).await?.into_inner().vms;
-    if as_json {
+    let vms = client.list_vms(proto::ListVmsRequest { ready_in_pools: all }).await?.into_inner().vms;
+    if shape.quiet {
+        return Ok(output::lines(vms.iter().map(|one| one.id.as_str()))?);
+    }
+    if shape.json {
         output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
         return Ok(());
     }
@@ -291,7 +316,7 @@ async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
         table.row([
             vm.id.clone(),
             vm.name.clone(),
-            state_name(vm),
+            if vm.ready_in_pool { "in pool".to_owned() } else { state_name(vm) },
             origin(vm),
             vm.vcpus.to_string(),
             units::bytes(vm.memory_bytes),
@@ -307,6 +332,11 @@ async fn list(socket: &SocketArgument, as_json: bool) -> anyhow::Result<()> {
         output::note(&format!("{} ended: {}", vm.id, vm.exit_reason));
     }
     Ok(())
+}
+
+/// Where the time of its start went.
+pub fn print_steps(vm: &proto::Vm) -> std::io::Result<()> {
+    vm.steps.iter().try_for_each(|step| output::line(&format!("  {:<28} {}", step.name, units::us(step.us))))
 }
 
 /// A VM's state, as the .proto spells it without the prefix.
@@ -330,6 +360,8 @@ pub fn value(vm: &proto::Vm) -> Value {
         "id": vm.id,
         "name": vm.name,
         "state": state_name(vm),
+        "pool": vm.pool,
+        "ready_in_pool": vm.ready_in_pool,
         "exit_reason": vm.exit_reason,
         "origin": origin(vm),
         "vcpus": vm.vcpus,

@@ -64,12 +64,17 @@ pub async fn stats(socket: &SocketArgument, vm: String, as_json: bool) -> anyhow
             "minor_faults": stats.minor_faults,
             "major_faults": stats.major_faults,
             "private_dirty_bytes": stats.private_dirty_bytes,
+            "userfaults": stats.userfaults,
+            "userfault_pages": stats.userfault_pages,
             "networks": networks.iter().zip(&stats.networks).map(interface_value).collect::<Vec<_>>(),
         }))?;
         return Ok(());
     }
     output::line(&format!("vCPU exits     {}", stats.vcpu_exits))?;
     output::line(&format!("page faults    {} minor, {} major", stats.minor_faults, stats.major_faults))?;
+    if stats.userfaults > 0 {
+        output::line(&format!("  of the guest {}, {} pages given", stats.userfaults, stats.userfault_pages))?;
+    }
     output::line(&format!("private memory {}", units::bytes(stats.private_dirty_bytes)))?;
     for (index, (network, counted)) in networks.iter().zip(&stats.networks).enumerate() {
         output::line(&format!("interface {index}: {}, address {}", network.link, mac_text(&network.mac)))?;

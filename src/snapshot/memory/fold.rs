@@ -12,111 +12,71 @@
 //!
 //! All of it is advice about the cache: it can be done, left out or repeated at any time, clones running or not.
 
-use std::{fs::File, io, os::fd::AsRawFd, ptr};
+use std::{fs::File, io, ops::Range};
 
-use super::extents::{Extents, Run};
-use crate::snapshot::limits::HUGE_BYTES;
+use super::{
+    extents::{self, Extents},
+    view::{self, View},
+};
+use crate::snapshot::{
+    limits::HUGE_BYTES,
+    working_set::{Run, common, push, without},
+};
 
-/// Folds the 2 MiB pieces of `file` that have data in them, from the front, until `bytes_max` bytes of page cache are used
+/// Folds the 2 MiB pieces of `file` that have data in them, those of `first` before the others, until `bytes_max` bytes of page cache are used
 /// for it (the kernel reads a little ahead besides). Returns the bytes folded. Blocks while the disk reads; the file must have been synced, or its dirty pages
 /// stay as they are.
 ///
 /// # Errors
 /// What mapping or reading gives; nothing is lost.
-pub fn fold(file: &File, extents: &Extents, bytes_max: u64) -> io::Result<u64> {
-    let pieces = pieces(extents, bytes_max);
-    let Some(&(_, end)) = pieces.last() else { return Ok(0) };
-    let view = View::new(file, end)?;
-    for &(start, end) in &pieces {
-        // SAFETY: plain integers; advice to drop clean pages that nobody has mapped.
-        unsafe {
-            libc::posix_fadvise(
-                file.as_raw_fd(),
-                start as i64,
-                (end - start) as i64,
-                libc::POSIX_FADV_DONTNEED,
-            )
-        };
-        view.read(start, end)?;
+pub fn fold(file: &File, extents: &Extents, first: &[Run], bytes_max: u64) -> io::Result<u64> {
+    let all = pieces(extents);
+    let Some(last) = all.last() else { return Ok(0) };
+    let view = View::new(file, bytes_of(*last).end)?;
+    let mut folded = 0;
+    for run in common(&all, first).into_iter().chain(without(&all, first)) {
+        let Range { start, end } = bytes_of(run);
+        // Whole pieces, as many as there is room for.
+        let end = start + (end - start).min((bytes_max - folded) / HUGE_BYTES * HUGE_BYTES);
+        if start == end {
+            break;
+        }
+        view::drop_unmapped(file, &(start..end));
+        view.read(&(start..end))?;
+        folded += end - start;
     }
-    Ok(pieces.iter().map(|(start, end)| end - start).sum())
+    Ok(folded)
 }
 
-/// Runs of whole 2 MiB pieces that have data, as file offsets.
-fn pieces(extents: &Extents, bytes_max: u64) -> Vec<(u64, u64)> {
-    let whole = extents.file_bytes() - extents.file_bytes() % HUGE_BYTES;
-    let mut runs: Vec<(u64, u64)> = Vec::new();
-    let (mut at, mut left) = (0, bytes_max);
-    while at < whole && left >= HUGE_BYTES {
-        if let Run::Hole { end } = extents.run_at(at)
-            && end >= at + HUGE_BYTES
-        {
+/// A run of pieces as file offsets.
+pub(super) fn bytes_of(run: Run) -> Range<u64> {
+    u64::from(run.first) * HUGE_BYTES..u64::from(run.end()) * HUGE_BYTES
+}
+
+/// Runs of whole 2 MiB pieces that have data.
+fn pieces(extents: &Extents) -> Vec<Run> {
+    // A memory file has at most 1 TiB; what is longer is not looked at.
+    let whole = u32::try_from(extents.file_bytes() / HUGE_BYTES).unwrap_or(u32::MAX);
+    let mut runs = Vec::new();
+    let mut piece = 0;
+    while piece < whole {
+        let at = u64::from(piece) * HUGE_BYTES;
+        piece = match extents.run_at(at) {
             // To the piece in which the hole ends.
-            at = end - end % HUGE_BYTES;
-            continue;
-        }
-        left -= HUGE_BYTES;
-        match runs.last_mut() {
-            Some((_, end)) if *end == at => *end = at + HUGE_BYTES,
-            _ => runs.push((at, at + HUGE_BYTES)),
-        }
-        at += HUGE_BYTES;
+            extents::Run::Hole { end } if end >= at + HUGE_BYTES => {
+                u32::try_from(end / HUGE_BYTES).unwrap_or(whole)
+            }
+            _ => {
+                push(&mut runs, piece, piece + 1);
+                piece + 1
+            }
+        };
     }
     runs
 }
 
-/// A read-only mapping, 2 MiB aligned, that is never read through: a truncated file is an error, not a SIGBUS.
-struct View {
-    reserved: *mut libc::c_void,
-    reserved_bytes: usize,
-    start: *mut u8,
-}
-
-impl View {
-    fn new(file: &File, bytes: u64) -> io::Result<View> {
-        let bytes = usize::try_from(bytes).map_err(io::Error::other)?;
-        let reserved_bytes = bytes.checked_add(HUGE_BYTES as usize).ok_or(io::ErrorKind::OutOfMemory)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: no address is asked for, so nothing that exists is replaced.
-        let reserved =
-            unsafe { libc::mmap64(ptr::null_mut(), reserved_bytes, libc::PROT_NONE, flags, -1, 0) };
-        if reserved == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let forward = reserved.addr().next_multiple_of(HUGE_BYTES as usize) - reserved.addr();
-        let view = View { reserved, reserved_bytes, start: reserved.cast::<u8>().wrapping_add(forward) };
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
-        // SAFETY: replaces a part of the reservation that was just made and is this value's own.
-        let mapped =
-            unsafe { libc::mmap64(view.start.cast(), bytes, libc::PROT_READ, flags, file.as_raw_fd(), 0) };
-        if mapped == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // Where the kernel has no huge pages it refuses, and small ones are read.
-        // SAFETY: advice on our own range.
-        unsafe { libc::madvise(mapped, bytes, libc::MADV_HUGEPAGE) };
-        Ok(view)
-    }
-
-    fn read(&self, start: u64, end: u64) -> io::Result<()> {
-        let address = self.start.wrapping_add(start as usize);
-        // SAFETY: within the mapping (`new` was given the last end); populating for reading changes no content.
-        match unsafe { libc::madvise(address.cast(), (end - start) as usize, libc::MADV_POPULATE_READ) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // SAFETY: the reservation, the mapping within it included, is this value's own.
-        unsafe { libc::munmap(self.reserved, self.reserved_bytes) };
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
@@ -124,7 +84,7 @@ mod tests {
 
     const PIECE: u64 = HUGE_BYTES;
 
-    fn sparse(pieces: u64, data: &[u64]) -> File {
+    pub(in crate::snapshot::memory) fn sparse(pieces: u64, data: &[u64]) -> File {
         let file = tempfile::tempfile().unwrap();
         file.set_len(pieces * PIECE).unwrap();
         for &piece in data {
@@ -136,21 +96,44 @@ mod tests {
     }
 
     #[test]
-    fn pieces_with_data_are_chosen_up_to_the_limit() {
+    fn pieces_with_data_are_chosen() {
+        let run = |first, count| Run { first, count };
         let extents = Extents::of_file(&sparse(20, &[2, 3, 9, 19])).unwrap();
-        let all = [(2 * PIECE, 4 * PIECE), (9 * PIECE, 10 * PIECE), (19 * PIECE, 20 * PIECE)];
-        assert_eq!(pieces(&extents, u64::MAX), all);
-        assert_eq!(pieces(&extents, 3 * PIECE), all[..2]);
-        assert_eq!(pieces(&extents, PIECE), [(2 * PIECE, 3 * PIECE)]);
-        assert_eq!(pieces(&extents, PIECE - 1), []);
-        assert_eq!(pieces(&Extents::all_data(3 * PIECE - 1), u64::MAX), [(0, 2 * PIECE)]);
-        assert_eq!(pieces(&Extents::all_data(0), u64::MAX), []);
+        assert_eq!(pieces(&extents), [run(2, 2), run(9, 1), run(19, 1)]);
+        assert_eq!(pieces(&Extents::all_data(3 * PIECE - 1)), [run(0, 2)]);
+        assert_eq!(pieces(&Extents::all_data(0)), []);
+    }
+
+    #[test]
+    fn the_limit_is_kept_and_what_is_wanted_first_comes_first() {
+        let file = sparse(20, &[2, 3, 9, 19]);
+        let extents = Extents::of_file(&file).unwrap();
+        let first = [Run { first: 7, count: 100 }];
+        for (bytes_max, folded) in [(u64::MAX, 4), (3 * PIECE, 3), (2 * PIECE - 1, 1), (PIECE - 1, 0)] {
+            assert_eq!(fold(&file, &extents, &first, bytes_max).unwrap(), folded * PIECE);
+        }
+        // Out of the cache, and with room for two.
+        view::drop_unmapped(&file, &(0..20 * PIECE));
+        assert_eq!(fold(&file, &extents, &first, 2 * PIECE).unwrap(), 2 * PIECE);
+        assert!(is_cached(&file, 9) && is_cached(&file, 19) && !is_cached(&file, 2));
+    }
+
+    /// Whether the page of a piece in which `sparse` has data is in the page cache.
+    fn is_cached(file: &File, piece: u64) -> bool {
+        let mapping = Mapping::of_file(file, 0, (piece + 1) * PIECE).unwrap();
+        let mut state = 0u8;
+        // SAFETY: one page of the mapping, one byte for its state.
+        let result = unsafe {
+            libc::mincore(mapping.address().add((piece * PIECE) as usize + 40_960).cast(), 4096, &mut state)
+        };
+        assert_eq!(result, 0);
+        state & 1 == 1
     }
 
     #[test]
     fn folding_changes_the_cache_and_not_the_content() {
         let file = sparse(8, &[1, 2, 5]);
-        assert_eq!(fold(&file, &Extents::of_file(&file).unwrap(), u64::MAX).unwrap(), 3 * PIECE);
+        assert_eq!(fold(&file, &Extents::of_file(&file).unwrap(), &[], u64::MAX).unwrap(), 3 * PIECE);
         let mapping = Mapping::of_file(&file, 0, 8 * PIECE).unwrap();
         for piece in 0..8 {
             // SAFETY: within the mapping.
@@ -170,11 +153,11 @@ mod tests {
         let file = sparse(4, &[0, 3]);
         let extents = Extents::of_file(&file).unwrap();
         file.set_len(PIECE).unwrap();
-        assert!(fold(&file, &extents, u64::MAX).is_err());
+        assert!(fold(&file, &extents, &[], u64::MAX).is_err());
     }
 
     /// KiB of a mapping that are mapped huge.
-    fn huge_kib(mapping: &Mapping) -> u64 {
+    pub(in crate::snapshot::memory) fn huge_kib(mapping: &Mapping) -> u64 {
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let start = format!("{:x}-", mapping.address().addr());
         let lines = maps.lines().skip_while(|line| !line.starts_with(&start));

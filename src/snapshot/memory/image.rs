@@ -6,11 +6,17 @@
 //!
 //! * nothing, after a cold boot: zeros, and reading it would only make the host allocate it;
 //! * the parent's memory file, in a clone, whether mapped or answered by userfaultfd. Its data is copied from file to
-//!   file; reading it through the mapping would fault in everything that the clone has spared itself.
+//!   file; reading it through the mapping would fault in everything that the clone has spared itself. And since that file never
+//!   changes, the guest need not stand still meanwhile ([`Rest`]).
 //!
 //! Zero pages become holes. Writes are gathered into runs of up to [`WRITE_BYTES_MAX`].
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::{
+    fs::File,
+    io,
+    ops::Range,
+    os::{fd::AsRawFd, unix::fs::FileExt},
+};
 
 use super::extents::{Extents, Run};
 use crate::snapshot::{
@@ -22,6 +28,8 @@ use crate::snapshot::{
 /// Most bytes in one write.
 pub const WRITE_BYTES_MAX: usize = 4 << 20;
 const PAGE: usize = PAGE_BYTES as usize;
+/// Room on disk that is left to others.
+const MARGIN_BYTES: u64 = 64 << 20;
 /// Page map entries read at once: 256 MiB of guest memory, 512 KiB of entries.
 const ENTRIES_AT_ONCE: usize = 64 << 10;
 
@@ -73,9 +81,9 @@ impl PageMap {
     }
 
     /// Reads the entries of the pages from `address` on, one for each place in `entries`.
-    fn read(&self, address: usize, entries: &mut [u64]) -> Result<(), ImageError> {
+    pub(super) fn read(&self, address: usize, entries: &mut [Entry]) -> Result<(), ImageError> {
         let offset = (address / PAGE) as u64 * 8;
-        // SAFETY: any bytes are a valid u64, and the byte view spans exactly the entries.
+        // SAFETY: any bytes are a valid u64, which is all that an entry is, and the byte view spans exactly the entries.
         let bytes = unsafe {
             std::slice::from_raw_parts_mut(entries.as_mut_ptr().cast::<u8>(), size_of_val(entries))
         };
@@ -83,12 +91,24 @@ impl PageMap {
     }
 }
 
-const ENTRY_PRESENT: u64 = 1 << 63;
-const ENTRY_SWAPPED: u64 = 1 << 62;
-const ENTRY_FILE: u64 = 1 << 61;
+/// What the page map says of a page.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(transparent)]
+pub(super) struct Entry(u64);
 
-fn is_private(entry: u64) -> bool {
-    entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE == 0
+impl Entry {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const FILE: u64 = 1 << 61;
+
+    pub(super) fn is_present(self) -> bool {
+        self.0 & Self::PRESENT != 0
+    }
+
+    /// The guest's own: its content is in memory, or was swapped out of it.
+    pub(super) fn is_private(self) -> bool {
+        self.0 & (Self::PRESENT | Self::SWAPPED) != 0 && self.0 & Self::FILE == 0
+    }
 }
 
 /// One region of a paused guest's memory.
@@ -135,7 +155,42 @@ impl Written {
     }
 }
 
-/// Writes the regions to `out`, which must be empty and open for writing. `parent` is the memory file that the clone was
+/// What is still to be copied from the parent's file: the guest's pages that were not its own when it stood still.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Rest(Vec<Range<u64>>);
+
+impl Rest {
+    /// Copies it. The guest may run meanwhile.
+    ///
+    /// # Errors
+    /// [`ImageError::Copy`]; `out` then holds rubbish and is to be thrown away.
+    pub fn copy(self, parent: &File, out: &File) -> Result<(), ImageError> {
+        let mut copier = Copier::new(parent, out);
+        self.0.iter().try_for_each(|run| copier.copy(run.start, run.end)).map_err(ImageError::Copy)
+    }
+
+    /// Whether there is certainly room for it.
+    pub fn has_room(&self, out: &File) -> bool {
+        let bytes = self.0.iter().map(|run| run.end - run.start).sum::<u64>();
+        // SAFETY: an all-zero statvfs is valid, and fstatvfs fills it.
+        let (result, room) = unsafe {
+            let mut room: libc::statvfs64 = std::mem::zeroed();
+            (libc::fstatvfs64(out.as_raw_fd(), &mut room), room)
+        };
+        result == 0 && room.f_bavail.saturating_mul(room.f_frsize) >= bytes.saturating_add(MARGIN_BYTES)
+    }
+
+    fn add(&mut self, start: u64, end: u64) {
+        match self.0.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => self.0.push(start..end),
+        }
+    }
+}
+
+/// Writes what the guest has made its own of the regions to `out`, which must be empty and open for writing; what comes from the parent is
+/// left to [`Rest::copy`]. `parent` is the memory file that the clone was
 /// started from, with the same offsets; `None` after a cold boot. Nothing is synced.
 ///
 /// # Errors
@@ -145,16 +200,17 @@ pub fn write_image(
     parent: Option<&File>,
     page_map: &PageMap,
     out: &File,
-) -> Result<Written, ImageError> {
+) -> Result<(Written, Rest), ImageError> {
     let file_bytes = check(regions)?;
-    let parent = parent.map(|file| Parent::open(file, out, file_bytes)).transpose()?;
+    let parent = parent.map(|file| parent_extents(file, file_bytes)).transpose()?;
     if out.metadata().map_err(ImageError::Write)?.len() != 0 {
         return Err(ImageError::Write(io::Error::other("it is not empty")));
     }
     // The length first: an early word if it does not fit a limit, and what is not written is a hole.
     out.set_len(file_bytes).map_err(ImageError::Write)?;
-    let mut writer = Writer { out, parent, written: Written { file_bytes, ..Written::default() } };
-    let mut entries = vec![0; ENTRIES_AT_ONCE];
+    let written = Written { file_bytes, ..Written::default() };
+    let mut writer = Writer { out, parent, written, rest: Rest::default() };
+    let mut entries = vec![Entry::default(); ENTRIES_AT_ONCE];
     for region in regions {
         let pages = region.bytes / PAGE;
         let mut first = 0;
@@ -166,7 +222,7 @@ pub fn write_image(
             first += count;
         }
     }
-    Ok(writer.written)
+    Ok((writer.written, writer.rest))
 }
 
 /// Checks the regions and gives the length of the file.
@@ -195,47 +251,39 @@ fn check(regions: &[SourceRegion]) -> Result<u64, ImageError> {
     Ok(spans.last().map_or(0, |&(_, end)| end))
 }
 
-/// The file that the pages which nobody changed come from.
-struct Parent<'a> {
-    copier: Copier<'a>,
-    extents: Extents,
-}
-
-impl<'a> Parent<'a> {
-    fn open(file: &'a File, out: &'a File, needs: u64) -> Result<Parent<'a>, ImageError> {
-        let has = file.metadata().map_err(ImageError::Parent)?.len();
-        if has < needs {
-            return Err(ImageError::ParentShort { has, needs });
-        }
-        let extents = Extents::of_file(file).map_err(ImageError::Parent)?;
-        Ok(Parent { copier: Copier::new(file, out), extents })
+/// Where there is data in the file that the pages which nobody changed come from.
+fn parent_extents(file: &File, needs: u64) -> Result<Extents, ImageError> {
+    let has = file.metadata().map_err(ImageError::Parent)?.len();
+    if has < needs {
+        return Err(ImageError::ParentShort { has, needs });
     }
+    Extents::of_file(file).map_err(ImageError::Parent)
 }
 
 struct Writer<'a> {
     out: &'a File,
-    parent: Option<Parent<'a>>,
+    parent: Option<Extents>,
     written: Written,
+    rest: Rest,
 }
 
 impl Writer<'_> {
     /// The pages of `region` from `first` on, one for each of `entries`.
-    fn window(&mut self, region: &SourceRegion, first: usize, entries: &[u64]) -> Result<(), ImageError> {
+    fn window(&mut self, region: &SourceRegion, first: usize, entries: &[Entry]) -> Result<(), ImageError> {
         let mut at = 0;
         while let Some(&entry) = entries.get(at) {
-            let private = is_private(entry);
-            let run = entries.iter().skip(at).take_while(|&&entry| is_private(entry) == private).count();
+            let private = entry.is_private();
+            let run = entries.iter().skip(at).take_while(|entry| entry.is_private() == private).count();
             if private {
                 self.take_from_memory(region, first + at, run)?;
             } else {
                 if self.parent.is_none()
-                    && let Some(odd) =
-                        entries.iter().skip(at).take(run).position(|entry| entry & ENTRY_PRESENT != 0)
+                    && let Some(odd) = entries.iter().skip(at).take(run).position(|entry| entry.is_present())
                 {
                     return Err(ImageError::NotPrivate(region.address.addr() + (first + at + odd) * PAGE));
                 }
                 let offset = region.file_offset + ((first + at) * PAGE) as u64;
-                self.take_from_parent(offset, offset + (run * PAGE) as u64)?;
+                self.take_from_parent(offset, offset + (run * PAGE) as u64);
             }
             at += run;
         }
@@ -265,21 +313,20 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Copies what is data in the parent between two offsets.
-    fn take_from_parent(&mut self, mut at: u64, end: u64) -> Result<(), ImageError> {
-        let Some(parent) = &mut self.parent else { return Ok(()) };
+    /// What is data in the parent between two offsets is to be copied.
+    fn take_from_parent(&mut self, mut at: u64, end: u64) {
+        let Some(parent) = &self.parent else { return };
         while at < end {
-            match parent.extents.run_at(at) {
+            match parent.run_at(at) {
                 Run::Hole { end } => at = end,
                 Run::Data { end: data_end } => {
                     let stop = data_end.min(end);
-                    parent.copier.copy(at, stop).map_err(ImageError::Copy)?;
+                    self.rest.add(at, stop);
                     self.written.parent_bytes += stop - at;
                     at = stop;
                 }
             }
         }
-        Ok(())
     }
 }
 
@@ -310,7 +357,11 @@ mod tests {
 
     fn freeze(regions: &[SourceRegion], parent: Option<&File>) -> (File, Written) {
         let out = tempfile::tempfile().unwrap();
-        let written = write_image(regions, parent, &PageMap::open().unwrap(), &out).unwrap();
+        let (written, rest) = write_image(regions, parent, &PageMap::open().unwrap(), &out).unwrap();
+        assert!(rest.has_room(&out));
+        if let Some(parent) = parent {
+            rest.copy(parent, &out).unwrap();
+        }
         (out, written)
     }
 
@@ -343,9 +394,9 @@ mod tests {
         let content = read(&file);
         assert_eq!(content.iter().filter(|&&byte| byte == 5).count(), 4);
         assert_eq!((content[0], content[1], content[77], content[16383]), (5, 5, 5, 5));
-        let mut entries = vec![0; 16384];
+        let mut entries = vec![Entry::default(); 16384];
         PageMap::open().unwrap().read(mapping.address().addr(), &mut entries).unwrap();
-        assert_eq!(entries.iter().filter(|&&entry| entry & ENTRY_PRESENT != 0).count(), 5);
+        assert_eq!(entries.iter().filter(|entry| entry.is_present()).count(), 5);
     }
 
     #[test]

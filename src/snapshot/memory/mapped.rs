@@ -12,7 +12,11 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::fd::{AsRawFd, FromRawFd},
+    ops::Range,
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::fs::FileExt,
+    },
     ptr::{self, NonNull},
 };
 
@@ -30,6 +34,8 @@ pub enum MapError {
     Size(u64),
     #[error("the offset {0} into the memory file is not a multiple of 4 KiB")]
     Offset(u64),
+    #[error("{0:#x} to {1:#x} is no part of the memory region in pages of 4 KiB")]
+    Part(usize, usize),
     #[error("the memory file is damaged: it has {has} bytes, the region ends at {needs}")]
     ShortFile { has: u64, needs: u64 },
     #[error(
@@ -53,7 +59,7 @@ impl MapError {
     /// The kind of this failure.
     pub fn cause(&self) -> Cause {
         match self {
-            MapError::Size(_) | MapError::Offset(_) => Cause::InvalidInput,
+            MapError::Size(_) | MapError::Offset(_) | MapError::Part(..) => Cause::InvalidInput,
             MapError::ShortFile { .. } => Cause::Damaged,
             MapError::Map { source, .. } | MapError::File(source) => Cause::of_io(source),
             MapError::UserfaultDenied(_) | MapError::UserfaultMissing(_) => Cause::Unsupported,
@@ -127,10 +133,9 @@ impl Mapping {
 
     /// Backs the range with anonymous memory. What was in it is gone.
     pub fn back_with_nothing(&mut self) -> Result<(), MapError> {
-        self.map_over(libc::MAP_ANONYMOUS, -1, 0)?;
+        self.map_over(0..self.bytes, libc::MAP_ANONYMOUS, -1, 0)?;
         // Advice: a kernel without huge pages refuses it, and all still works.
-        // SAFETY: the range is ours and advice does not change its content.
-        unsafe { libc::madvise(self.address.as_ptr().cast(), self.bytes, libc::MADV_HUGEPAGE) };
+        self.advise(0..self.bytes, libc::MADV_HUGEPAGE);
         Ok(())
     }
 
@@ -145,24 +150,81 @@ impl Mapping {
         if has < end {
             return Err(MapError::ShortFile { has, needs: end });
         }
-        self.map_over(0, file.as_raw_fd(), file_offset)
+        self.map_over(0..self.bytes, 0, file.as_raw_fd(), file_offset)
     }
 
     /// Backs the range with anonymous memory registered at `uffd` for missing pages.
     pub fn back_with_userfault(&mut self, uffd: &Uffd) -> Result<(), MapError> {
-        self.map_over(libc::MAP_ANONYMOUS, -1, 0)?;
-        uffd.register_with_mode(self.address.as_ptr().cast(), self.bytes, RegisterMode::MISSING)
+        self.back_part_with_userfault(uffd, 0..self.bytes)
+    }
+
+    /// The same for a part, in bytes from the first; the bounds are multiples of 4 KiB.
+    pub fn back_part_with_userfault(&mut self, uffd: &Uffd, part: Range<usize>) -> Result<(), MapError> {
+        let part = self.checked(part)?;
+        self.map_over(part.clone(), libc::MAP_ANONYMOUS, -1, 0)?;
+        uffd.register_with_mode(self.at(&part).cast(), part.len(), RegisterMode::MISSING)
             .map_err(|error| MapError::Userfault(format!("the memory cannot be registered: {error:?}")))?;
         Ok(())
     }
 
-    fn map_over(&mut self, flags: libc::c_int, fd: libc::c_int, offset: u64) -> Result<(), MapError> {
+    /// Backs a part with anonymous memory, in huge pages if it can be, that holds a copy of `file` from `file_offset`.
+    pub fn back_part_with_copy(
+        &mut self,
+        part: Range<usize>,
+        file: &File,
+        file_offset: u64,
+    ) -> Result<(), MapError> {
+        let part = self.checked(part)?;
+        self.map_over(part.clone(), libc::MAP_ANONYMOUS, -1, 0)?;
+        self.advise(part.clone(), libc::MADV_HUGEPAGE);
+        // SAFETY: anonymous, zero and writable since a moment ago, and lent to nobody, as `&mut self` shows.
+        let memory = unsafe { std::slice::from_raw_parts_mut(self.at(&part), part.len()) };
+        file.read_exact_at(memory, file_offset).map_err(MapError::File)
+    }
+
+    /// Maps the pages of a part that are not mapped yet, in one call; `own`: as pages that were written. It saves faults and changes nothing, so
+    /// it may fail in silence (a kernel before 5.14, memory that is short).
+    pub fn populate(&self, part: Range<usize>, own: bool) {
+        if let Ok(part) = self.checked(part) {
+            self.advise(part, if own { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ });
+        }
+    }
+
+    fn checked(&self, part: Range<usize>) -> Result<Range<usize>, MapError> {
+        let page = PAGE_BYTES as usize;
+        match part.start < part.end
+            && part.end <= self.bytes
+            && part.start.is_multiple_of(page)
+            && part.end.is_multiple_of(page)
+        {
+            true => Ok(part),
+            false => Err(MapError::Part(part.start, part.end)),
+        }
+    }
+
+    /// The address of a checked part.
+    fn at(&self, part: &Range<usize>) -> *mut u8 {
+        self.address.as_ptr().wrapping_add(part.start)
+    }
+
+    fn advise(&self, part: Range<usize>, advice: libc::c_int) {
+        // SAFETY: within the range, which is ours, and none of the advices given here changes its content.
+        unsafe { libc::madvise(self.at(&part).cast(), part.len(), advice) };
+    }
+
+    fn map_over(
+        &mut self,
+        part: Range<usize>,
+        flags: libc::c_int,
+        fd: libc::c_int,
+        offset: u64,
+    ) -> Result<(), MapError> {
         let flags = flags | libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let offset = libc::off64_t::try_from(offset).map_err(|_| MapError::Offset(offset))?;
-        // SAFETY: MAP_FIXED replaces exactly the range that this value owns; `&mut self` shows that nobody who
+        // SAFETY: MAP_FIXED replaces exactly (a checked part of) the range that this value owns; `&mut self` shows that nobody who
         // was lent it through this value is using it.
-        unsafe { map(self.address.as_ptr(), self.bytes, protection, flags, fd, offset)? };
+        unsafe { map(self.at(&part), part.len(), protection, flags, fd, offset)? };
         Ok(())
     }
 
@@ -229,6 +291,11 @@ impl UserfaultDevice {
         UserfaultDevice(OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").ok())
     }
 
+    /// False where only the system call is left.
+    pub fn is_open(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// A device that was opened elsewhere and handed over.
     pub fn from_file(device: File) -> UserfaultDevice {
         UserfaultDevice(Some(device))
@@ -268,8 +335,6 @@ impl UserfaultDevice {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
 
     fn bytes_of(mapping: &mut Mapping) -> &mut [u8] {
@@ -320,6 +385,32 @@ mod tests {
         for offset in [1, u64::MAX, u64::MAX - 4095] {
             assert!(matches!(Mapping::of_file(&file, offset, 4096), Err(MapError::Offset(_))), "{offset}");
         }
+    }
+
+    #[test]
+    fn a_part_can_be_a_copy_ahead_of_the_first_write() {
+        let file = tempfile::tempfile().unwrap();
+        let huge = HUGE_BYTES as usize;
+        file.set_len(4 * HUGE_BYTES).unwrap();
+        file.write_all_at(b"copied", HUGE_BYTES + 100).unwrap();
+        file.write_all_at(b"mapped", 2 * HUGE_BYTES + 100).unwrap();
+        let mut mapping = Mapping::of_file(&file, 0, 4 * HUGE_BYTES).unwrap();
+        mapping.back_part_with_copy(huge..2 * huge, &file, HUGE_BYTES).unwrap();
+        mapping.populate(2 * huge..3 * huge, false);
+        mapping.populate(3 * huge..3 * huge + 4096, true);
+        // What the file becomes later only what is mapped can show.
+        file.write_all_at(b"CHANGED", HUGE_BYTES + 100).unwrap();
+        let bytes = bytes_of(&mut mapping);
+        assert_eq!(&bytes[huge + 100..huge + 107], b"copied\0");
+        assert_eq!(&bytes[2 * huge + 100..2 * huge + 106], b"mapped");
+        assert_eq!(bytes[3 * huge], 0);
+        for (start, end) in [(0, 0), (4096, 4096), (0, 1), (1, 4096), (0, 4 * huge + 4096), (8192, 4096)] {
+            let part = start..end;
+            let result = mapping.back_part_with_copy(part.clone(), &file, 0);
+            assert!(matches!(result, Err(MapError::Part(..))), "{part:?}");
+        }
+        let beyond = mapping.back_part_with_copy(0..8192, &file, 4 * HUGE_BYTES - 4096);
+        assert!(matches!(beyond, Err(MapError::File(_))));
     }
 
     #[test]

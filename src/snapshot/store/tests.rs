@@ -72,7 +72,7 @@ fn a_published_snapshot_is_found_opened_and_verified_also_by_the_next_daemon() {
         assert_eq!(&content, b"memory");
         assert_eq!((open.disks.len(), open.disks[0].layers.len()), (1, 2));
         assert_eq!(Extents::of_file(&open.memory).unwrap().data_bytes(), 4096);
-        assert_eq!(open.fold(u64::MAX).unwrap(), 2 << 20);
+        assert_eq!(open.fold(&[], u64::MAX).unwrap(), 2 << 20);
         let verified = store.verify("web").unwrap();
         assert_eq!(verified, Verified { files: 5, bytes: 13 + (8 << 20) + (1 << 20) + 2 * 4096 });
     }

@@ -275,7 +275,7 @@ fn missing_drivers_are_told() {
     for (text, warnings) in
         [("", 2), ("VirtIO MMIO adapter", 1), ("MPTable: <", 1), ("MPTable: <%s and VirtIO MMIO adapter", 0)]
     {
-        let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text.as_bytes().to_vec(), 5 << 20)];
+        let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text.as_bytes().to_vec(), 8 << 20)];
         let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() }.file();
         let choices = hardware(&kernel, HardwareWish::Microvm).expect("readable").1;
         let told = choices.iter().filter(|c| c.starts_with("warning: this kernel has no")).count();
@@ -287,7 +287,7 @@ fn missing_drivers_are_told() {
 fn a_pc_is_told_by_acpi_and_nothing_else() {
     let memory = memory(64);
     let text = b"MPTable: < VirtIO PCI %s adapter".to_vec();
-    let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text, 5 << 20)];
+    let segments = vec![(KERNBASE + KERNEL_START, KERNEL_START, text, 8 << 20)];
     let kernel = ElfBuilder { segments, ..ElfBuilder::freebsd() }.file();
     let found = hardware(&kernel, HardwareWish::Auto).expect("readable").0;
     assert_eq!(found, Hardware::Pc { transitional: true });

@@ -303,7 +303,8 @@ fn a_clone_frozen_is_the_same_from_both_memory_sources() {
         // SAFETY: the mappings live on, and nobody writes meanwhile.
         let region = unsafe { SourceRegion::new(memory.address(), memory.bytes(), 0) };
         let out = tempfile::tempfile().unwrap();
-        let written = write_image(&[region], Some(&file), &page_map, &out).unwrap();
+        let (written, rest) = write_image(&[region], Some(&file), &page_map, &out).unwrap();
+        rest.copy(&file, &out).unwrap();
         let mut bytes = vec![0; PAGES * PAGE];
         out.read_exact_at(&mut bytes, 0).unwrap();
         images.push((bytes, written.data_bytes(), Extents::of_file(&out).unwrap()));

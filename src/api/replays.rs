@@ -1,0 +1,187 @@
+//! Requests that are sent again: a client that lost the answer gets it again, and nothing is done twice.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use prost::Message;
+use tokio::sync::OnceCell;
+use tonic::Status;
+
+use super::status::invalid;
+
+/// Longest request id.
+const ID_BYTES_MAX: usize = 64;
+/// How long an answer is kept.
+const KEPT_FOR: Duration = Duration::from_secs(600);
+/// Most answers kept, and their bytes; beyond that the oldest go.
+const ENTRIES_MAX: usize = 4096;
+const BYTES_MAX: usize = 64 << 20;
+
+/// Answers of one method by the ids of the requests.
+#[derive(Debug)]
+pub struct Replays<T>(Mutex<Table<T>>);
+
+#[derive(Debug)]
+struct Table<T> {
+    entries: HashMap<String, Arc<Entry<T>>>,
+    /// Ids in the order of their first requests.
+    order: VecDeque<(Instant, String)>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    asked: Box<[u8]>,
+    /// Empty while the first request is under way, and after it failed.
+    answer: OnceCell<T>,
+}
+
+impl<T> Default for Replays<T> {
+    fn default() -> Self {
+        let table = Table { entries: HashMap::new(), order: VecDeque::new(), bytes: 0 };
+        Self(Mutex::new(table))
+    }
+}
+
+impl<T: Message + Clone + Send + Sync> Replays<T> {
+    /// Does `work`, unless a request with this id and the same content has been answered: then gives that answer. While the first is under way the
+    /// second waits for it; if the first fails, or its caller goes away, the second does the work. An empty `id` is none.
+    pub async fn once(
+        &self,
+        id: &str,
+        asked: &[u8],
+        work: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Status> {
+        if id.is_empty() {
+            return work.await;
+        }
+        if id.len() > ID_BYTES_MAX {
+            return Err(invalid(format!("a request id of {} bytes; the most is {ID_BYTES_MAX}", id.len())));
+        }
+        let entry = self.entry(id, asked);
+        if *entry.asked != *asked {
+            return Err(invalid(format!(
+                "the request id {id:?} was used for another request; take a new one"
+            )));
+        }
+        let mut is_ours = false;
+        let answer = entry.answer.get_or_try_init(|| async {
+            is_ours = true;
+            work.await
+        });
+        let answer = answer.await?.clone();
+        if is_ours {
+            self.lock().weigh(answer.encoded_len());
+        }
+        Ok(answer)
+    }
+
+    fn entry(&self, id: &str, asked: &[u8]) -> Arc<Entry<T>> {
+        let now = Instant::now();
+        let mut table = self.lock();
+        table.forget(|when, entries, _| now.duration_since(when) > KEPT_FOR || entries >= ENTRIES_MAX);
+        if let Some(entry) = table.entries.get(id) {
+            return Arc::clone(entry);
+        }
+        let entry = Arc::new(Entry { asked: asked.into(), answer: OnceCell::new() });
+        table.entries.insert(id.to_owned(), Arc::clone(&entry));
+        table.order.push_back((now, id.to_owned()));
+        table.weigh(asked.len());
+        entry
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T: Message> Table<T> {
+    fn weigh(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.forget(|_, _, bytes| bytes > BYTES_MAX);
+    }
+
+    /// Drops the oldest while `wanted` by its time, the number of entries, and their bytes.
+    fn forget(&mut self, wanted: impl Fn(Instant, usize, usize) -> bool) {
+        while let Some((when, _)) = self.order.front()
+            && wanted(*when, self.entries.len(), self.bytes)
+            && let Some((_, id)) = self.order.pop_front()
+        {
+            if let Some(entry) = self.entries.remove(&id) {
+                let bytes = entry.asked.len() + entry.answer.get().map_or(0, Message::encoded_len);
+                self.bytes = self.bytes.saturating_sub(bytes);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::proto::EchoResult;
+
+    fn answer(text: &str) -> EchoResult {
+        EchoResult { data: text.as_bytes().to_vec().into() }
+    }
+
+    #[tokio::test]
+    async fn the_second_request_gets_the_first_answer() {
+        let replays = Replays::default();
+        assert_eq!(replays.once("a", b"x", async { Ok(answer("1")) }).await.unwrap(), answer("1"));
+        let never = async { panic!("done twice") };
+        assert_eq!(replays.once("a", b"x", never).await.unwrap(), answer("1"));
+        assert_eq!(replays.once("b", b"x", async { Ok(answer("2")) }).await.unwrap(), answer("2"));
+        assert_eq!(replays.once("", b"x", async { Ok(answer("3")) }).await.unwrap(), answer("3"));
+        assert_eq!(replays.once("", b"x", async { Ok(answer("4")) }).await.unwrap(), answer("4"));
+    }
+
+    #[tokio::test]
+    async fn another_request_with_the_same_id_and_ids_that_are_too_long_are_refused() {
+        let replays = Replays::default();
+        replays.once("a", b"x", async { Ok(answer("1")) }).await.unwrap();
+        let refused = replays.once("a", b"y", async { Ok(answer("2")) }).await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::InvalidArgument);
+        assert!(replays.once(&"a".repeat(65), b"x", async { Ok(answer("2")) }).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn what_failed_is_done_again_and_what_was_given_up_too() {
+        let replays = Arc::new(Replays::default());
+        replays.once("a", b"x", async { Err(Status::aborted("no")) }).await.unwrap_err();
+        assert_eq!(replays.once("a", b"x", async { Ok(answer("1")) }).await.unwrap(), answer("1"));
+        let first = {
+            let replays = Arc::clone(&replays);
+            tokio::spawn(async move { replays.once("b", b"x", std::future::pending()).await })
+        };
+        let second = {
+            let replays = Arc::clone(&replays);
+            tokio::spawn(async move { replays.once("b", b"x", async { Ok(answer("2")) }).await })
+        };
+        tokio::task::yield_now().await;
+        first.abort();
+        assert_eq!(second.await.unwrap().unwrap(), answer("2"));
+    }
+
+    #[tokio::test]
+    async fn old_answers_go_when_there_are_too_many_or_they_are_too_large() {
+        let replays = Replays::default();
+        for n in 0..ENTRIES_MAX + 10 {
+            replays.once(&n.to_string(), b"x", async { Ok(answer("1")) }).await.unwrap();
+        }
+        assert_eq!(replays.lock().entries.len(), ENTRIES_MAX);
+        let large = answer(&"x".repeat(1 << 20));
+        for n in 0..100 {
+            replays.once(&format!("large {n}"), b"x", async { Ok(large.clone()) }).await.unwrap();
+        }
+        let table = replays.lock();
+        assert!(table.bytes <= BYTES_MAX && table.entries.len() == table.order.len());
+        let counted: usize = table
+            .entries
+            .values()
+            .map(|entry| entry.asked.len() + entry.answer.get().unwrap().encoded_len())
+            .sum();
+        assert_eq!(table.bytes, counted);
+    }
+}

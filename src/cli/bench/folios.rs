@@ -1,0 +1,40 @@
+//! Bringing a file's pages into the page cache as they are wanted there, or out of it.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use anyhow::Context;
+
+const PAGE_BYTES: usize = 4096;
+
+/// Drops what nobody has mapped. The file must have been synced.
+pub fn drop_from_cache(path: &Path) -> anyhow::Result<()> {
+    let file = open(path)?;
+    advise(&file, libc::POSIX_FADV_DONTNEED);
+    Ok(())
+}
+
+/// Drops the file's pages and reads each by itself, so that the kernel makes no large folios of them.
+pub fn read_in_single_pages(path: &Path) -> anyhow::Result<()> {
+    let file = open(path)?;
+    advise(&file, libc::POSIX_FADV_DONTNEED);
+    // No reading ahead.
+    advise(&file, libc::POSIX_FADV_RANDOM);
+    let mut page = [0; PAGE_BYTES];
+    let bytes = file.metadata()?.len();
+    for at in (0..bytes).step_by(PAGE_BYTES) {
+        file.read_exact_at(&mut page, at).with_context(|| format!("cannot read {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn open(path: &Path) -> anyhow::Result<File> {
+    File::open(path).with_context(|| format!("cannot open {}", path.display()))
+}
+
+fn advise(file: &File, advice: libc::c_int) {
+    // SAFETY: plain integers; advice about clean pages of the cache.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) };
+}

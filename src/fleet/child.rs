@@ -1,0 +1,152 @@
+//! A child process of the daemon, however it came to be: its end is seen through a pidfd, which takes no signal handler and no thread, and it is
+//! reaped by nobody but its owner, so until then its number is its own. Facts: pidfd_open(2), waitpid(2); Linux 5.3.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A child that is killed and reaped when this is dropped.
+#[derive(Debug)]
+pub struct Child {
+    owned: Owned,
+    /// Readable when it has ended.
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Child {
+    /// Starts a program. With nothing to be run between fork and exec the standard library takes posix_spawn, which neither copies this
+    /// process's page tables nor makes its next writes fault. Must be called inside a tokio runtime.
+    pub fn spawn(command: &mut Command) -> io::Result<Self> {
+        Self::adopt(command.spawn()?.id())
+    }
+
+    /// Takes over the child with this number, for which nobody else waits; it is killed if that fails. Must be called inside a tokio runtime.
+    pub fn adopt(pid: u32) -> io::Result<Self> {
+        let owned = match libc::pid_t::try_from(pid) {
+            Ok(pid @ 1..) => Owned { pid, ended: None },
+            _ => return Err(io::Error::other(format!("{pid} is not the number of a process"))),
+        };
+        // SAFETY: the system call takes two integers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, owned.pid, 0) };
+        let Some(fd) = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0) else {
+            return Err(io::Error::last_os_error());
+        };
+        // SAFETY: the descriptor is new and nobody else's.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: an `OwnedFd` is open and stays the same as long as it lives.
+        let pidfd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
+        Ok(Self { owned, pidfd })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.owned.pid.unsigned_abs()
+    }
+
+    /// SIGKILL. Harmless when it has ended.
+    pub fn kill(&self) {
+        self.owned.kill();
+    }
+
+    /// Waits until it has ended, and reaps it. May be given up and begun again.
+    pub async fn wait(&mut self) -> io::Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.try_wait()? {
+                return Ok(status);
+            }
+            self.pidfd.readable().await?.clear_ready();
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.owned.wait(libc::WNOHANG)
+    }
+}
+
+/// The child's number, until it is reaped.
+#[derive(Debug)]
+struct Owned {
+    pid: libc::pid_t,
+    ended: Option<ExitStatus>,
+}
+
+impl Owned {
+    fn kill(&self) {
+        if self.ended.is_none() {
+            // SAFETY: plain kill of a child that was not reaped, so the number is still its own.
+            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+        }
+    }
+
+    fn wait(&mut self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+        while self.ended.is_none() {
+            let mut status = 0;
+            // SAFETY: `status` is valid for the call.
+            match unsafe { libc::waitpid(self.pid, &mut status, options) } {
+                0 => return Ok(None),
+                -1 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+                _ => self.ended = Some(ExitStatus::from_raw(status)),
+            }
+        }
+        Ok(self.ended)
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.kill();
+        let _ = self.wait(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use std::process::Command;
+
+    fn child(script: &str) -> Child {
+        Child::spawn(Command::new("/bin/sh").arg("-c").arg(script)).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_end_is_seen_and_how_it_came() {
+        let mut child = child("exit 7");
+        assert_eq!(child.wait().await.unwrap().code(), Some(7));
+        // Once more, and harmless.
+        child.kill();
+        assert_eq!(child.wait().await.unwrap().code(), Some(7));
+    }
+
+    #[tokio::test]
+    async fn it_can_be_killed_while_it_is_waited_for() {
+        let mut child = child("exec sleep 1000");
+        assert_eq!(child.try_wait().unwrap(), None);
+        let waited = tokio::time::timeout(std::time::Duration::from_millis(1), child.wait()).await;
+        assert!(waited.is_err());
+        child.kill();
+        assert_eq!(child.wait().await.unwrap().signal(), Some(libc::SIGKILL));
+    }
+
+    #[tokio::test]
+    async fn nothing_is_left_of_one_that_is_dropped() {
+        let child = child("exec sleep 1000");
+        let place = format!("/proc/{}", child.pid());
+        assert!(Path::new(&place).exists());
+        drop(child);
+        assert!(!Path::new(&place).exists(), "alive, or a zombie");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_child_is_refused() {
+        assert!(Child::adopt(0).is_err());
+        assert!(Child::adopt(u32::MAX).is_err());
+    }
+}
