@@ -25,6 +25,7 @@ use tonic::{Request, Status};
 use super::MESSAGE_BYTES_MAX;
 use super::auth::{AuthError, tls};
 use super::proto::agent_service_client::AgentServiceClient;
+use super::proto::event_service_client::EventServiceClient;
 use super::proto::function_service_client::FunctionServiceClient;
 use super::proto::image_service_client::ImageServiceClient;
 use super::proto::pool_service_client::PoolServiceClient;
@@ -134,6 +135,7 @@ pub struct Client {
     pub agent: AgentServiceClient<Transport>,
     pub functions: FunctionServiceClient<Transport>,
     pub pools: PoolServiceClient<Transport>,
+    pub events: EventServiceClient<Transport>,
 }
 
 impl Client {
@@ -147,6 +149,7 @@ impl Client {
             functions: FunctionServiceClient::new(transport.clone())
                 .max_decoding_message_size(LISTS_BYTES_MAX),
             pools: PoolServiceClient::new(transport.clone()).max_decoding_message_size(LISTS_BYTES_MAX),
+            events: EventServiceClient::new(transport.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             agent: AgentServiceClient::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX),
         }
     }
@@ -257,6 +260,21 @@ fn endpoint(uri: Uri) -> Endpoint {
     Endpoint::from(uri)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+}
+
+/// All items of a list that comes in pages: `page` fetches the one of a token (the first: empty), with the token of the next.
+pub async fn all_pages<T>(
+    mut page: impl AsyncFnMut(String) -> Result<(Vec<T>, String), Status>,
+) -> Result<Vec<T>, Status> {
+    let (mut all, mut token) = (Vec::new(), String::new());
+    loop {
+        let (items, next) = page(token).await?;
+        all.extend(items);
+        if next.is_empty() {
+            return Ok(all);
+        }
+        token = next;
+    }
 }
 
 /// The innermost cause.

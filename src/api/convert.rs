@@ -17,15 +17,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
     proto::Vm {
         id: vm.id.clone(),
         name: vm.name().unwrap_or_default().to_owned(),
-        state: match status.state {
-            State::Booting => proto::VmState::Booting,
-            State::Ready => proto::VmState::Ready,
-            State::Running => proto::VmState::Running,
-            State::Paused => proto::VmState::Paused,
-            State::Snapshotting => proto::VmState::Snapshotting,
-            State::Exited => proto::VmState::Exited,
-        }
-        .into(),
+        state: state_out(status.state).into(),
         exit_reason: status.exit_reason.unwrap_or_default(),
         origin: Some(match &vm.origin {
             Origin::Image(name) => proto::vm::Origin::Image(name.clone()),
@@ -52,6 +44,17 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         pool: vm.pool.as_deref().unwrap_or_default().to_owned(),
         ready_in_pool: vm.is_held(),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
+    }
+}
+
+pub fn state_out(state: State) -> proto::VmState {
+    match state {
+        State::Booting => proto::VmState::Booting,
+        State::Ready => proto::VmState::Ready,
+        State::Running => proto::VmState::Running,
+        State::Paused => proto::VmState::Paused,
+        State::Snapshotting => proto::VmState::Snapshotting,
+        State::Exited => proto::VmState::Exited,
     }
 }
 

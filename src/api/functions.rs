@@ -11,6 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::pages::Page;
 use super::proto::deploy_event::Event;
 use super::proto::function_service_server::FunctionService;
 use super::proto::invocation_end::How;
@@ -114,10 +115,13 @@ impl FunctionService for Functions {
 
     async fn list_functions(
         &self,
-        _: Request<proto::ListFunctionsRequest>,
+        request: Request<proto::ListFunctionsRequest>,
     ) -> Result<Response<proto::ListFunctionsResponse>, Status> {
-        let functions = self.fleet.functions().into_iter().map(function_out).collect();
-        Ok(Response::new(proto::ListFunctionsResponse { functions }))
+        let request = request.into_inner();
+        let page = Page::asked(request.page_size, &request.page_token)?;
+        let (functions, next_page_token) =
+            page.of(self.fleet.functions(), |one| one.name.clone(), function_out);
+        Ok(Response::new(proto::ListFunctionsResponse { functions, next_page_token }))
     }
 
     async fn delete_function(

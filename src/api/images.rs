@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::convert;
+use super::pages::Page;
 use super::proto;
 use super::proto::image_service_server::ImageService;
 use super::status::invalid;
@@ -69,10 +70,12 @@ impl ImageService for Images {
 
     async fn list_images(
         &self,
-        _: Request<proto::ListImagesRequest>,
+        request: Request<proto::ListImagesRequest>,
     ) -> Result<Response<proto::ListImagesResponse>, Status> {
-        let images = self.fleet.list_images().into_iter().map(image).collect();
-        Ok(Response::new(proto::ListImagesResponse { images }))
+        let request = request.into_inner();
+        let page = Page::asked(request.page_size, &request.page_token)?;
+        let (images, next_page_token) = page.of(self.fleet.list_images(), |one| one.name.clone(), image);
+        Ok(Response::new(proto::ListImagesResponse { images, next_page_token }))
     }
 
     async fn get_image(

@@ -7,8 +7,9 @@
 //! | [`listen`] | the Unix socket and the TCP port, and who comes in |
 //! | [`auth`] | who may call what |
 //! | [`server`] | the services, and the end |
-//! | `vms`, `snapshots`, `images`, `agent`, `pools`, `functions` | one service each |
+//! | `vms`, `snapshots`, `images`, `agent`, `pools`, `functions`, `events` | one service each |
 //! | `exec` | AgentService's streams: commands and files |
+//! | `pages` | lists, a page at a time |
 //! | `replays` | answers kept for requests that are sent again |
 //! | `convert`, `network`, `status` | messages and errors, translated |
 
@@ -16,11 +17,13 @@ mod agent;
 pub mod auth;
 pub mod client;
 mod convert;
+mod events;
 mod exec;
 mod functions;
 mod images;
 pub mod listen;
 mod network;
+mod pages;
 mod pools;
 pub mod proto;
 mod replays;

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status};
 
 use super::agent;
 use super::convert::{self, optional};
+use super::pages::Page;
 use super::proto;
 use super::proto::pool_service_server::PoolService;
 use super::replays::Replays;
@@ -77,10 +78,12 @@ impl PoolService for Pools {
 
     async fn list_pools(
         &self,
-        _: Request<proto::ListPoolsRequest>,
+        request: Request<proto::ListPoolsRequest>,
     ) -> Result<Response<proto::ListPoolsResponse>, Status> {
-        let pools = self.fleet.pools().into_iter().map(pool_out).collect();
-        Ok(Response::new(proto::ListPoolsResponse { pools }))
+        let request = request.into_inner();
+        let page = Page::asked(request.page_size, &request.page_token)?;
+        let (pools, next_page_token) = page.of(self.fleet.pools(), |one| one.name.to_string(), pool_out);
+        Ok(Response::new(proto::ListPoolsResponse { pools, next_page_token }))
     }
 
     async fn update_pool(

@@ -13,12 +13,14 @@ use tonic::transport::Server;
 use super::MESSAGE_BYTES_MAX;
 use super::agent::Agent;
 use super::auth::layer::GuardLayer;
+use super::events::Events;
 use super::functions::Functions;
 use super::images::Images;
 use super::listen::Listeners;
 use super::pools::Pools;
 use super::proto::DESCRIPTORS;
 use super::proto::agent_service_server::AgentServiceServer;
+use super::proto::event_service_server::EventServiceServer;
 use super::proto::function_service_server::FunctionServiceServer;
 use super::proto::image_service_server::ImageServiceServer;
 use super::proto::pool_service_server::PoolServiceServer;
@@ -66,6 +68,7 @@ pub async fn serve(
     health.set_serving::<AgentServiceServer<Agent>>().await;
     health.set_serving::<PoolServiceServer<Pools>>().await;
     health.set_serving::<FunctionServiceServer<Functions>>().await;
+    health.set_serving::<EventServiceServer<Events>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -96,6 +99,10 @@ pub async fn serve(
         )
         .add_service(
             FunctionServiceServer::new(Functions::new(Arc::clone(&fleet)))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX),
+        )
+        .add_service(
+            EventServiceServer::new(Events::new(Arc::clone(&fleet)))
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
         )
         .add_service(AgentServiceServer::new(Agent::new(fleet)).max_decoding_message_size(MESSAGE_BYTES_MAX))

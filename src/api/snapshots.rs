@@ -5,11 +5,15 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::convert::{self, optional};
+use super::pages::Page;
 use super::proto;
 use super::proto::snapshot_service_server::SnapshotService;
 use crate::fleet::Fleet;
 use crate::fleet::keeping::KeptSoFar;
 use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, WorkingSet};
+
+/// Most damaged snapshots that a list tells.
+const DAMAGED_MAX: usize = 100;
 
 /// The service.
 pub struct Snapshots {
@@ -46,13 +50,16 @@ impl SnapshotService for Snapshots {
 
     async fn list_snapshots(
         &self,
-        _: Request<proto::ListSnapshotsRequest>,
+        request: Request<proto::ListSnapshotsRequest>,
     ) -> Result<Response<proto::ListSnapshotsResponse>, Status> {
+        let request = request.into_inner();
+        let page = Page::asked(request.page_size, &request.page_token)?;
         let Listing { whole, damaged } = self.fleet.list_snapshots().await?;
-        Ok(Response::new(proto::ListSnapshotsResponse {
-            snapshots: whole.into_iter().map(snapshot).collect(),
-            damaged: damaged.into_iter().map(|(id, reason)| proto::DamagedSnapshot { id, reason }).collect(),
-        }))
+        let key = |one: &Described| format!("{:020} {}", one.created_unix_ms, one.id);
+        let (snapshots, next_page_token) = page.of(whole, key, snapshot);
+        let damaged = damaged.into_iter().take(if page.is_first() { DAMAGED_MAX } else { 0 });
+        let damaged = damaged.map(|(id, reason)| proto::DamagedSnapshot { id, reason }).collect();
+        Ok(Response::new(proto::ListSnapshotsResponse { snapshots, damaged, next_page_token }))
     }
 
     async fn get_snapshot(

@@ -12,10 +12,11 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::auth::layer::admins_only;
 use super::convert::{self, optional};
+use super::pages::Page;
 use super::proto;
 use super::proto::vm_service_server::VmService;
 use super::replays::Replays;
-use super::status::invalid;
+use super::status::{invalid, limit_reached};
 use super::{agent, network};
 use crate::fleet::Fleet;
 use crate::fleet::boot::{CreateVm, Created, Progress};
@@ -151,10 +152,12 @@ impl VmService for Vms {
         &self,
         request: Request<proto::ListVmsRequest>,
     ) -> Result<Response<proto::ListVmsResponse>, Status> {
-        let all = request.into_inner().ready_in_pools;
+        let request = request.into_inner();
+        let page = Page::asked(request.page_size, &request.page_token)?;
         let vms = self.fleet.vms();
-        let vms = vms.iter().filter(|vm| all || !vm.is_held());
-        Ok(Response::new(proto::ListVmsResponse { vms: vms.map(|vm| convert::vm(vm)).collect() }))
+        let vms = vms.iter().filter(|vm| request.ready_in_pools || !vm.is_held());
+        let (vms, next_page_token) = page.of(vms, |vm| format!("{:020}", vm.number), |vm| convert::vm(vm));
+        Ok(Response::new(proto::ListVmsResponse { vms, next_page_token }))
     }
 
     async fn get_vm_stats(
@@ -231,7 +234,7 @@ impl VmService for Vms {
     ) -> Result<Response<Self::ConsoleStream>, Status> {
         use proto::console_request::Message;
         let permit = Arc::clone(&self.console_streams).try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!(
+            limit_reached(format!(
                 "{CONSOLE_STREAMS_MAX} console streams are open, the most there can be; close some"
             ))
         })?;

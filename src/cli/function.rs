@@ -14,6 +14,7 @@ use super::output::{self, Shape, Table};
 use super::pool::Mode;
 use super::vm::MemoryMode;
 use super::{SocketArgument, units};
+use crate::api::client::all_pages;
 use crate::api::proto;
 use crate::api::proto::deploy_event::Event;
 use crate::api::proto::deploy_request::From;
@@ -304,7 +305,12 @@ async fn invoke(
 
 async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.functions;
-    let functions = client.list_functions(proto::ListFunctionsRequest {}).await?.into_inner().functions;
+    let functions = all_pages(async |page_token| {
+        let request = proto::ListFunctionsRequest { page_token, page_size: 0 };
+        let list = client.list_functions(request).await?.into_inner();
+        Ok((list.functions, list.next_page_token))
+    })
+    .await?;
     if shape.json {
         let functions: Vec<_> = functions.iter().map(value).collect();
         return Ok(output::json(&json!({ "functions": functions }))?);

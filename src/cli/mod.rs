@@ -22,6 +22,7 @@ mod tiny;
 mod token;
 mod units;
 mod vm;
+mod watch;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -60,6 +61,9 @@ enum Command {
     /// The agent for FreeBSD guests: put it into a guest.
     #[command(subcommand)]
     Agent(agent::Command),
+    /// Tell what is made, changed and gone, as it happens.
+    #[command(after_help = watch::EXAMPLES)]
+    Watch(watch::Arguments),
     /// See it work: cold boot, snapshot, clones that answer, checked and timed. Needs nothing but /dev/kvm.
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Arguments),
@@ -111,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Pool(command) => run(pool::run(command)),
         Command::Function(command) => run(function::run(command)),
         Command::Agent(command) => agent::run(command),
+        Command::Watch(arguments) => run(watch::run(arguments)),
         Command::Demo(arguments) => run(demo::run(arguments)),
         Command::Run(arguments) => run(run::run(arguments)),
         Command::Bench(command) => run(bench::run(command)),

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::output::{self, Shape, Table};
 use super::vm::{self, Identity, MemoryMode};
 use super::{SocketArgument, units};
+use crate::api::client::all_pages;
 use crate::api::proto;
 
 #[derive(Debug, Subcommand)]
@@ -185,7 +186,12 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
 
 async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.pools;
-    let pools = client.list_pools(proto::ListPoolsRequest {}).await?.into_inner().pools;
+    let pools = all_pages(async |page_token| {
+        let request = proto::ListPoolsRequest { page_token, page_size: 0 };
+        let list = client.list_pools(request).await?.into_inner();
+        Ok((list.pools, list.next_page_token))
+    })
+    .await?;
     if shape.json {
         return Ok(output::json(&json!({ "pools": pools.iter().map(value).collect::<Vec<_>>() }))?);
     }

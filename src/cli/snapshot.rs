@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::output::{self, Shape, Table};
 use super::{SocketArgument, units};
+use crate::api::client::all_pages;
 use crate::api::proto;
 
 #[derive(Debug, Subcommand)]
@@ -60,20 +61,27 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
 
 async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.snapshots;
-    let list = client.list_snapshots(proto::ListSnapshotsRequest {}).await?.into_inner();
+    let mut damaged = Vec::new();
+    let snapshots = all_pages(async |page_token| {
+        let request = proto::ListSnapshotsRequest { page_token, page_size: 0 };
+        let list = client.list_snapshots(request).await?.into_inner();
+        damaged.extend(list.damaged);
+        Ok((list.snapshots, list.next_page_token))
+    })
+    .await?;
     if shape.quiet {
-        return Ok(output::lines(list.snapshots.iter().map(|one| one.id.as_str()))?);
+        return Ok(output::lines(snapshots.iter().map(|one| one.id.as_str()))?);
     }
     if shape.json {
-        let damaged = list.damaged.iter().map(|one| json!({ "id": one.id, "reason": one.reason }));
+        let damaged = damaged.iter().map(|one| json!({ "id": one.id, "reason": one.reason }));
         output::json(&json!({
-            "snapshots": list.snapshots.iter().map(value).collect::<Vec<_>>(),
+            "snapshots": snapshots.iter().map(value).collect::<Vec<_>>(),
             "damaged": damaged.collect::<Vec<_>>(),
         }))?;
         return Ok(());
     }
     let mut table = Table::new(&["ID", "NAME", "GUEST", "VCPUS", "MEMORY", "ON DISK", "AGENT", "AGE"]);
-    for one in &list.snapshots {
+    for one in &snapshots {
         table.row([
             one.id.clone(),
             one.name.clone(),
@@ -86,7 +94,7 @@ async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
         ]);
     }
     output::print(&table.text())?;
-    for one in &list.damaged {
+    for one in &damaged {
         output::note(&format!("damaged: {}: {}", one.id, one.reason));
     }
     Ok(())

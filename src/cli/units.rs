@@ -44,6 +44,12 @@ pub fn parse_vcpus(text: &str) -> Result<u32, String> {
     number.ok_or_else(|| format!("{text} vCPUs; ask for 1 to {VCPUS_MAX}"))
 }
 
+/// When on its day (UTC) a moment was, to the millisecond.
+pub fn time_of_day(unix_ms: u64) -> String {
+    let (seconds, ms) = (unix_ms / 1000 % 86_400, unix_ms % 1000);
+    format!("{:02}:{:02}:{:02}.{ms:03}", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
 /// Bytes in a short form.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

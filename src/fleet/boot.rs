@@ -160,6 +160,7 @@ impl Fleet {
             process,
             trouble: Arc::new(Mutex::new(None)),
             status: watch::Sender::new(status),
+            events: self.events.clone(),
             commands,
             ready_port: watch::Sender::new(None),
         });
@@ -322,7 +323,7 @@ impl Fleet {
         let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
         steps.push(step("guest", start_us.saturating_sub(known)));
-        vm.status.send_modify(|status| {
+        vm.change(|status| {
             status.start_us = start_us;
             status.steps = steps;
             if status.state == State::Booting {
@@ -367,7 +368,7 @@ impl Fleet {
         profiler.booted(&booted);
         // The worker has its own: from now on a link ends with it.
         drop(links);
-        vm.status.send_modify(|status| status.protocol = Some(booted.protocol));
+        vm.change(|status| status.protocol = Some(booted.protocol));
         // The worker's own events may have come in between; these are its steps seen from the request's arrival.
         let mut reached = before_us;
         for step in &booted.steps {

@@ -249,7 +249,7 @@ impl Fleet {
             clock.lap("first call");
         }
         let start_us = micros(arrived);
-        started.vm.status.send_modify(|status| {
+        started.vm.change(|status| {
             status.start_us = start_us;
             status.steps = clock.steps;
         });

@@ -14,6 +14,7 @@ use super::Fleet;
 use super::boot::{ReadyPoint, check_command_line, check_machine, check_ready};
 use super::disks::{FrozenFile, VmDisk, VmFolder};
 use super::error::FleetError;
+use super::events::{Change, Event, Events, Kind};
 use super::id;
 use super::limits::*;
 use super::snapshots::{blocking, unix_ms};
@@ -219,6 +220,7 @@ pub struct Import {
     lengths: Vec<(Part, u64, u64)>,
     /// What people call the disks.
     names: Vec<String>,
+    events: Events,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -285,12 +287,14 @@ impl Import {
         }
         let mut draft = self.draft.take().ok_or_else(given_up)?;
         let (names, find_kernel, embedded) = (self.names, self.find_kernel, self.embedded);
-        blocking(move || {
+        let published = blocking(move || {
             let found = look(&mut draft, &names, find_kernel, embedded)?;
             let image = draft.publish()?;
-            Ok(Described { found, ..describe(&image) })
-        })
-        .await?
+            Ok::<_, FleetError>(Described { found, ..describe(&image) })
+        });
+        let image = published.await??;
+        self.events.tell(|| Event::new(Kind::Image, Change::Made, &image.name, Some(&image.name)));
+        Ok(image)
     }
 }
 
@@ -425,7 +429,15 @@ impl Fleet {
             Ok::<_, store::StoreError>(Box::new(draft))
         })
         .await??;
-        Ok(Import { draft: Some(draft), embedded, find_kernel, lengths, names, _permit: permit })
+        Ok(Import {
+            draft: Some(draft),
+            embedded,
+            find_kernel,
+            lengths,
+            names,
+            events: self.events.clone(),
+            _permit: permit,
+        })
     }
 
     /// All sound images, by name.
@@ -448,8 +460,9 @@ impl Fleet {
 
     /// Removes an image; VMs and snapshots keep what they have.
     pub async fn delete_image(&self, name: &str) -> Result<(), FleetError> {
-        let (store, name) = (Arc::clone(&self.images.store), name.to_owned());
-        blocking(move || store.delete(&name)).await??;
+        let (store, key) = (Arc::clone(&self.images.store), name.to_owned());
+        blocking(move || store.delete(&key)).await??;
+        self.events.tell(|| Event::new(Kind::Image, Change::Gone, name, Some(name)));
         Ok(())
     }
 }

@@ -54,6 +54,8 @@ pub const CONSOLE_INPUT_BYTES_MAX: usize = 4 << 10;
 pub const CONSOLE_INPUTS_MAX: usize = 16;
 /// Console streams over all VMs.
 pub const CONSOLE_STREAMS_MAX: usize = 1024;
+/// Watches of events.
+pub const WATCHES_MAX: usize = 64;
 /// A panic's trace has ended when the console is silent for this long, or after that long whatever comes.
 pub const TRACE_PAUSE: Duration = Duration::from_millis(500);
 pub const TRACE_WITHIN: Duration = Duration::from_secs(10);

@@ -12,6 +12,7 @@
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
 //! | [`images`] | importing and opening images |
 //! | [`registry`] | which VMs there are |
+//! | [`events`] | what happens, for those who watch |
 //! | [`shells`], [`process`], [`zygote`], [`child`], [`link`] | worker processes and the control channel |
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
 //! | [`streams`], [`exec`] | commands and files that the agent has under way |
@@ -32,6 +33,7 @@ pub mod console;
 pub mod disk_files;
 pub mod disks;
 pub mod error;
+pub mod events;
 pub mod exec;
 pub mod functions;
 pub mod headroom;
@@ -124,6 +126,7 @@ pub struct Fleet {
     pub(crate) functions: Functions,
     pub(crate) headroom: Arc<Headroom>,
     pub(crate) pager: Arc<Pager>,
+    pub(crate) events: events::Events,
     vms_dir: PathBuf,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
     _lock: File,
@@ -153,6 +156,7 @@ impl Fleet {
             functions,
             headroom: Headroom::start(config.memory_reserve),
             pager: Arc::new(pager),
+            events: events::Events::default(),
             vms_dir,
             _lock: lock,
         });

@@ -211,7 +211,7 @@ impl Owner {
             None => process.obituary(status),
         };
         tracing::info!(vm = %self.vm.id, reason, "VM ended");
-        self.vm.status.send_modify(|status| {
+        self.vm.change(|status| {
             status.state = State::Exited;
             status.exit_reason = Some(reason);
         });
@@ -271,7 +271,7 @@ impl Owner {
     }
 
     fn set_state(&self, state: State) {
-        self.vm.status.send_modify(|status| status.state = state);
+        self.vm.change(|status| status.state = state);
     }
 
     /// The state of this VM when it runs.
@@ -338,7 +338,7 @@ impl Owner {
         match result.await {
             Ok(agent) => {
                 self.vm.agent.restart(agent);
-                self.vm.status.send_modify(|status| {
+                self.vm.change(|status| {
                     status.restarts = status.restarts.saturating_add(1);
                     status.state = State::Ready;
                 });

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Fleet;
 use super::error::FleetError;
+use super::events::Change;
 use super::limits::EXITED_KEPT_MAX;
 use super::vm::{Command, State, Stopped, Vm};
 
@@ -59,6 +60,7 @@ impl Registry {
         table.numbers_by_id.insert(vm.id.clone(), vm.number);
         table.vms.insert(vm.number, Arc::clone(vm));
         table.forget_old();
+        vm.events.tell(|| vm.event(Change::Made));
         Ok(())
     }
 
@@ -86,6 +88,8 @@ impl Registry {
             }
         }
         vm.held.store(false, Ordering::Release);
+        // Those who do not look into pools see it for the first time.
+        vm.events.tell(|| vm.event(Change::Made));
         Ok(())
     }
 
@@ -141,6 +145,7 @@ impl Table {
         {
             self.numbers_by_name.remove(name);
         }
+        vm.events.tell(|| vm.event(Change::Gone));
         Some(vm)
     }
 

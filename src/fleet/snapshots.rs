@@ -9,6 +9,7 @@ use super::Fleet;
 use super::boot::{micros, step};
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
 use super::error::FleetError;
+use super::events::{Change, Event, Kind};
 use super::keeping::{Keeping, KeptSoFar};
 use super::learning::Learning;
 use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
@@ -383,6 +384,9 @@ impl Fleet {
         let publishing = Instant::now();
         match self.publish(&vm, frozen, request.name, request.function).await {
             Ok((snapshot, source)) => {
+                self.events.tell(|| {
+                    Event::new(Kind::Snapshot, Change::Made, &snapshot.id, snapshot.name.as_deref())
+                });
                 steps.push(step("publish", micros(publishing)));
                 self.snapshots.keep(snapshot.id.clone(), &source);
                 if stop_after {
@@ -467,6 +471,7 @@ impl Fleet {
         let id = blocking(move || store.delete(&key)).await??;
         self.snapshots.lock().remove(id.as_str());
         self.shells.forget(id.as_str());
+        self.events.tell(|| Event::new(Kind::Snapshot, Change::Gone, id.as_str(), None));
         Ok(())
     }
 

@@ -22,6 +22,7 @@ use super::agent::AgentClient;
 use super::console::Console;
 use super::disks::VmDisk;
 use super::error::FleetError;
+use super::events::{Change, Event, Events, Kind};
 use super::network::VmNetwork;
 use super::process::Process;
 pub use crate::snapshot::memory::pager::Counts as PagerCounts;
@@ -93,6 +94,7 @@ pub struct Vm {
     /// Why the daemon ended it, if it did.
     pub(super) trouble: Arc<Mutex<Option<String>>>,
     pub(super) status: watch::Sender<Status>,
+    pub(super) events: Events,
     pub(super) commands: mpsc::Sender<Command>,
     /// What the guest last wrote to the ready port.
     pub(super) ready_port: watch::Sender<Option<u32>>,
@@ -156,6 +158,30 @@ impl Vm {
 
     pub fn state(&self) -> State {
         self.status.borrow().state
+    }
+
+    /// What watchers are told of it.
+    pub(super) fn event(&self, change: Change) -> Event {
+        let status = self.status.borrow();
+        Event {
+            state: Some(status.state),
+            reason: status.exit_reason.clone(),
+            held: self.is_held(),
+            ..Event::new(Kind::Vm, change, &self.id, self.name())
+        }
+    }
+
+    /// Changes its status; watchers are told if it is in another state then.
+    pub(super) fn change(&self, change: impl FnOnce(&mut Status)) {
+        let mut moved = false;
+        self.status.send_modify(|status| {
+            let before = (status.state, status.restarts);
+            change(status);
+            moved = before != (status.state, status.restarts);
+        });
+        if moved {
+            self.events.tell(|| self.event(Change::Changed));
+        }
     }
 
     /// Ends it, giving the reason. [`Vm::ended`] tells when it is done.

@@ -24,8 +24,8 @@ def connect(path):
     return grpc.insecure_channel(f"unix:{path}", options=[("grpc.default_authority", "localhost")])
 
 
-def refused(code, words, call, request, **options):
-    """The call fails with this code and a sentence with these words."""
+def refused(code, reason, words, call, request, **options):
+    """The call fails with this code, this reason for programs, and a sentence with these words."""
     try:
         answer = call(request, timeout=SECONDS, **options)
         if hasattr(answer, "__next__"):
@@ -33,6 +33,9 @@ def refused(code, words, call, request, **options):
     except grpc.RpcError as error:
         assert error.code() == code, f"{error.code()} instead of {code}: {error.details()}"
         assert words in error.details(), f"{error.details()!r} does not say {words!r}"
+        # A google.rpc.Status with an ErrorInfo; its classes are in a package that need not be here.
+        details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+        assert reason.encode() in details and b"google.rpc.ErrorInfo" in details, details
         return
     raise AssertionError(f"{request} was not refused")
 
@@ -58,7 +61,7 @@ def clones(vms, agent):
         echo = agent_pb2.AgentCallRequest(vm=vm.id, echo=agent_pb2.EchoOp(data=b"hello"))
         assert agent.Call(echo, timeout=SECONDS).echo.data == b"hello"
         vms.DeleteVm(vms_pb2.DeleteVmRequest(vm=vm.id), timeout=SECONDS)
-        refused(grpc.StatusCode.NOT_FOUND, "vm ls", vms.GetVm, vms_pb2.GetVmRequest(vm=vm.id))
+        refused(grpc.StatusCode.NOT_FOUND, "VM_NOT_FOUND", "vm ls", vms.GetVm, vms_pb2.GetVmRequest(vm=vm.id))
     assert len(generations) == 3, "clones with the same generation"
 
 
@@ -86,7 +89,7 @@ def pools(stub, vms):
     )
     taken = [stub.TakeVm(pools_pb2.TakeVmRequest(pool="py"), timeout=SECONDS).vm for _ in range(2)]
     assert taken[0].id != taken[1].id and taken[0].pool == "py"
-    refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "--max", stub.TakeVm, pools_pb2.TakeVmRequest(pool="py"))
+    refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "POOL_FULL", "--max", stub.TakeVm, pools_pb2.TakeVmRequest(pool="py"))
     stub.DeletePool(pools_pb2.DeletePoolRequest(pool="py"), timeout=SECONDS)
     for vm in taken:
         vms.DeleteVm(vms_pb2.DeleteVmRequest(vm=vm.id), timeout=SECONDS)
@@ -125,12 +128,30 @@ def deadlines(vms):
         raise AssertionError("it became ready")
 
 
+def lists(vms):
+    """Pages: each VM once, in a page of its own."""
+    made = {boot(vms).id for _ in range(3)}
+    seen, token = [], ""
+    while True:
+        page = vms.ListVms(vms_pb2.ListVmsRequest(page_size=1, page_token=token), timeout=SECONDS)
+        assert len(page.vms) == 1, page
+        seen += [vm.id for vm in page.vms]
+        token = page.next_page_token
+        if not token:
+            break
+    assert len(seen) == 3 and set(seen) == made, (seen, made)
+    wrong = vms_pb2.ListVmsRequest(page_token="not ours")
+    refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", "page_token", vms.ListVms, wrong)
+    for vm in made:
+        vms.DeleteVm(vms_pb2.DeleteVmRequest(vm=vm), timeout=SECONDS)
+
+
 def main(path):
     with connect(path) as channel:
         vms = vms_pb2_grpc.VmServiceStub(channel)
         agent = agent_pb2_grpc.AgentServiceStub(channel)
         snapshots = snapshots_pb2_grpc.SnapshotServiceStub(channel)
-        refused(grpc.StatusCode.INVALID_ARGUMENT, "vCPUs", vms.CreateVm, vms_pb2.CreateVmRequest(embedded=True, vcpus=99))
+        refused(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", "vCPUs", vms.CreateVm, vms_pb2.CreateVmRequest(embedded=True, vcpus=99))
         vm = boot(vms)
         commands(agent, vm)
         taken = snapshots.CreateSnapshot(snapshots_pb2.CreateSnapshotRequest(vm=vm.id, name="base"), timeout=SECONDS)
@@ -139,6 +160,7 @@ def main(path):
         clones(vms, agent)
         pools(pools_pb2_grpc.PoolServiceStub(channel), vms)
         functions(functions_pb2_grpc.FunctionServiceStub(channel))
+        lists(vms)
         deadlines(vms)
     print("all good")
 

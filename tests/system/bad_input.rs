@@ -4,11 +4,12 @@ use std::ffi::CString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 use crate::client::{Client, ImageFiles, ask, expect_status};
 use crate::daemon::Daemon;
@@ -25,6 +26,7 @@ pub fn trials() -> Vec<Trial> {
         trial("bad-input/names-that-are-unknown", ANYWHERE, 30, unknown_names),
         trial("bad-input/machines", KVM, 60, machines),
         trial("bad-input/kernels", KVM, 60, kernels),
+        trial("bad-input/little-memory", KVM, 60, little_memory),
         trial("bad-input/full-disk", MOUNT, 180, full_disk),
     ];
     for (name, damage, code) in DAMAGES {
@@ -86,7 +88,7 @@ async fn images(stage: Stage) -> anyhow::Result<()> {
     expect_status("a chunk before the spec", client.images.import_image(chunk_first).await, invalid)?;
 
     // Nothing of all that stayed.
-    let list = client.images.list_images(ListImagesRequest {}).await?.into_inner();
+    let list = client.images.list_images(ListImagesRequest::default()).await?.into_inner();
     ensure!(list.images.is_empty(), "{:?}", list.images);
 
     client.import(with_disk, disk(1024)).await.context("a good image")?;
@@ -417,8 +419,29 @@ async fn full_disk(stage: Stage) -> anyhow::Result<()> {
     let image = ImageFiles { kernel: Some(vec![1; 120 << 20]), ..Default::default() };
     let import = client.import(spec("too-large"), image).await;
     expect_status("an image that does not fit", import, &[Code::ResourceExhausted])?;
-    ensure!(client.images.list_images(ListImagesRequest {}).await?.into_inner().images.is_empty());
+    ensure!(client.images.list_images(ListImagesRequest::default()).await?.into_inner().images.is_empty());
     works(&mut client, &published.id).await.context("the published snapshot")?;
     ensure!(daemon.is_alive()?);
+    Ok(())
+}
+
+/// With nearly all of the host's memory kept free no VM is started, and a program can tell why.
+async fn little_memory(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start_with(&stage, &["--memory-reserve".into(), "1T".into()]).await?;
+    let mut client = daemon.client().await?;
+    let request = CreateVmRequest { source: Some(Source::Embedded(true)), ..Default::default() };
+    let refused = match client.boot(request).await {
+        Ok(_) => bail!("a VM was started"),
+        Err(status) => status,
+    };
+    ensure!(
+        refused.code() == Code::ResourceExhausted && refused.message().contains("--memory-reserve"),
+        "{refused}"
+    );
+    let details = refused.get_error_details();
+    let info = details.error_info().context("no ErrorInfo")?;
+    ensure!(info.reason == "LITTLE_MEMORY" && info.metadata["reserve_mib"] == "1048576", "{info:?}");
+    ensure!(details.retry_info().is_some(), "it may pass, and nothing says so");
+    ensure!(client.list_vms().await?.is_empty());
     Ok(())
 }

@@ -10,6 +10,7 @@ use coldspark::api::proto::agent_call_response::Result as Answer;
 use coldspark::api::proto::agent_service_client::AgentServiceClient;
 use coldspark::api::proto::create_vm_event::Event;
 use coldspark::api::proto::create_vm_request::Source;
+use coldspark::api::proto::event_service_client::EventServiceClient;
 use coldspark::api::proto::file_chunk::File;
 use coldspark::api::proto::function_service_client::FunctionServiceClient;
 use coldspark::api::proto::image_service_client::ImageServiceClient;
@@ -33,6 +34,7 @@ pub struct Client {
     pub agent: AgentServiceClient<Channel>,
     pub functions: FunctionServiceClient<Channel>,
     pub pools: PoolServiceClient<Channel>,
+    pub events: EventServiceClient<Channel>,
     logs: PathBuf,
 }
 
@@ -77,6 +79,7 @@ impl Client {
             functions: FunctionServiceClient::new(channel.clone())
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
             pools: PoolServiceClient::new(channel.clone()),
+            events: EventServiceClient::new(channel.clone()),
             agent: AgentServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             logs,
         }
@@ -233,7 +236,7 @@ impl Client {
     }
 
     pub async fn list_snapshots(&mut self) -> Result<ListSnapshotsResponse, Status> {
-        Ok(self.snapshots.list_snapshots(ListSnapshotsRequest {}).await?.into_inner())
+        Ok(self.snapshots.list_snapshots(ListSnapshotsRequest::default()).await?.into_inner())
     }
 
     pub async fn verify(&mut self, snapshot: &str) -> Result<u64, Status> {

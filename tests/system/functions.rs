@@ -87,7 +87,7 @@ async fn look(client: &mut Client, function: &str) -> anyhow::Result<Function> {
 /// No VM that anybody has, nor one that stands ready, is left.
 async fn all_gone(client: &mut Client) -> anyhow::Result<()> {
     eventually("all VMs are gone", 60, async || {
-        let all = ListVmsRequest { ready_in_pools: true };
+        let all = ListVmsRequest { ready_in_pools: true, ..Default::default() };
         Ok(client.vms.list_vms(all).await?.into_inner().vms.is_empty())
     })
     .await
@@ -162,7 +162,7 @@ async fn invoke(stage: Stage) -> anyhow::Result<()> {
     all_gone(&mut client).await?;
     let left = client.list_snapshots().await?.snapshots;
     ensure!(left.is_empty(), "left behind: {left:?}");
-    ensure!(client.pools.list_pools(ListPoolsRequest {}).await?.into_inner().pools.is_empty());
+    ensure!(client.pools.list_pools(ListPoolsRequest::default()).await?.into_inner().pools.is_empty());
     refused(call(&mut client, "shout", b"").await, Code::NotFound, "function ls")
 }
 
@@ -465,7 +465,13 @@ async fn bad_input(stage: Stage) -> anyhow::Result<()> {
         refused(deploy(&mut client, request).await, code, words)?;
     }
     ensure!(
-        client.functions.list_functions(ListFunctionsRequest {}).await?.into_inner().functions.is_empty()
+        client
+            .functions
+            .list_functions(ListFunctionsRequest::default())
+            .await?
+            .into_inner()
+            .functions
+            .is_empty()
     );
     deploy(&mut client, good).await?;
     refused(call(&mut client, "good", &vec![0; (1 << 20) + 1]).await, Code::InvalidArgument, "InvokeStream")?;

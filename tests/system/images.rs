@@ -172,7 +172,7 @@ async fn refused(stage: Stage) -> anyhow::Result<()> {
         ensure!(!output.status.success() && said.contains(says), "{name}: {said}");
     }
     two_kernels(&mut client).await?;
-    let images = client.images.list_images(ListImagesRequest {}).await?.into_inner().images;
+    let images = client.images.list_images(ListImagesRequest::default()).await?.into_inner().images;
     ensure!(images.len() == 1 && images[0].name == "one-copy", "{images:?}");
     Ok(())
 }
@@ -308,7 +308,7 @@ async fn pull(stage: Stage) -> anyhow::Result<()> {
     let wrong = mirror(packed.clone(), "b".repeat(64), Arc::clone(&asked)).await?;
     let (done, said) = pull(&wrong, &[]).await?;
     ensure!(!done && said.contains("checksum") && said.contains(RELEASE_FILE), "{said}");
-    ensure!(client.images.list_images(ListImagesRequest {}).await?.into_inner().images.is_empty());
+    ensure!(client.images.list_images(ListImagesRequest::default()).await?.into_inner().images.is_empty());
 
     let asked: Arc<Mutex<Vec<String>>> = Arc::default();
     let good = mirror(packed.clone(), sum, Arc::clone(&asked)).await?;

@@ -10,6 +10,7 @@
 //! | `many_cpus` | 32 vCPUs: found, used, in clones too; described by MPTable and by MADT |
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
 //! | `exec` | commands and files in the embedded guest: streams, windows, signals, clones |
+//! | `events` | Watch, by a client and by `coldspark watch` |
 //! | `death` | workers and daemons that are killed |
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
@@ -37,6 +38,7 @@ mod death;
 mod disk_images;
 mod disks;
 mod embedded;
+mod events;
 mod exec;
 mod freebsd;
 mod freebsd_agent;
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
         stock_client::trials(),
         access::trials(),
         embedded::trials(),
+        events::trials(),
         exec::trials(),
         working_set::trials(),
         death::trials(),

@@ -96,7 +96,12 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
 
         // What stands ready is nobody's.
         ensure!(client.list_vms().await?.is_empty(), "VMs that nobody has taken are listed");
-        let all = client.vms.list_vms(ListVmsRequest { ready_in_pools: true }).await?.into_inner().vms;
+        let all = client
+            .vms
+            .list_vms(ListVmsRequest { ready_in_pools: true, ..Default::default() })
+            .await?
+            .into_inner()
+            .vms;
         match mode {
             PoolMode::Shell => ensure!(all.is_empty(), "{all:?}"),
             _ => ensure!(
@@ -145,7 +150,12 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
             ask!(&mut client, &vm.id, Generation(GenerationOp {}));
             client.delete_vm(&vm.id).await?;
         }
-        let all = client.vms.list_vms(ListVmsRequest { ready_in_pools: true }).await?.into_inner().vms;
+        let all = client
+            .vms
+            .list_vms(ListVmsRequest { ready_in_pools: true, ..Default::default() })
+            .await?
+            .into_inner()
+            .vms;
         ensure!(all.is_empty(), "left behind: {all:?}");
     }
     Ok(())
@@ -269,7 +279,12 @@ async fn restart(stage: Stage) -> anyhow::Result<()> {
     snapshot(&mut client, "base").await?;
     client.pools.create_pool(pool("web", "base", PoolMode::Running, 2, 8)).await?;
     let made = ready(&mut client, "web").await?.counts.context("no counts")?.made;
-    let all = client.vms.list_vms(ListVmsRequest { ready_in_pools: true }).await?.into_inner().vms;
+    let all = client
+        .vms
+        .list_vms(ListVmsRequest { ready_in_pools: true, ..Default::default() })
+        .await?
+        .into_inner()
+        .vms;
     let victim = all.first().context("none is listed")?;
     let pid = i32::try_from(victim.worker_pid)?;
     // SAFETY: plain numbers; the process is a worker of our own daemon.
@@ -302,7 +317,7 @@ async fn restart(stage: Stage) -> anyhow::Result<()> {
     daemon.kill_hard()?;
     daemon.start_again().await?;
     let mut client = daemon.client().await?;
-    ensure!(client.pools.list_pools(ListPoolsRequest {}).await?.into_inner().pools.is_empty());
+    ensure!(client.pools.list_pools(ListPoolsRequest::default()).await?.into_inner().pools.is_empty());
     Ok(())
 }
 

@@ -20,8 +20,15 @@ use crate::daemon::{Daemon, connect, eventually};
 use crate::host::{Need, PYTHON};
 use crate::trial::{Stage, trial};
 
-const SERVICES: [&str; 6] =
-    ["ImageService", "VmService", "SnapshotService", "AgentService", "PoolService", "FunctionService"];
+const SERVICES: [&str; 7] = [
+    "ImageService",
+    "VmService",
+    "SnapshotService",
+    "AgentService",
+    "PoolService",
+    "FunctionService",
+    "EventService",
+];
 
 pub fn trials() -> Vec<Trial> {
     vec![

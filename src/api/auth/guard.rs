@@ -15,6 +15,7 @@ use super::rules::{Rule, Rules, SocketFor};
 use super::tls::{self, CertificateNames, TlsFiles};
 use super::tokens::{Found, Tokens};
 use super::{AuthError, Caller, Role};
+use crate::api::status::{denied, unauthenticated};
 
 /// Where everything is read from.
 #[derive(Debug, Clone, Default)]
@@ -97,7 +98,7 @@ impl Guard {
         let mut given = headers.get_all(AUTHORIZATION).iter();
         let role = match (given.next(), given.next()) {
             (Some(value), None) => Some(self.of_token(value)?),
-            (Some(_), Some(_)) => return Err(Status::unauthenticated("more than one authorization header")),
+            (Some(_), Some(_)) => return Err(unauthenticated("more than one authorization header")),
             (None, _) => caller.role(),
         };
         // A method that there is not: let the router say so, but not to strangers.
@@ -107,7 +108,7 @@ impl Guard {
                 caller.prove();
                 Ok(role)
             }
-            Some(role) => Err(Status::permission_denied(format!(
+            Some(role) => Err(denied(format!(
                 "{} needs the role {needed}, and {} has {role}; use another token or certificate, or ask the service's admin",
                 path.rsplit('/').next().unwrap_or(path),
                 if headers.contains_key(AUTHORIZATION) { "this token" } else { caller.who() },
@@ -119,27 +120,25 @@ impl Guard {
     fn of_token(&self, value: &HeaderValue) -> Result<Role, Status> {
         let read = self.read();
         let Some(tokens) = &read.tokens else {
-            return Err(Status::unauthenticated(
-                "this service takes no tokens: it was started without --tokens",
-            ));
+            return Err(unauthenticated("this service takes no tokens: it was started without --tokens"));
         };
         let token = value.to_str().ok().and_then(|text| {
             let (scheme, token) = text.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
         });
         let Some(token) = token else {
-            return Err(Status::unauthenticated("the authorization header is not `Bearer TOKEN`"));
+            return Err(unauthenticated("the authorization header is not `Bearer TOKEN`"));
         };
         match tokens.find(token, SystemTime::now()) {
             Found::Good(entry) => Ok(entry.role),
             Found::Expired(entry) => {
                 tracing::info!(token = entry.name, "a token that has expired was used");
-                Err(Status::unauthenticated(format!(
+                Err(unauthenticated(format!(
                     "the token {} has expired; ask the service's admin for a new one",
                     entry.name
                 )))
             }
-            Found::Unknown => Err(Status::unauthenticated(
+            Found::Unknown => Err(unauthenticated(
                 "the service does not know this token; was it cut, or withdrawn? `coldspark token new` makes one",
             )),
         }
@@ -150,16 +149,16 @@ impl Guard {
         let read = self.read();
         let who = caller.who();
         if who.starts_with("user ") {
-            return Status::permission_denied(format!(
+            return denied(format!(
                 "{who} may not use this service; its admin lets users and groups in with `coldspark serve --allow group:NAME=run`"
             ));
         }
         if who.starts_with("certificate ") {
-            return Status::permission_denied(format!(
+            return denied(format!(
                 "no rule of the service names this {who}; its admin adds one: `coldspark serve --allow cn:NAME=run`"
             ));
         }
-        Status::unauthenticated(if read.tokens.is_some() {
+        unauthenticated(if read.tokens.is_some() {
             "a bearer token is needed: --token-file FILE, or COLDSPARK_TOKEN"
         } else {
             "a client certificate is needed: --cert FILE --key FILE"

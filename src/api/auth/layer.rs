@@ -12,6 +12,7 @@ use tower::{Layer, Service};
 
 use super::guard::Guard;
 use super::{Caller, Role};
+use crate::api::status::denied;
 
 /// Puts [`Guarded`] around the services.
 #[derive(Debug, Clone)]
@@ -64,6 +65,6 @@ where
 pub fn admins_only<T>(request: &tonic::Request<T>, what: &str) -> Result<(), Status> {
     match request.extensions().get::<Role>() {
         Some(Role::Admin) => Ok(()),
-        _ => Err(Status::permission_denied(format!("{what} needs the role {}", Role::Admin))),
+        _ => Err(denied(format!("{what} needs the role {}", Role::Admin))),
     }
 }

@@ -9,6 +9,7 @@ pub const METHODS: &[(&str, Role)] = &[
     ("coldspark.v1.AgentService/Exec", Run),
     ("coldspark.v1.AgentService/GetFile", Run),
     ("coldspark.v1.AgentService/PutFile", Run),
+    ("coldspark.v1.EventService/Watch", Read),
     ("coldspark.v1.FunctionService/DeleteFunction", Admin),
     ("coldspark.v1.FunctionService/Deploy", Admin),
     ("coldspark.v1.FunctionService/GetFunction", Read),

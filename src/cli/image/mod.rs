@@ -14,6 +14,7 @@ use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
 use super::vm::create::{Hardware, Protocol};
 use super::{SocketArgument, units};
+use crate::api::client::all_pages;
 use crate::api::proto;
 
 #[derive(Debug, Subcommand)]
@@ -89,7 +90,12 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
 
 async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.images;
-    let images = client.list_images(proto::ListImagesRequest {}).await?.into_inner().images;
+    let images = all_pages(async |page_token| {
+        let request = proto::ListImagesRequest { page_token, page_size: 0 };
+        let list = client.list_images(request).await?.into_inner();
+        Ok((list.images, list.next_page_token))
+    })
+    .await?;
     if shape.quiet {
         return Ok(output::lines(images.iter().map(|one| one.name.as_str()))?);
     }

@@ -16,7 +16,9 @@ use serde_json::{Value, json};
 use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
 use super::{SocketArgument, units};
+use crate::api::client::{Transport, all_pages};
 use crate::api::proto;
+use crate::api::proto::vm_service_client::VmServiceClient;
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -248,8 +250,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Rm { socket, mut vms, all } => {
             let mut client = socket.connect().await?.vms;
             if all {
-                let list = client.list_vms(proto::ListVmsRequest::default()).await?.into_inner().vms;
-                vms = list.into_iter().map(|vm| vm.id).collect();
+                vms = every(&mut client, false).await?.into_iter().map(|vm| vm.id).collect();
             }
             for vm in vms {
                 client.delete_vm(proto::DeleteVmRequest { vm: vm.clone() }).await?;
@@ -301,9 +302,22 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// All VMs.
+async fn every(
+    client: &mut VmServiceClient<Transport>,
+    ready_in_pools: bool,
+) -> Result<Vec<proto::Vm>, tonic::Status> {
+    all_pages(async |page_token| {
+        let request = proto::ListVmsRequest { ready_in_pools, page_token, page_size: 0 };
+        let list = client.list_vms(request).await?.into_inner();
+        Ok((list.vms, list.next_page_token))
+    })
+    .await
+}
+
 async fn list(socket: &SocketArgument, shape: Shape, all: bool) -> anyhow::Result<()> {
     let mut client = socket.connect().await?.vms;
-    let vms = client.list_vms(proto::ListVmsRequest { ready_in_pools: all }).await?.into_inner().vms;
+    let vms = every(&mut client, all).await?;
     if shape.quiet {
         return Ok(output::lines(vms.iter().map(|one| one.id.as_str()))?);
     }

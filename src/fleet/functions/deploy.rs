@@ -13,6 +13,7 @@ use crate::agent::streams::Pipe;
 use crate::fleet::boot::{CreateVm, Progress, ReadyPoint};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::error::FleetError;
+use crate::fleet::events::{Change, Event, Kind};
 use crate::fleet::limits::READY_TIMEOUT_DEFAULT;
 use crate::fleet::registry::Guard;
 use crate::fleet::snapshots::CreateSnapshot;
@@ -87,11 +88,13 @@ impl Fleet {
             }
             return Err(error);
         }
+        let change = if revision == 1 { Change::Made } else { Change::Changed };
         let old = self.functions.put(self, &request.name, made, request.settings);
         if let Some(old) = old.filter(|old| old.own && old.snapshot != snapshot) {
             // What stands ready of it has its files open.
             remove_snapshot(self, &old.snapshot).await;
         }
+        self.events.tell(|| Event::new(Kind::Function, change, &request.name, Some(&request.name)));
         self.function(&request.name)
     }
 

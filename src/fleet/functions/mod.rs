@@ -23,6 +23,7 @@ use settings::{Made, Settings, Stored};
 
 use super::Fleet;
 use super::error::FleetError;
+use super::events::{Change, Event, Kind};
 use super::pools::FUNCTION_PREFIX;
 use super::snapshots::blocking;
 use super::stored::Files;
@@ -120,6 +121,7 @@ impl Fleet {
         if made.own {
             remove_snapshot(self, &made.snapshot).await;
         }
+        self.events.tell(|| Event::new(Kind::Function, Change::Gone, name, Some(name)));
         Ok(())
     }
 

@@ -29,6 +29,7 @@ use super::Fleet;
 use super::boot::{micros, step};
 use super::clones::{FirstCall, Place, answer, ask_identity, confirm};
 use super::error::FleetError;
+use super::events::{Change, Event, Kind};
 use super::id;
 use super::limits::WORKER_TIMEOUT;
 use super::registry::Guard;
@@ -210,6 +211,7 @@ impl Fleet {
         let pool = Pool::new(&name, settings);
         self.pools.lock().insert(name, Arc::clone(&pool));
         tokio::spawn(pool::keep(Arc::downgrade(self), Arc::clone(&pool)));
+        self.events.tell(|| Event::new(Kind::Pool, Change::Made, &pool.name, Some(&pool.name)));
         Ok(self.pools.look(&pool))
     }
 
@@ -231,6 +233,7 @@ impl Fleet {
         let settings = self.resolve(settings).await?;
         self.write_pool(name, &settings).await?;
         pool.change(settings);
+        self.events.tell(|| Event::new(Kind::Pool, Change::Changed, name, Some(name)));
         Ok(self.pools.look(&pool))
     }
 
@@ -242,6 +245,7 @@ impl Fleet {
         blocking(move || files.remove(&file)).await??;
         self.pools.lock().remove(name);
         pool.close(self, "its pool was deleted");
+        self.events.tell(|| Event::new(Kind::Pool, Change::Gone, name, Some(name)));
         Ok(())
     }
 
@@ -356,7 +360,7 @@ impl Fleet {
                 let answer = first_call(&vm, request, &mut steps).await.map_err(HandOver::Failed)?;
                 self.registry.release(&vm, request.name.clone()).map_err(HandOver::Failed)?;
                 let start_us = micros(arrived);
-                vm.status.send_modify(|status| {
+                vm.change(|status| {
                     status.start_us = start_us;
                     status.steps = steps;
                 });
