@@ -1,10 +1,8 @@
-//! Becoming a clone: clock, random generators, host id.
+//! Becoming a clone: clock, random generators, host id, host name, Ethernet addresses.
 //!
 //! The agent's own generator is another one at once. The kernel's takes its entropy where it takes all of it, in its pools:
 //! those are drawn on at most ten times a second, and a write to `/dev/random` waits a tenth of a second
 //! (sys/dev/random), so a child does the writing; virtio-rng feeds them meanwhile.
-//!
-//! The host's name is left: it is the owner's to give, and the protocol brings none.
 
 use crate::port::Output;
 use crate::random::Generator;
@@ -21,18 +19,6 @@ pub(crate) struct Identity {
     count: u64,
 }
 
-/// What IDENTITY brings.
-pub(crate) struct Told {
-    generation: [u8; GENERATION_BYTES],
-    entropy: [u8; ENTROPY_BYTES],
-    wall_ns: u64,
-}
-
-pub(crate) fn read(reader: &mut Reader) -> Option<Told> {
-    let told = Told { generation: reader.array()?, entropy: reader.array()?, wall_ns: reader.u64()? };
-    reader.end()?;
-    Some(told)
-}
 
 impl Identity {
     pub(crate) const fn new() -> Identity {
@@ -44,7 +30,7 @@ impl Identity {
         out.put64(self.count);
     }
 
-    pub(crate) fn become_clone(&mut self, told: &Told, random: &mut Generator) -> Result<(), Refusal> {
+    pub(crate) fn become_clone(&mut self, told: &Become, random: &mut Generator) -> Result<(), Refusal> {
         if told.wall_ns != 0 && sys::set_wall_ns(told.wall_ns).is_err() {
             return Err((STATUS_NOT_ALLOWED, "the agent may not set the guest's clock; is it root, and the securelevel below 2?"));
         }
@@ -55,11 +41,31 @@ impl Identity {
         if named.is_err() {
             return Err((STATUS_NOT_ALLOWED, "the agent may not set the guest's host id; is it root?"));
         }
+        if !told.host_name.is_empty() && sys::sysctl("kern.hostname", &mut [], told.host_name).is_err() {
+            return Err((STATUS_NOT_ALLOWED, "the agent may not set the guest's host name; is it root?"));
+        }
+        for (interface, mac) in told.interfaces {
+            match sys::set_mac(interface, &mac) {
+                Ok(()) => {}
+                Err(sys::ENXIO) => return Err((STATUS_NO_DEVICE, "the guest has no such network interface (vtnet)")),
+                Err(_) => return Err((STATUS_NOT_ALLOWED, "the guest's system does not take the Ethernet address")),
+            }
+        }
         self.generation = told.generation;
         self.count += 1;
         feed_kernel(random);
         Ok(())
     }
+}
+
+/// Puts the host's name as the system has it now.
+pub(crate) fn put_host_name(out: &mut Output) {
+    // MAXHOSTNAMELEN (sys/sys/param.h).
+    let mut name = [0u8; 256];
+    let read = sys::sysctl("kern.hostname", &mut name, &[]).unwrap_or(0);
+    let bytes = name[..read].iter().position(|byte| *byte == 0).unwrap_or(read);
+    out.put32(bytes as u32);
+    out.put(&name[..bytes]);
 }
 
 /// Has a child write to the kernel's generator. Without one it has virtio-rng, and the next clone.

@@ -16,6 +16,8 @@ const KINDS: u64 = {
         KIND_RANDOM,
         KIND_GENERATION,
         KIND_IDENTITY,
+        KIND_BECOME,
+        KIND_SET_CLOCK,
         KIND_EXEC,
         KIND_FILE_PUT,
         KIND_FILE_GET,
@@ -138,11 +140,22 @@ impl Agent {
                 reader.end().ok_or(BAD_PAYLOAD)?;
                 self.identity.put(out);
             }
-            KIND_IDENTITY => {
-                let told = identity::read(&mut reader).ok_or(BAD_PAYLOAD)?;
+            kind @ (KIND_IDENTITY | KIND_BECOME) => {
+                let told = Become::decode(kind, payload).ok_or(BAD_PAYLOAD)?;
                 self.streams.forget();
                 self.identity.become_clone(&told, generator(&mut self.random)?)?;
                 self.identity.put(out);
+                if kind == KIND_BECOME {
+                    identity::put_host_name(out);
+                }
+            }
+            KIND_SET_CLOCK => {
+                let wall_ns = reader.u64().ok_or(BAD_PAYLOAD)?;
+                reader.end().ok_or(BAD_PAYLOAD)?;
+                sys::set_wall_ns(wall_ns).map_err(|_| {
+                    (STATUS_NOT_ALLOWED, "the agent may not set the guest's clock; is it root, and the securelevel below 2?")
+                })?;
+                out.put64(sys::wall_ns());
             }
             kind @ (KIND_EXEC | KIND_FILE_PUT | KIND_FILE_GET) => {
                 self.streams.start(kind, header.id, payload, out)?;

@@ -10,6 +10,7 @@ pub(crate) const ENOENT: i32 = 2;
 pub(crate) const EACCES: i32 = 13;
 pub(crate) const EPERM: i32 = 1;
 pub(crate) const EINTR: i32 = 4;
+pub(crate) const ENXIO: i32 = 6;
 pub(crate) const ENOTDIR: i32 = 20;
 pub(crate) const EAGAIN: i32 = 35;
 
@@ -49,6 +50,7 @@ const EXECVE: usize = 59;
 const SETGROUPS_14: usize = 80;
 const SETPGID: usize = 82;
 const DUP2: usize = 90;
+const SOCKET: usize = 97;
 const FCNTL: usize = 92;
 const FCHMOD: usize = 124;
 const RENAME: usize = 128;
@@ -366,6 +368,33 @@ pub(crate) fn make_raw(fd: i32) -> Result<()> {
         Settings { input: 0, output: 0, control: CONTROL, local: 0, characters, speeds: [SPEED; 2] };
     // SAFETY: struct termios, 44 bytes, as the request's number says.
     unsafe { call!(IOCTL, fd, TIOCSETA, &raw const settings) }.map(|_| ())
+}
+
+/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR). [`ENXIO`]: there is none.
+pub(crate) fn set_mac(number: u32, mac: &[u8; 6]) -> Result<()> {
+    const SIOCSIFLLADDR: usize = 0x8020_693c;
+    const AF_LOCAL: usize = 1;
+    const AF_LINK: u8 = 18;
+    const SOCK_DGRAM: usize = 2;
+    /// struct ifreq.
+    #[repr(C)]
+    struct Request {
+        name: [u8; 16],
+        length: u8,
+        family: u8,
+        address: [u8; 14],
+    }
+    let digit = u8::try_from(number).ok().filter(|number| *number < 10).ok_or(ENXIO)?;
+    let mut request = Request { name: [0; 16], length: mac.len() as u8, family: AF_LINK, address: [0; 14] };
+    request.name[..5].copy_from_slice(b"vtnet");
+    request.name[5] = b'0' + digit;
+    request.address[..mac.len()].copy_from_slice(mac);
+    // SAFETY: numbers.
+    let socket = unsafe { call!(SOCKET, AF_LOCAL, SOCK_DGRAM, 0) }? as i32;
+    // SAFETY: struct ifreq, 32 bytes, as the request's number says.
+    let done = unsafe { call!(IOCTL, socket, SIOCSIFLLADDR, &raw const request) };
+    close(socket);
+    done.map(|_| ())
 }
 
 const NAME_BYTES: usize = 32;

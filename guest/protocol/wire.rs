@@ -114,8 +114,14 @@ pub const KIND_END: u16 = 0x19;
 pub const KIND_HUSH: u16 = 0x1a;
 /// nothing -> `uptime_ns u64, memory_bytes u64, free_bytes u64, load u32 x 3 (1, 5, 15 minutes; in 1/1000), streams u32`.
 pub const KIND_STATS: u16 = 0x1b;
+/// IDENTITY's payload, then `host name string (empty: leave it), interfaces u32, {interface u32, address 6 bytes, zeros 2 bytes}`
+/// -> IDENTITY's reply, then `host name string`: the same, and the host's name, and Ethernet addresses by the number of the
+/// virtio-net device. The name in the reply is read back from the system.
+pub const KIND_BECOME: u16 = 0x1c;
+/// `wall_ns u64` -> `wall_ns u64`: steps the clock; what it says then.
+pub const KIND_SET_CLOCK: u16 = 0x1d;
 /// The last kind there is.
-pub const KIND_LAST: u16 = KIND_STATS;
+pub const KIND_LAST: u16 = KIND_SET_CLOCK;
 
 /// Fixed part of HELLO's payload.
 pub const HELLO_BYTES: usize = 80;
@@ -127,6 +133,12 @@ pub const RANDOM_BYTES_MAX: u32 = 64 << 10;
 pub const GENERATION_BYTES: usize = 16;
 /// Bytes of entropy that IDENTITY brings.
 pub const ENTROPY_BYTES: usize = 32;
+/// Longest host name.
+pub const HOST_NAME_BYTES_MAX: usize = 63;
+/// Most interfaces of a BECOME.
+pub const INTERFACES_MAX: usize = 8;
+/// Bytes of an Ethernet address.
+pub const MAC_BYTES: usize = 6;
 /// Bytes of a page, of the arena's and of [`KIND_TOUCH`].
 pub const PAGE_BYTES: usize = 4096;
 /// Bytes of a sector.
@@ -393,6 +405,61 @@ impl<'a> ExecStart<'a> {
         reader.end()?;
         let good = flags == 0 && !arguments.is_empty() && window <= WINDOW_BYTES_MAX;
         good.then_some(ExecStart { session, window, folder, user, arguments, environment })
+    }
+}
+
+/// What [`KIND_IDENTITY`] and [`KIND_BECOME`] bring, checked.
+#[derive(Debug, Clone, Copy)]
+pub struct Become<'a> {
+    pub generation: [u8; GENERATION_BYTES],
+    pub entropy: [u8; ENTROPY_BYTES],
+    /// 0: leave the clock.
+    pub wall_ns: u64,
+    /// Empty: leave it.
+    pub host_name: &'a [u8],
+    pub interfaces: Interfaces<'a>,
+}
+
+/// Numbers of interfaces and their addresses, known to be there.
+#[derive(Debug, Clone, Copy)]
+pub struct Interfaces<'a> {
+    count: u32,
+    reader: Reader<'a>,
+}
+
+impl Iterator for Interfaces<'_> {
+    type Item = (u32, [u8; MAC_BYTES]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.count = self.count.checked_sub(1)?;
+        let interface = (self.reader.u32()?, self.reader.array()?);
+        self.reader.bytes(2)?;
+        Some(interface)
+    }
+}
+
+impl<'a> Become<'a> {
+    pub fn decode(kind: u16, payload: &'a [u8]) -> Option<Become<'a>> {
+        let mut reader = Reader::new(payload);
+        let (generation, entropy, wall_ns) = (reader.array()?, reader.array()?, reader.u64()?);
+        let mut told = Become {
+            generation,
+            entropy,
+            wall_ns,
+            host_name: &[],
+            interfaces: Interfaces { count: 0, reader },
+        };
+        if kind == KIND_BECOME {
+            told.host_name = reader.string()?;
+            let count = reader.u32()?;
+            told.interfaces = Interfaces { count, reader };
+            if told.host_name.len() > HOST_NAME_BYTES_MAX || count as usize > INTERFACES_MAX {
+                return None;
+            }
+            reader.bytes(count as usize * (4 + MAC_BYTES + 2))?;
+        }
+        reader.end()?;
+        Some(told)
     }
 }
 

@@ -78,6 +78,8 @@ struct Server {
     streams: Streams,
     generation: [u8; GENERATION_BYTES],
     generations: u64,
+    host_name: [u8; HOST_NAME_BYTES_MAX],
+    host_name_bytes: usize,
 }
 
 /// A refusal: status and sentence.
@@ -151,6 +153,8 @@ extern "C" fn guest_serve() -> ! {
         streams: Streams::new(),
         generation: [0; GENERATION_BYTES],
         generations: 0,
+        host_name: [0; HOST_NAME_BYTES_MAX],
+        host_name_bytes: 0,
     };
     let length = server.hello(&state.facts, &mut Reply::new(&mut long.1[HEADER_BYTES..]));
     send(&mut console, long.1, KIND_HELLO, STATUS_OK, 0, length);
@@ -284,7 +288,14 @@ impl Server {
                 out.put64(self.generations);
                 Ok(())
             }
-            KIND_IDENTITY => self.identity(&mut reader, out),
+            kind @ (KIND_IDENTITY | KIND_BECOME) => self.identity(kind, payload, out),
+            KIND_SET_CLOCK => {
+                let [wall_ns] = longs(&mut reader)?;
+                reader.end().ok_or(BAD_PAYLOAD)?;
+                self.clock.set(wall_ns);
+                out.put64(self.clock.wall_ns(gate::tsc()));
+                Ok(())
+            }
             KIND_COMPUTE => self.compute(&mut reader, out),
             KIND_SERIAL => {
                 serial::write(payload);
@@ -480,20 +491,28 @@ impl Server {
         Ok(())
     }
 
-    fn identity(&mut self, reader: &mut Reader, out: &mut Reply) -> Result<(), Refusal> {
-        let generation = reader.array::<GENERATION_BYTES>().ok_or(BAD_PAYLOAD)?;
-        let entropy = reader.array::<ENTROPY_BYTES>().ok_or(BAD_PAYLOAD)?;
-        let [wall_ns] = longs(reader)?;
-        reader.end().ok_or(BAD_PAYLOAD)?;
+    fn identity(&mut self, kind: u16, payload: &[u8], out: &mut Reply) -> Result<(), Refusal> {
+        let mut told = Become::decode(kind, payload).ok_or(BAD_PAYLOAD)?;
+        if told.interfaces.next().is_some() {
+            return Err((STATUS_NO_DEVICE, "the test guest drives no network interface"));
+        }
         self.streams.forget();
-        self.generation = generation;
+        self.generation = told.generation;
         self.generations += 1;
-        self.random.feed(&entropy);
-        if wall_ns != 0 {
-            self.clock.set(wall_ns);
+        self.random.feed(&told.entropy);
+        if told.wall_ns != 0 {
+            self.clock.set(told.wall_ns);
         }
         self.put_generation(out);
         out.put64(self.generations);
+        if kind == KIND_BECOME {
+            if !told.host_name.is_empty() {
+                self.host_name[..told.host_name.len()].copy_from_slice(told.host_name);
+                self.host_name_bytes = told.host_name.len();
+            }
+            out.put32(self.host_name_bytes as u32);
+            out.put(&self.host_name[..self.host_name_bytes]);
+        }
         Ok(())
     }
 

@@ -22,7 +22,7 @@ pub mod testguest;
 pub mod wire;
 
 pub use frame::{Frame, FrameDecoder, FrameError};
-pub use ops::{AgentError, AgentReply, AgentRequest, Hello};
+pub use ops::{AgentError, AgentReply, AgentRequest, Hello, Host};
 pub use streams::{End, Opened, Opening, Said, Word};
 
 // Those parts of the agent for FreeBSD that make no system calls.

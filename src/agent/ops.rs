@@ -55,10 +55,16 @@ pub enum AgentRequest {
         bytes: u32,
     },
     Generation,
-    /// Become this clone. `wall_ns`: Unix time in nanoseconds, 0 leaves the clock.
+    /// Become this clone. `wall_ns`: Unix time in nanoseconds, 0 leaves the clock. `host`: for agents that know
+    /// [`wire::KIND_BECOME`].
     Identity {
         generation: [u8; 16],
         entropy: [u8; 32],
+        wall_ns: u64,
+        host: Option<Host>,
+    },
+    /// Step the clock to this Unix time in nanoseconds.
+    SetClock {
         wall_ns: u64,
     },
     /// Digest of generation, nonce and the first `bytes` (a multiple of 8) of the arena: [`super::expect::compute`].
@@ -81,6 +87,15 @@ pub enum AgentRequest {
         on: bool,
     },
     Stats,
+}
+
+/// What a clone is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    /// At most [`wire::HOST_NAME_BYTES_MAX`] bytes; empty: as it is.
+    pub name: String,
+    /// Ethernet addresses by the number of the virtio-net device, at most [`wire::INTERFACES_MAX`].
+    pub macs: Vec<(u32, [u8; wire::MAC_BYTES])>,
 }
 
 /// A run of arena pages.
@@ -134,6 +149,16 @@ pub enum AgentReply {
     Generation {
         generation: [u8; 16],
         count: u64,
+    },
+    /// Identity with a host: the same, and the host's name as the guest's system has it now.
+    Become {
+        generation: [u8; 16],
+        count: u64,
+        host_name: String,
+    },
+    /// SetClock: what it says then.
+    Clock {
+        wall_ns: u64,
     },
     Compute {
         generation: [u8; 16],
@@ -295,7 +320,9 @@ impl AgentRequest {
             AgentRequest::RunOnAll { .. } => wire::KIND_RUN_ON_ALL,
             AgentRequest::Random { .. } => wire::KIND_RANDOM,
             AgentRequest::Generation => wire::KIND_GENERATION,
-            AgentRequest::Identity { .. } => wire::KIND_IDENTITY,
+            AgentRequest::Identity { host: None, .. } => wire::KIND_IDENTITY,
+            AgentRequest::Identity { host: Some(_), .. } => wire::KIND_BECOME,
+            AgentRequest::SetClock { .. } => wire::KIND_SET_CLOCK,
             AgentRequest::Compute { .. } => wire::KIND_COMPUTE,
             AgentRequest::Serial(_) => wire::KIND_SERIAL,
             AgentRequest::SerialEcho { .. } => wire::KIND_SERIAL_ECHO,
@@ -350,11 +377,21 @@ impl AgentRequest {
                 put64(&mut out, *rounds);
             }
             AgentRequest::Random { bytes } => put32(&mut out, *bytes),
-            AgentRequest::Identity { generation, entropy, wall_ns } => {
+            AgentRequest::Identity { generation, entropy, wall_ns, host } => {
                 out.extend_from_slice(generation);
                 out.extend_from_slice(entropy);
                 put64(&mut out, *wall_ns);
+                if let Some(host) = host {
+                    put_string(&mut out, host.name.as_bytes());
+                    put32(&mut out, u32::try_from(host.macs.len()).unwrap_or(u32::MAX));
+                    for (interface, mac) in &host.macs {
+                        put32(&mut out, *interface);
+                        out.extend_from_slice(mac);
+                        out.extend_from_slice(&[0; 2]);
+                    }
+                }
             }
+            AgentRequest::SetClock { wall_ns } => put64(&mut out, *wall_ns),
             AgentRequest::Compute { nonce, bytes } => {
                 put64(&mut out, *nonce);
                 put64(&mut out, *bytes);
@@ -443,7 +480,13 @@ impl AgentReply {
                 }
                 AgentReply::RunOnAll(runs)
             }
-            AgentRequest::Generation | AgentRequest::Identity { .. } => {
+            AgentRequest::Identity { host: Some(_), .. } => AgentReply::Become {
+                generation: reader.array()?,
+                count: reader.u64()?,
+                host_name: text(reader.string().filter(|name| name.len() <= HOST_NAME_REPLY_BYTES_MAX)?),
+            },
+            AgentRequest::SetClock { .. } => AgentReply::Clock { wall_ns: reader.u64()? },
+            AgentRequest::Generation | AgentRequest::Identity { host: None, .. } => {
                 AgentReply::Generation { generation: reader.array()?, count: reader.u64()? }
             }
             AgentRequest::Compute { .. } => AgentReply::Compute {
@@ -543,6 +586,8 @@ impl Hello {
     }
 }
 
+/// Longest host name that a system may have (FreeBSD's MAXHOSTNAMELEN).
+const HOST_NAME_REPLY_BYTES_MAX: usize = 256;
 /// Longest message kept of a refusal.
 const MESSAGE_CHARS_MAX: usize = 300;
 /// Bytes of one CPU in RUN_ON_ALL's reply.
@@ -554,6 +599,11 @@ pub(super) fn put32(out: &mut Vec<u8>, value: u32) {
 
 pub(super) fn put64(out: &mut Vec<u8>, value: u64) {
     out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
+    put32(out, u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+    out.extend_from_slice(bytes);
 }
 
 fn put_pages(out: &mut Vec<u8>, pages: &Pages, mode: u32) {

@@ -151,6 +151,7 @@ impl Fleet {
             vcpus: start.vcpus,
             memory_bytes: start.memory_bytes,
             generation: start.generation,
+            host_name: Mutex::default(),
             memory_mode: start.memory_mode,
             networks: start.networks,
             created_unix_ms: id::unix_ms(),

@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
@@ -20,7 +20,7 @@ use super::registry::Guard;
 use super::shells::Shell;
 use super::snapshots::Source;
 use super::vm::{Origin, Vm};
-use super::{Fleet, id};
+use super::{Fleet, id, identity};
 use crate::agent::{AgentReply, AgentRequest};
 use crate::snapshot::working_set::Touched;
 use crate::worker::channel::ChannelError;
@@ -87,7 +87,8 @@ impl Fleet {
         if request.first_call.is_some() && request.count != 1 {
             return Err(FleetError::Invalid("first_call goes to one clone: let count be 1".to_owned()));
         }
-        let networks = network::plan_clones(&request.networks, &source.networks, request.count)?;
+        let can_be_told = request.managed && source.hello.as_deref().is_some_and(identity::is_told_all);
+        let networks = network::plan_clones(&request.networks, &source.networks, request.count, can_be_told)?;
         let mut names = names.into_iter();
         if request.count == 1 {
             let place = Place { name: names.next(), ..Place::default() };
@@ -96,19 +97,25 @@ impl Fleet {
         }
         // Dropping the set, or a guard in it, ends what was started.
         let mut clones = JoinSet::new();
-        for _ in 0..request.count {
+        for index in 0..request.count {
             let (fleet, source, request) = (Arc::clone(self), Arc::clone(&source), request.clone());
             let (networks, place) = (networks.clone(), Place { name: names.next(), ..Place::default() });
-            clones.spawn(async move { fleet.clone_one(source, request, networks, place, arrived).await });
+            clones.spawn(async move {
+                Ok::<_, FleetError>((
+                    index,
+                    fleet.clone_one(source, request, networks, place, arrived).await?.0,
+                ))
+            });
         }
         let mut guards = Vec::with_capacity(request.count as usize);
         while let Some(clone) = clones.join_next().await {
-            let (guard, _) =
+            let clone =
                 clone.map_err(|error| FleetError::Internal(format!("a clone's task failed: {error}")))??;
-            guards.push(guard);
+            guards.push(clone);
         }
-        let mut vms: Vec<Arc<Vm>> = guards.into_iter().map(Guard::hand_over).collect();
-        vms.sort_by_key(|vm| vm.number);
+        // In the order of their names.
+        guards.sort_by_key(|(index, _)| *index);
+        let vms = guards.into_iter().map(|(_, guard)| guard.hand_over()).collect();
         Ok(Clones { vms, answer: None })
     }
 
@@ -117,7 +124,7 @@ impl Fleet {
         self: &Arc<Self>,
         source: Arc<Source>,
         request: CloneVm,
-        networks: Vec<VmNetwork>,
+        mut networks: Vec<VmNetwork>,
         place: Place,
         arrived: Instant,
     ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
@@ -143,6 +150,9 @@ impl Fleet {
                 (folder, disks)
             }
         };
+        if request.managed && source.hello.as_deref().is_some_and(identity::is_told_all) {
+            network::own_addresses(&mut networks, &source.networks, &folder.id());
+        }
         let facts = &source.open.manifest.facts;
         let faults = match request.memory_mode {
             MemoryMode::Mapped => None,
@@ -178,7 +188,7 @@ impl Fleet {
         // Asked before there is a guest: the questions wait for it in the agent's socket, which saves a way there and back.
         let talk = async {
             let identity = match request.managed {
-                true => Some(ask_identity(&started.vm, generation).await?),
+                true => Some(identity::ask(&started.vm, generation, None).await?),
                 false => None,
             };
             let first = match request.first_call {
@@ -186,8 +196,8 @@ impl Fleet {
                 None => None,
             };
             let mut confirmed = None;
-            if let Some(identity) = identity {
-                confirm(&started.vm, identity, generation).await?;
+            if let Some(asking) = identity {
+                identity::confirm(&started.vm, asking).await?;
                 confirmed = Some(Instant::now());
             }
             let answer = match first {
@@ -280,25 +290,6 @@ async fn restore(
         Ok(_) => Err(FleetError::WorkerConfused),
         Err(FleetError::Channel(ChannelError::Closed)) => Err(FleetError::Ended(started.vm.ended().await)),
         Err(error) => Err(error),
-    }
-}
-
-/// Tells the guest that it is another one now.
-pub(super) async fn ask_identity(vm: &Vm, generation: [u8; 16]) -> Result<Asked, FleetError> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let request = AgentRequest::Identity {
-        generation,
-        entropy: id::random()?,
-        wall_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-    };
-    vm.agent.begin(request).await
-}
-
-/// Waits until it has confirmed that.
-pub(super) async fn confirm(vm: &Vm, identity: Asked, generation: [u8; 16]) -> Result<(), FleetError> {
-    match answer(vm, identity, IDENTITY_TIMEOUT).await? {
-        AgentReply::Generation { generation: confirmed, .. } if confirmed == generation => Ok(()),
-        _ => Err(FleetError::WrongGeneration),
     }
 }
 

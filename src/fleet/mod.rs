@@ -6,7 +6,7 @@
 //! | [`boot`] | cold boots up to the ready point |
 //! | [`profile`] | where a cold boot's time went |
 //! | [`watchdog`] | where a guest is that hangs |
-//! | [`clones`] | starting clones of a snapshot |
+//! | [`clones`], [`identity`] | starting clones of a snapshot, making each somebody of its own |
 //! | [`functions`] | commands run in fresh clones |
 //! | [`pools`] | clones that stand ready |
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
@@ -38,6 +38,7 @@ pub mod exec;
 pub mod functions;
 pub mod headroom;
 pub mod id;
+pub mod identity;
 pub mod images;
 pub mod keeping;
 pub mod kernel_words;

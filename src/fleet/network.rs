@@ -42,9 +42,13 @@ pub enum NetworkError {
     #[error("{0} is asked for twice; each link is for one interface")]
     Twice(String),
     #[error(
-        "a clone's guest has read its address and MTU already: leave them out, and change them in the guest (FreeBSD: ifconfig vtnet0 ether ...)"
+        "a clone's guest has read its MTU already: leave it out, and change it in the guest (FreeBSD: ifconfig vtnet0 mtu ...)"
     )]
-    CloneSettings,
+    CloneMtu,
+    #[error(
+        "this clone's guest cannot be told another address: that takes an agent that knows how (`coldspark agent`), identity MANAGED and a link; leave it out, and change it in the guest (FreeBSD: ifconfig vtnet0 ether ...)"
+    )]
+    CloneMac,
     #[error("{count} clones cannot share a link; clone one at a time, or without links")]
     Shared { count: u32 },
     #[error("{given} links for a snapshot whose guest has {has} network interfaces; give at most as many")]
@@ -81,7 +85,8 @@ impl NetworkError {
             | Self::Mac(_)
             | Self::SameMac(_)
             | Self::Twice(_)
-            | Self::CloneSettings
+            | Self::CloneMtu
+            | Self::CloneMac
             | Self::Shared { .. }
             | Self::TooManyLinks { .. } => Kind::InvalidArgument,
             Self::Missing(_) => Kind::NotFound,
@@ -186,9 +191,7 @@ pub fn plan(requests: &[NetworkRequest], vm_id: &str) -> Result<Vec<VmNetwork>, 
     let mut networks: Vec<VmNetwork> = Vec::with_capacity(requests.len());
     for (index, request) in requests.iter().enumerate() {
         let mac = request.mac.unwrap_or_else(|| derived_mac(vm_id, index));
-        if mac[0] & 1 != 0 || mac == [0; 6] {
-            return Err(NetworkError::Mac(mac_text(&mac)));
-        }
+        check_mac(mac)?;
         if networks.iter().any(|other| other.mac == mac) {
             return Err(NetworkError::SameMac(mac_text(&mac)));
         }
@@ -200,15 +203,27 @@ pub fn plan(requests: &[NetworkRequest], vm_id: &str) -> Result<Vec<VmNetwork>, 
     Ok(networks)
 }
 
-/// Checks the links asked for `count` clones whose guests have the interfaces `has`; gives the interfaces of each.
+/// Checks the links asked for `count` clones whose guests have the interfaces `has`, and can be told another address or not;
+/// gives the interfaces of each.
 pub fn plan_clones(
     requests: &[NetworkRequest],
     has: &[VmNetwork],
     count: u32,
+    can_be_told: bool,
 ) -> Result<Vec<VmNetwork>, NetworkError> {
     check_links(requests)?;
-    if requests.iter().any(|request| request.mac.is_some() || request.mtu.is_some()) {
-        return Err(NetworkError::CloneSettings);
+    for (index, request) in requests.iter().enumerate() {
+        if request.mtu.is_some() {
+            return Err(NetworkError::CloneMtu);
+        }
+        let Some(mac) = request.mac else { continue };
+        if !can_be_told || request.link == LinkRequest::Down {
+            return Err(NetworkError::CloneMac);
+        }
+        check_mac(mac)?;
+        if requests.iter().take(index).any(|other| other.mac == Some(mac)) {
+            return Err(NetworkError::SameMac(mac_text(&mac)));
+        }
     }
     if requests.len() > has.len() {
         return Err(NetworkError::TooManyLinks { given: requests.len(), has: has.len() });
@@ -216,9 +231,31 @@ pub fn plan_clones(
     if count > 1 && requests.iter().any(|request| request.link != LinkRequest::Down) {
         return Err(NetworkError::Shared { count });
     }
-    let links = requests.iter().map(|request| request.link.clone());
-    let links = links.chain(std::iter::repeat(LinkRequest::Down));
-    Ok(has.iter().zip(links).map(|(network, link)| VmNetwork { link, ..network.clone() }).collect())
+    let asked = requests.iter().map(|request| (request.link.clone(), request.mac));
+    let asked = asked.chain(std::iter::repeat((LinkRequest::Down, None)));
+    let network = |(network, (link, mac)): (&VmNetwork, (LinkRequest, Option<[u8; 6]>))| VmNetwork {
+        link,
+        mac: mac.unwrap_or(network.mac),
+        mtu: network.mtu,
+    };
+    Ok(has.iter().zip(asked).map(network).collect())
+}
+
+/// Gives each interface of a clone that is plugged in, and was not given an address by its caller, one of its own: `has` is what
+/// the snapshot's guest has.
+pub fn own_addresses(networks: &mut [VmNetwork], has: &[VmNetwork], vm_id: &str) {
+    for (index, (network, has)) in networks.iter_mut().zip(has).enumerate() {
+        if network.link != LinkRequest::Down && network.mac == has.mac {
+            network.mac = derived_mac(vm_id, index);
+        }
+    }
+}
+
+fn check_mac(mac: [u8; 6]) -> Result<(), NetworkError> {
+    match mac[0] & 1 != 0 || mac == [0; 6] {
+        true => Err(NetworkError::Mac(mac_text(&mac))),
+        false => Ok(()),
+    }
 }
 
 fn check_links(requests: &[NetworkRequest]) -> Result<(), NetworkError> {
@@ -388,18 +425,18 @@ mod tests {
     fn clones_get_links_and_keep_the_rest() {
         let has =
             plan(&[NetworkRequest { mtu: Some(1400), ..tap("a") }, tap("b")], "vm-0123456789ab").unwrap();
-        let clones = plan_clones(&[tap("c")], &has, 1).unwrap();
+        let clones = plan_clones(&[tap("c")], &has, 1, false).unwrap();
         assert_eq!(clones[0], VmNetwork { link: LinkRequest::Tap("c".into()), ..has[0].clone() });
         assert_eq!(clones[1], VmNetwork { link: LinkRequest::Down, ..has[1].clone() });
-        assert_eq!(plan_clones(&[], &has, 64).unwrap().len(), 2);
-        assert!(matches!(plan_clones(&[tap("c")], &has, 2), Err(NetworkError::Shared { count: 2 })));
-        assert!(plan_clones(&[down(), down()], &has, 2).is_ok());
+        assert_eq!(plan_clones(&[], &has, 64, false).unwrap().len(), 2);
+        assert!(matches!(plan_clones(&[tap("c")], &has, 2, false), Err(NetworkError::Shared { count: 2 })));
+        assert!(plan_clones(&[down(), down()], &has, 2, false).is_ok());
         assert!(matches!(
-            plan_clones(&[tap("c")], &[], 1),
+            plan_clones(&[tap("c")], &[], 1, false),
             Err(NetworkError::TooManyLinks { given: 1, has: 0 })
         ));
         let moved = NetworkRequest { mac: Some([2; 6]), ..tap("c") };
-        assert!(matches!(plan_clones(&[moved], &has, 1), Err(NetworkError::CloneSettings)));
+        assert!(matches!(plan_clones(&[moved], &has, 1, false), Err(NetworkError::CloneMac)));
     }
 
     #[test]

@@ -83,6 +83,8 @@ pub struct Vm {
     pub vcpus: u8,
     pub memory_bytes: u64,
     pub generation: Option<[u8; 16]>,
+    /// What its guest was told to be called, and has confirmed; empty: it was not told.
+    pub(super) host_name: Mutex<String>,
     pub memory_mode: Option<MemoryMode>,
     pub networks: Vec<VmNetwork>,
     pub created_unix_ms: u64,
@@ -145,6 +147,11 @@ pub struct FrozenVm {
 impl Vm {
     pub fn name(&self) -> Option<&str> {
         self.name.get().map(String::as_str)
+    }
+
+    /// What its guest was told to be called, and has confirmed; empty: it was not told.
+    pub fn host_name(&self) -> String {
+        self.host_name.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether it stands ready in its pool and is nobody's yet.

@@ -9,6 +9,7 @@
 //! | `stock_client` | health and reflection, as any gRPC client asks |
 //! | `many_cpus` | 32 vCPUs: found, used, in clones too; described by MPTable and by MADT |
 //! | `embedded` | the whole road with the embedded guest: boot, snapshot, clones, identity, isolation |
+//! | `identity` | 200 clones, each somebody of its own |
 //! | `exec` | commands and files in the embedded guest: streams, windows, signals, clones |
 //! | `events` | Watch, by a client and by `coldspark watch` |
 //! | `death` | workers and daemons that are killed |
@@ -44,6 +45,7 @@ mod freebsd;
 mod freebsd_agent;
 mod functions;
 mod host;
+mod identity;
 mod images;
 mod linux;
 mod load;
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         access::trials(),
         embedded::trials(),
         events::trials(),
+        identity::trials(),
         exec::trials(),
         working_set::trials(),
         death::trials(),

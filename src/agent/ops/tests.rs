@@ -16,7 +16,9 @@ fn requests() -> Vec<AgentRequest> {
         AgentRequest::RunOnAll { seed: 1, rounds: 2 },
         AgentRequest::Random { bytes: 16 },
         AgentRequest::Generation,
-        AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3 },
+        AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host: None },
+        AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host: Some(host()) },
+        AgentRequest::SetClock { wall_ns: 4 },
         AgentRequest::Compute { nonce: 1, bytes: 4096 },
         AgentRequest::Serial(b"x".to_vec()),
         AgentRequest::SerialEcho { bytes: 7 },
@@ -25,6 +27,10 @@ fn requests() -> Vec<AgentRequest> {
         AgentRequest::Stats,
         AgentRequest::Open(Opening::get(b"/etc/passwd", 1)),
     ]
+}
+
+fn host() -> Host {
+    Host { name: "web-1".into(), macs: vec![(0, [2, 0, 0, 0, 0, 1]), (3, [2, 0, 0, 0, 0, 2])] }
 }
 
 fn reply(request: &AgentRequest, payload: Vec<u8>) -> Frame {
@@ -55,7 +61,7 @@ fn touch_has_the_documented_layout() {
 
 #[test]
 fn identity_is_confirmed() {
-    let request = AgentRequest::Identity { generation: [9; 16], entropy: [0; 32], wall_ns: 0 };
+    let request = AgentRequest::Identity { generation: [9; 16], entropy: [0; 32], wall_ns: 0, host: None };
     let mut payload = vec![9; 16];
     put64(&mut payload, 2);
     let got = AgentReply::decode(&request, reply(&request, payload.clone())).unwrap();
@@ -63,6 +69,31 @@ fn identity_is_confirmed() {
     payload.push(0);
     let error = AgentReply::decode(&request, reply(&request, payload)).unwrap_err();
     assert_eq!(error, AgentError::Layout { kind: wire::KIND_IDENTITY | wire::REPLY });
+}
+
+#[test]
+fn a_clone_is_told_its_name_and_addresses() {
+    let request =
+        AgentRequest::Identity { generation: [9; 16], entropy: [7; 32], wall_ns: 5, host: Some(host()) };
+    let bytes = request.encode(1).unwrap();
+    let payload = &bytes[wire::HEADER_BYTES..];
+    let told = wire::Become::decode(wire::KIND_BECOME, payload).unwrap();
+    assert_eq!((told.generation, told.entropy, told.wall_ns), ([9; 16], [7; 32], 5));
+    assert_eq!((told.host_name, told.interfaces.collect::<Vec<_>>()), (&b"web-1"[..], host().macs));
+    // Neither shorter nor longer, nor as the other kind.
+    for cut in 0..payload.len() {
+        assert!(wire::Become::decode(wire::KIND_BECOME, &payload[..cut]).is_none(), "{cut}");
+    }
+    assert!(wire::Become::decode(wire::KIND_BECOME, &[payload, &[0]].concat()).is_none());
+    assert!(wire::Become::decode(wire::KIND_IDENTITY, payload).is_none());
+
+    let mut answer = vec![9; 16];
+    put64(&mut answer, 2);
+    put_string(&mut answer, b"web-1");
+    let got = AgentReply::decode(&request, reply(&request, answer.clone())).unwrap();
+    assert_eq!(got, AgentReply::Become { generation: [9; 16], count: 2, host_name: "web-1".into() });
+    answer.push(0);
+    assert!(AgentReply::decode(&request, reply(&request, answer)).is_err());
 }
 
 #[test]

@@ -382,6 +382,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "memory_bytes": vm.memory_bytes,
         "protocol": protocol_name(vm.protocol),
         "generation": hex(&vm.generation),
+        "host_name": vm.host_name,
         "agent": vm.agent,
         "agent_name": vm.agent_name,
         "created_unix_ms": vm.created_unix_ms,

@@ -27,15 +27,15 @@ use stock::{Look, Ready};
 
 use super::Fleet;
 use super::boot::{micros, step};
-use super::clones::{FirstCall, Place, answer, ask_identity, confirm};
+use super::clones::{FirstCall, Place, answer};
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
-use super::id;
 use super::limits::WORKER_TIMEOUT;
 use super::registry::Guard;
 use super::snapshots::{Source, blocking};
 use super::stored::Files;
 use super::vm::Vm;
+use super::{id, identity};
 use crate::agent::AgentReply;
 use crate::worker::protocol::{MemoryMode, Step};
 
@@ -356,7 +356,7 @@ impl Fleet {
                 // Ends it if anything fails, or the caller goes away.
                 let guard = Guard::new(self, Arc::clone(&vm));
                 let mut steps = vec![step("ready", micros(arrived))];
-                wake_up(&vm, &settings, &mut steps).await.map_err(HandOver::Bad)?;
+                wake_up(&vm, &settings, request.name.as_deref(), &mut steps).await.map_err(HandOver::Bad)?;
                 let answer = first_call(&vm, request, &mut steps).await.map_err(HandOver::Failed)?;
                 self.registry.release(&vm, request.name.clone()).map_err(HandOver::Failed)?;
                 let start_us = micros(arrived);
@@ -409,7 +409,12 @@ fn keep_out((vm, answer): Handed, out: Out, was_ready: bool) -> Taken {
 }
 
 /// Makes a VM that stood ready one that its caller can use.
-async fn wake_up(vm: &Arc<Vm>, settings: &Settings, steps: &mut Vec<Step>) -> Result<(), FleetError> {
+async fn wake_up(
+    vm: &Arc<Vm>,
+    settings: &Settings,
+    name: Option<&str>,
+    steps: &mut Vec<Step>,
+) -> Result<(), FleetError> {
     vm.check_lives()?;
     if settings.mode != Mode::Paused {
         return Ok(());
@@ -420,8 +425,8 @@ async fn wake_up(vm: &Arc<Vm>, settings: &Settings, steps: &mut Vec<Step>) -> Re
     if let (true, Some(generation)) = (settings.managed, vm.generation) {
         // Its clock stood still.
         let begun = Instant::now();
-        let identity = ask_identity(vm, generation).await?;
-        confirm(vm, identity, generation).await?;
+        let asking = identity::ask(vm, generation, name).await?;
+        identity::confirm(vm, asking).await?;
         steps.push(step("identity", micros(begun)));
     }
     Ok(())
