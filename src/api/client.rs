@@ -27,6 +27,7 @@ use super::auth::{AuthError, tls};
 use super::proto::agent_service_client::AgentServiceClient;
 use super::proto::function_service_client::FunctionServiceClient;
 use super::proto::image_service_client::ImageServiceClient;
+use super::proto::metrics_service_client::MetricsServiceClient;
 use super::proto::pool_service_client::PoolServiceClient;
 use super::proto::snapshot_service_client::SnapshotServiceClient;
 use super::proto::vm_service_client::VmServiceClient;
@@ -134,6 +135,7 @@ pub struct Client {
     pub agent: AgentServiceClient<Transport>,
     pub functions: FunctionServiceClient<Transport>,
     pub pools: PoolServiceClient<Transport>,
+    pub metrics: MetricsServiceClient<Transport>,
 }
 
 impl Client {
@@ -147,6 +149,7 @@ impl Client {
             functions: FunctionServiceClient::new(transport.clone())
                 .max_decoding_message_size(LISTS_BYTES_MAX),
             pools: PoolServiceClient::new(transport.clone()).max_decoding_message_size(LISTS_BYTES_MAX),
+            metrics: MetricsServiceClient::new(transport.clone()).max_decoding_message_size(LISTS_BYTES_MAX),
             agent: AgentServiceClient::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX),
         }
     }

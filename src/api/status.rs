@@ -3,6 +3,7 @@
 use tonic::{Code, Status};
 
 use crate::fleet::error::{FleetError, Kind};
+use crate::telemetry::metrics;
 
 /// Longest message of a status: it travels in a header.
 const MESSAGE_BYTES_MAX: usize = 4 << 10;
@@ -22,6 +23,7 @@ impl From<FleetError> for Status {
             Kind::Unimplemented => Code::Unimplemented,
             Kind::Internal => Code::Internal,
         };
+        metrics().error(error.reason());
         let mut message = error.to_string();
         if code == Code::Internal {
             tracing::warn!(error = message, "a request failed");

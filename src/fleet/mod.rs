@@ -18,6 +18,7 @@
 //! | [`disks`] | files behind a VM's disks |
 //! | [`network`] | what network interfaces are plugged into |
 //! | [`headroom`] | whether the host has memory for one more |
+//! | [`gauges`], [`sampling`], [`reason`] | what metrics tell: what there is, what clones touch, why something failed |
 //! | [`stored`] | settings that outlive the service |
 //! | [`error`], [`limits`], [`id`] | small things |
 //!
@@ -34,6 +35,7 @@ pub mod disks;
 pub mod error;
 pub mod exec;
 pub mod functions;
+pub mod gauges;
 pub mod headroom;
 pub mod id;
 pub mod images;
@@ -47,7 +49,9 @@ pub mod owner;
 pub mod pools;
 pub mod process;
 pub mod profile;
+pub mod reason;
 pub mod registry;
+pub mod sampling;
 pub mod shells;
 pub mod snapshots;
 pub mod stored;
@@ -69,6 +73,7 @@ use images::Images;
 use pools::Pools;
 use process::{Spawner, WorkerProgram};
 use registry::Registry;
+use sampling::Sampling;
 use shells::Shells;
 use snapshots::Snapshots;
 
@@ -124,6 +129,7 @@ pub struct Fleet {
     pub(crate) functions: Functions,
     pub(crate) headroom: Arc<Headroom>,
     pub(crate) pager: Arc<Pager>,
+    sampling: Sampling,
     vms_dir: PathBuf,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
     _lock: File,
@@ -153,6 +159,7 @@ impl Fleet {
             functions,
             headroom: Headroom::start(config.memory_reserve),
             pager: Arc::new(pager),
+            sampling: Sampling::default(),
             vms_dir,
             _lock: lock,
         });
