@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::{env, fs};
 
-const FILES: [&str; 9] = [
+const FILES: [&str; 10] = [
     "coldspark/v1/common.proto",
     "coldspark/v1/images.proto",
     "coldspark/v1/network.proto",
@@ -14,6 +14,7 @@ const FILES: [&str; 9] = [
     "coldspark/v1/pools.proto",
     "coldspark/v1/functions.proto",
     "coldspark/v1/events.proto",
+    "coldspark/v1/metrics.proto",
 ];
 
 /// Writes `coldspark.v1.rs` and `coldspark.v1.bin` to `OUT_DIR`.

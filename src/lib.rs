@@ -5,13 +5,14 @@
 //!
 //! | room | what it is for | may use |
 //! |---|---|---|
-//! | [`cli`] | one file per subcommand; speaks gRPC, or starts the daemon | `api`, `fleet`, `worker`, `agent`, `media` |
-//! | [`api`] | tonic services: proto to domain and back | `fleet`, `agent` |
-//! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `worker::channel`, `snapshot`, `agent`, `media` |
+//! | [`cli`] | one file per subcommand; speaks gRPC, or starts the daemon | `api`, `fleet`, `worker`, `agent`, `media`, `telemetry` |
+//! | [`api`] | tonic services: proto to domain and back | `fleet`, `agent`, `telemetry` |
+//! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `worker::channel`, `snapshot`, `agent`, `media`, `telemetry` |
 //! | [`worker`] | the process around one VM, its control protocol | `vmm`, `snapshot` |
 //! | [`snapshot`] | what a frozen VM is: manifest, state, codec, store, memory, disk layers | nothing of ours |
 //! | [`vmm`] | the machine itself: no policy, no async, no network API | `snapshot::{state, codec, layers}`, `media` |
 //! | [`media`] | what is on disks and in the files in which people bring them: partitions, UFS, compressed images, downloads | nothing of ours |
+//! | [`telemetry`] | what the service tells of itself: metrics and traces | nothing of ours |
 //! | [`agent`] | the frames spoken with the program inside a guest | nothing of ours |
 
 pub mod agent;
@@ -20,5 +21,6 @@ pub mod cli;
 pub mod fleet;
 pub mod media;
 pub mod snapshot;
+pub mod telemetry;
 pub mod vmm;
 pub mod worker;

@@ -28,6 +28,7 @@ use super::proto::agent_service_client::AgentServiceClient;
 use super::proto::event_service_client::EventServiceClient;
 use super::proto::function_service_client::FunctionServiceClient;
 use super::proto::image_service_client::ImageServiceClient;
+use super::proto::metrics_service_client::MetricsServiceClient;
 use super::proto::pool_service_client::PoolServiceClient;
 use super::proto::snapshot_service_client::SnapshotServiceClient;
 use super::proto::vm_service_client::VmServiceClient;
@@ -136,6 +137,7 @@ pub struct Client {
     pub functions: FunctionServiceClient<Transport>,
     pub pools: PoolServiceClient<Transport>,
     pub events: EventServiceClient<Transport>,
+    pub metrics: MetricsServiceClient<Transport>,
 }
 
 impl Client {
@@ -150,6 +152,7 @@ impl Client {
                 .max_decoding_message_size(LISTS_BYTES_MAX),
             pools: PoolServiceClient::new(transport.clone()).max_decoding_message_size(LISTS_BYTES_MAX),
             events: EventServiceClient::new(transport.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            metrics: MetricsServiceClient::new(transport.clone()).max_decoding_message_size(LISTS_BYTES_MAX),
             agent: AgentServiceClient::new(transport).max_decoding_message_size(MESSAGE_BYTES_MAX),
         }
     }

@@ -95,6 +95,11 @@ impl Socket {
         }
         Ok(Self { listener, _file: SocketFile(path.to_owned()) })
     }
+
+    /// The next connection.
+    pub(super) async fn accept(&self) -> io::Result<(UnixStream, tokio::net::unix::SocketAddr)> {
+        self.listener.accept().await
+    }
 }
 
 /// A folder that others may write, without the sticky bit, lets them replace the socket.
@@ -244,7 +249,7 @@ async fn linger(mut stream: TcpStream) -> io::Result<()> {
 }
 
 /// What was accepted. After an error, which is mostly for want of descriptors, it waits a little: nobody announces that there are some.
-async fn taken<S, A>(accepted: io::Result<(S, A)>) -> Option<S> {
+pub(super) async fn taken<S, A>(accepted: io::Result<(S, A)>) -> Option<S> {
     match accepted {
         Ok((stream, _)) => Some(stream),
         Err(error) => {
@@ -293,7 +298,7 @@ fn groups_of(stream: &UnixStream, first: u32) -> Vec<u32> {
 }
 
 /// Limits the connections of one way in.
-struct Room {
+pub(super) struct Room {
     what: &'static str,
     most: usize,
     left: Arc<Semaphore>,
@@ -301,12 +306,12 @@ struct Room {
 }
 
 impl Room {
-    fn new(what: &'static str, most: usize) -> Self {
+    pub(super) fn new(what: &'static str, most: usize) -> Self {
         Self { what, most, left: Arc::new(Semaphore::new(most)), told: AtomicBool::new(false) }
     }
 
     /// A place for one more connection, or `None`, told in the log once each time that it is full.
-    fn enter(&self) -> Option<OwnedSemaphorePermit> {
+    pub(super) fn enter(&self) -> Option<OwnedSemaphorePermit> {
         let permit = Arc::clone(&self.left).try_acquire_owned().ok();
         let full = permit.is_none();
         if full && !self.told.swap(true, Ordering::Relaxed) {

@@ -6,6 +6,7 @@
 //! | [`client`] | connecting to a service |
 //! | [`listen`] | the Unix socket and the TCP port, and who comes in |
 //! | [`auth`] | who may call what |
+//! | [`scrape`], `metrics`, `measure` | metrics over HTTP and as a service; requests, counted and timed |
 //! | [`server`] | the services, and the end |
 //! | `vms`, `snapshots`, `images`, `agent`, `pools`, `functions`, `events` | one service each |
 //! | `exec` | AgentService's streams: commands and files |
@@ -22,11 +23,14 @@ mod exec;
 mod functions;
 mod images;
 pub mod listen;
+mod measure;
+mod metrics;
 mod network;
 mod pages;
 mod pools;
 pub mod proto;
 mod replays;
+pub mod scrape;
 pub mod server;
 mod snapshots;
 mod status;

@@ -17,15 +17,19 @@ use super::events::Events;
 use super::functions::Functions;
 use super::images::Images;
 use super::listen::Listeners;
+use super::measure::MeasureLayer;
+use super::metrics::Metrics;
 use super::pools::Pools;
 use super::proto::DESCRIPTORS;
 use super::proto::agent_service_server::AgentServiceServer;
 use super::proto::event_service_server::EventServiceServer;
 use super::proto::function_service_server::FunctionServiceServer;
 use super::proto::image_service_server::ImageServiceServer;
+use super::proto::metrics_service_server::MetricsServiceServer;
 use super::proto::pool_service_server::PoolServiceServer;
 use super::proto::snapshot_service_server::SnapshotServiceServer;
 use super::proto::vm_service_server::VmServiceServer;
+use super::scrape;
 use super::snapshots::Snapshots;
 use super::vms::Vms;
 use crate::fleet::Fleet;
@@ -49,6 +53,8 @@ pub enum ServeError {
     Folder(PathBuf),
     #[error("cannot listen at {address}: {source}; choose another --listen")]
     Port { address: SocketAddr, source: io::Error },
+    #[error("metrics cannot be given at {address}: {source}; choose another --metrics")]
+    Metrics { address: SocketAddr, source: io::Error },
     #[error("the service failed: {0}")]
     Transport(#[from] tonic::transport::Error),
     #[error("reflection cannot be offered: {0}")]
@@ -69,6 +75,7 @@ pub async fn serve(
     health.set_serving::<PoolServiceServer<Pools>>().await;
     health.set_serving::<FunctionServiceServer<Functions>>().await;
     health.set_serving::<EventServiceServer<Events>>().await;
+    health.set_serving::<MetricsServiceServer<Metrics>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
@@ -78,6 +85,7 @@ pub async fn serve(
     let serving = Server::builder()
         .http2_keepalive_interval(None)
         .max_concurrent_streams(REQUESTS_MAX)
+        .layer(MeasureLayer)
         .layer(GuardLayer(Arc::clone(&listeners.guard)))
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
@@ -103,6 +111,10 @@ pub async fn serve(
         )
         .add_service(
             EventServiceServer::new(Events::new(Arc::clone(&fleet)))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX),
+        )
+        .add_service(
+            MetricsServiceServer::new(Metrics::new(scrape::exposition(&fleet)))
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
         )
         .add_service(AgentServiceServer::new(Agent::new(fleet)).max_decoding_message_size(MESSAGE_BYTES_MAX))

@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::fleet::error::{FleetError, Kind};
+use crate::telemetry::metrics;
 
 /// Longest message of a status: it travels in a header.
 const MESSAGE_BYTES_MAX: usize = 4 << 10;
@@ -33,6 +34,7 @@ impl From<FleetError> for Status {
             Kind::Unimplemented => Code::Unimplemented,
             Kind::Internal => Code::Internal,
         };
+        metrics().error(error.reason());
         let mut message = error.to_string();
         if code == Code::Internal {
             tracing::warn!(error = message, "a request failed");
@@ -122,7 +124,7 @@ mod tests {
     #[test]
     fn every_reason_is_in_the_proto_file() {
         let told = include_str!("../../proto/coldspark/v1/common.proto");
-        let source = concat!(include_str!("../fleet/error.rs"), include_str!("status.rs"));
+        let source = concat!(include_str!("../fleet/reason.rs"), include_str!("status.rs"));
         let mut found = 0;
         for word in source
             .split('"')

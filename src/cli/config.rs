@@ -323,6 +323,7 @@ fn sample_of(key: &str) -> &'static str {
         "client-ca" => "/etc/coldspark/clients.pem",
         "tokens" => "/etc/coldspark/tokens",
         "memory-reserve" => "2G",
+        "metrics" => "127.0.0.1:9464",
         _ => "",
     }
 }

@@ -1,5 +1,6 @@
 //! `coldspark serve`: the service in this process.
 
+use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,7 +17,7 @@ use crate::api::auth::guard::{Guard, Policy};
 use crate::api::auth::rules::Rule;
 use crate::api::auth::tls::TlsFiles;
 use crate::api::listen::{Listeners, Port, Socket};
-use crate::api::server;
+use crate::api::{scrape, server};
 use crate::fleet::{Config, Fleet};
 
 #[derive(Debug, Args)]
@@ -49,6 +50,47 @@ pub struct Arguments {
     log_format: LogFormat,
     #[command(flatten)]
     access: AccessArguments,
+    #[command(flatten)]
+    seeing: SeeingArguments,
+}
+
+/// What it tells of itself.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Seeing it")]
+struct SeeingArguments {
+    /// Give metrics to Prometheus here: plain HTTP, GET /metrics. An address of this host, or the path of a Unix socket, which is for
+    /// this user and root
+    #[arg(long, env = "COLDSPARK_METRICS", value_name = "ADDRESS:PORT|PATH")]
+    metrics: Option<scrape::Address>,
+    /// Let --metrics be an address that other hosts reach: they read the names of snapshots, pools and functions
+    #[arg(long, env = "COLDSPARK_METRICS_INSECURE", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    metrics_insecure: bool,
+}
+
+impl SeeingArguments {
+    /// Whether the settings go together.
+    fn check(&self) -> anyhow::Result<()> {
+        match &self.metrics {
+            None if self.metrics_insecure => {
+                anyhow::bail!("--metrics-insecure is about an address: add --metrics")
+            }
+            Some(address) if !address.is_local() && !self.metrics_insecure => anyhow::bail!(
+                "other hosts can reach --metrics {address}, and nobody is asked who they are; choose an address of this host (127.0.0.1:PORT), or add --metrics-insecure"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where metrics are given, if they are.
+    async fn endpoint(&self) -> anyhow::Result<Option<scrape::Endpoint>> {
+        self.check()?;
+        let Some(address) = &self.metrics else { return Ok(None) };
+        let endpoint = scrape::Endpoint::bind(address).await?;
+        let address = endpoint.port().map_or_else(|| address.to_string(), |port| port.to_string());
+        tracing::info!(%address, "giving metrics over HTTP");
+        Ok(Some(endpoint))
+    }
 }
 
 /// How a log is written.
@@ -96,7 +138,7 @@ impl Arguments {
     /// Whether the settings go together, and the files that they name can be used.
     pub fn check(&self) -> anyhow::Result<()> {
         Guard::new(self.access.policy()?)?;
-        Ok(())
+        self.seeing.check()
     }
 }
 
@@ -167,6 +209,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let guard = Guard::new(arguments.access.policy()?)?;
     let socket = Socket::bind_for(&path, guard.socket_for()).await?;
     let port = arguments.access.port().await?;
+    let metrics = arguments.seeing.endpoint().await?;
     let listeners = Listeners::new(socket, port, Arc::clone(&guard));
     let config = Config {
         data_dir: arguments.data_dir.clone(),
@@ -179,6 +222,9 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     };
     let fleet = Fleet::open(config)?;
     tracing::info!(socket = %path.display(), data_dir = %arguments.data_dir.display(), "serving");
+    if let Some(metrics) = metrics {
+        tokio::spawn(metrics.serve(scrape::exposition(&fleet)));
+    }
     let closing = Arc::clone(&fleet);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = server::serve(fleet, listeners, async {
@@ -226,7 +272,11 @@ fn reload(guard: &Arc<Guard>) {
 pub fn log_to_stderr(default: &str, format: LogFormat) {
     let filter = tracing_subscriber::EnvFilter::try_from_env("COLDSPARK_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // No colours in files and pipes.
+    let colours =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr);
     // Already set when a test starts two services in one process.
     let _ = match format {
         LogFormat::Text => log.try_init(),

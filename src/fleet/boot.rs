@@ -28,6 +28,7 @@ use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id, watchdog};
 use crate::agent::Hello;
+use crate::telemetry::metrics;
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{
     BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
@@ -321,6 +322,7 @@ impl Fleet {
         }
         profiler.reached("ready");
         let start_us = micros(arrived);
+        metrics().booted(arrived.elapsed());
         let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
         steps.push(step("guest", start_us.saturating_sub(known)));

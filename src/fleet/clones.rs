@@ -23,6 +23,8 @@ use super::vm::{Origin, Vm};
 use super::{Fleet, id, identity};
 use crate::agent::{AgentReply, AgentRequest};
 use crate::snapshot::working_set::Touched;
+use crate::telemetry::metrics;
+use crate::telemetry::metrics::Mode;
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{LinkKind, MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
 
@@ -264,7 +266,10 @@ impl Fleet {
             status.steps = clock.steps;
         });
         source.keeping.used();
-        self.learn_from(&started.vm, &source, answer.is_some());
+        let mode = mode(request.memory_mode);
+        metrics().restored(source.label(), mode, arrived.elapsed());
+        let given = is_made || request.memory_mode == MemoryMode::Userfault;
+        self.learn_from(&started.vm, &source, answer.is_some(), given);
         Ok((started.guard, answer.map(|reply| (reply, start_us))))
     }
 }
@@ -293,6 +298,14 @@ async fn restore(
     }
 }
 
+/// As metrics call it.
+pub(super) fn mode(mode: MemoryMode) -> Mode {
+    match mode {
+        MemoryMode::Mapped => Mode::Mapped,
+        MemoryMode::Userfault => Mode::Userfault,
+    }
+}
+
 /// Waits for an answer, or the VM's end.
 pub(super) async fn answer(vm: &Vm, asked: Asked, within: Duration) -> Result<AgentReply, FleetError> {
     let answered = tokio::select! {
@@ -318,14 +331,15 @@ impl Clock {
     }
 
     /// The time since the last lap was spent on `name`.
-    fn lap(&mut self, name: &str) {
+    fn lap(&mut self, name: &'static str) {
         self.lap_at(name, Instant::now());
     }
 
     /// Until `end`.
-    fn lap_at(&mut self, name: &str, end: Instant) {
-        let us = end.saturating_duration_since(self.last).as_micros();
-        self.steps.push(step(name, u64::try_from(us).unwrap_or(u64::MAX)));
+    fn lap_at(&mut self, name: &'static str, end: Instant) {
+        let took = end.saturating_duration_since(self.last);
+        metrics().restore_step(name, took);
+        self.steps.push(step(name, u64::try_from(took.as_micros()).unwrap_or(u64::MAX)));
         self.last = self.last.max(end);
     }
 

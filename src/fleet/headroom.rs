@@ -37,6 +37,12 @@ impl Headroom {
         headroom
     }
 
+    /// Bytes that are available, and that are to stay free; `None`: they cannot be read.
+    pub fn seen(&self) -> Option<(u64, u64)> {
+        let available = self.available.load(Ordering::Relaxed);
+        (available != u64::MAX).then_some((available, self.reserve))
+    }
+
     /// Refuses when there is too little, before anything is made.
     pub fn check(&self) -> Result<(), FleetError> {
         let available = self.available.load(Ordering::Relaxed);

@@ -11,6 +11,7 @@ use super::limits::IDENTITY_TIMEOUT;
 use super::network::LinkRequest;
 use super::vm::Vm;
 use crate::agent::{AgentReply, AgentRequest, Hello, Host, wire};
+use crate::telemetry::metrics;
 
 /// A guest that became a clone this long after it was told the time is told it again: its clock is late by that.
 const CLOCK_LATE: Duration = Duration::from_millis(3);
@@ -50,6 +51,17 @@ pub async fn ask(vm: &Vm, generation: [u8; 16], name: Option<&str>) -> Result<As
 
 /// Waits until it has confirmed that.
 pub async fn confirm(vm: &Vm, asking: Asking) -> Result<(), FleetError> {
+    confirmed(vm, asking).await.inspect_err(|error| {
+        metrics().identity_failed(match error {
+            FleetError::AgentTimeout(_) => "timeout",
+            FleetError::WrongGeneration => "wrong_generation",
+            FleetError::Ended(_) => "ended",
+            _ => "refused",
+        });
+    })
+}
+
+async fn confirmed(vm: &Vm, asking: Asking) -> Result<(), FleetError> {
     let Asking { asked, at, generation, host } = asking;
     match (answer(vm, asked, IDENTITY_TIMEOUT).await?, host) {
         (AgentReply::Generation { generation: confirmed, .. }, None) if confirmed == generation => Ok(()),

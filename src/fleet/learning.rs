@@ -67,9 +67,16 @@ impl Learning {
 
 impl Fleet {
     /// Learns from a clone, if one more is wanted. `answered`: it has given its first useful answer already.
-    pub(super) fn learn_from(self: &Arc<Self>, vm: &Arc<Vm>, source: &Arc<Source>, answered: bool) {
+    /// Otherwise it may be looked at whether it touches what was learnt; `given`: it was given that.
+    pub(super) fn learn_from(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        source: &Arc<Source>,
+        answered: bool,
+        given: bool,
+    ) {
         if !source.learning.begin() {
-            return;
+            return self.sample(vm, source, answered, given);
         }
         // Weak: a clone that is waited for must not keep a service from ending.
         let (fleet, vm, source) = (Arc::downgrade(self), Arc::clone(vm), Arc::clone(source));
@@ -107,7 +114,7 @@ impl Fleet {
 }
 
 /// What the clone touched until its first useful answer, and whether what it wrote can be told from what it read.
-async fn touched(vm: &Vm, answered: bool) -> Result<(Touched, bool), FleetError> {
+pub(super) async fn touched(vm: &Vm, answered: bool) -> Result<(Touched, bool), FleetError> {
     if !answered {
         let mut answers = vm.agent.answers();
         answers.mark_unchanged();

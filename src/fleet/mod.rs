@@ -19,6 +19,7 @@
 //! | [`disks`] | files behind a VM's disks |
 //! | [`network`] | what network interfaces are plugged into |
 //! | [`headroom`] | whether the host has memory for one more |
+//! | [`gauges`], [`sampling`], [`reason`] | what metrics tell: what there is, what clones touch, why something failed |
 //! | [`stored`] | settings that outlive the service |
 //! | [`error`], [`limits`], [`id`] | small things |
 //!
@@ -36,6 +37,7 @@ pub mod error;
 pub mod events;
 pub mod exec;
 pub mod functions;
+pub mod gauges;
 pub mod headroom;
 pub mod id;
 pub mod identity;
@@ -50,7 +52,9 @@ pub mod owner;
 pub mod pools;
 pub mod process;
 pub mod profile;
+pub mod reason;
 pub mod registry;
+pub mod sampling;
 pub mod shells;
 pub mod snapshots;
 pub mod stored;
@@ -72,6 +76,7 @@ use images::Images;
 use pools::Pools;
 use process::{Spawner, WorkerProgram};
 use registry::Registry;
+use sampling::Sampling;
 use shells::Shells;
 use snapshots::Snapshots;
 
@@ -128,6 +133,7 @@ pub struct Fleet {
     pub(crate) headroom: Arc<Headroom>,
     pub(crate) pager: Arc<Pager>,
     pub(crate) events: events::Events,
+    sampling: Sampling,
     vms_dir: PathBuf,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
     _lock: File,
@@ -158,6 +164,7 @@ impl Fleet {
             headroom: Headroom::start(config.memory_reserve),
             pager: Arc::new(pager),
             events: events::Events::default(),
+            sampling: Sampling::default(),
             vms_dir,
             _lock: lock,
         });

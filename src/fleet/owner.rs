@@ -24,6 +24,8 @@ use super::vm::{Command, FrozenVm, State, Vm};
 use super::watchdog;
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
 use crate::snapshot::store::Draft;
+use crate::telemetry::metrics;
+use crate::telemetry::metrics::Ended;
 use crate::worker::protocol::{BootSpec, Event, ExitReason, FaultRegion, Reply, Request, SnapshotSpec};
 
 /// How long a worker that closed its socket may take to end by itself.
@@ -206,10 +208,12 @@ impl Owner {
             }
         };
         let trouble = self.vm.trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let reason = match self.ears.exit.take().or(trouble) {
-            Some(reason) => reason,
-            None => process.obituary(status),
+        let (how, reason) = match (self.ears.exit.take(), trouble) {
+            (exit, Some(trouble)) => (Ended::Asked, exit.unwrap_or(trouble)),
+            (Some(exit), None) => (Ended::Guest, exit),
+            (None, None) => (Ended::Worker, process.obituary(status)),
         };
+        metrics().vm_ended(how);
         tracing::info!(vm = %self.vm.id, reason, "VM ended");
         self.vm.change(|status| {
             status.state = State::Exited;

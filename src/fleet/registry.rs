@@ -10,6 +10,7 @@ use super::error::FleetError;
 use super::events::Change;
 use super::limits::EXITED_KEPT_MAX;
 use super::vm::{Command, State, Stopped, Vm};
+use crate::telemetry::metrics;
 
 /// The table of VMs.
 #[derive(Debug)]
@@ -233,9 +234,14 @@ impl Fleet {
 
     /// Ends a VM if it runs, and forgets it. Comes back when its process is gone.
     pub async fn delete_vm(&self, id_or_name: &str) -> Result<(), FleetError> {
+        let begin = Instant::now();
         let vm = self.registry.get(id_or_name)?;
+        let lived = vm.state() != State::Exited;
         vm.kill("deleted");
         vm.ended().await;
+        if lived {
+            metrics().destroyed(begin.elapsed());
+        }
         self.registry.remove(&vm.id);
         Ok(())
     }

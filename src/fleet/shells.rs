@@ -249,6 +249,11 @@ impl Shells {
         let _ = self.settled.subscribe().wait_for(|settled| *settled).await;
     }
 
+    /// How many are to be ready.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// How many are ready.
     pub fn count(&self) -> usize {
         self.lock().len()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Fleet;
 use super::boot::{micros, step};
@@ -22,6 +22,7 @@ use crate::snapshot::manifest::{
 use crate::snapshot::memory::pager::PagerSource;
 use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
 pub use crate::snapshot::working_set::WorkingSet;
+use crate::telemetry::metrics;
 use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
 
 /// Label under which the agent's hello is kept, in hexadecimal.
@@ -166,6 +167,12 @@ impl Source {
     }
 
     /// The snapshot's id.
+    /// By what metrics tell it from others: its name, or its id.
+    pub fn label(&self) -> &str {
+        let facts = &self.open.manifest.facts;
+        facts.name.as_deref().unwrap_or(self.open.manifest.id.as_str())
+    }
+
     pub fn id(&self) -> String {
         self.open.manifest.id.to_string()
     }
@@ -381,6 +388,7 @@ impl Fleet {
             us: inner.us,
         }));
         let pause_us = frozen.frozen.pause_us;
+        metrics().snapshot_paused(Duration::from_micros(pause_us));
         let publishing = Instant::now();
         match self.publish(&vm, frozen, request.name, request.function).await {
             Ok((snapshot, source)) => {
@@ -469,7 +477,9 @@ impl Fleet {
         }
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let id = blocking(move || store.delete(&key)).await??;
-        self.snapshots.lock().remove(id.as_str());
+        if let Some(source) = self.snapshots.lock().remove(id.as_str()) {
+            metrics().forget_snapshot(source.label());
+        }
         self.shells.forget(id.as_str());
         self.events.tell(|| Event::new(Kind::Snapshot, Change::Gone, id.as_str(), None));
         Ok(())

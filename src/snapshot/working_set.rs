@@ -75,6 +75,11 @@ impl Touched {
         }
     }
 
+    /// Bytes of the pieces.
+    pub fn piece_bytes(&self) -> u64 {
+        units(&self.pieces) * HUGE_BYTES
+    }
+
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty() && self.written.is_empty()
     }

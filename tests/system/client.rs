@@ -15,6 +15,7 @@ use coldspark::api::proto::file_chunk::File;
 use coldspark::api::proto::function_service_client::FunctionServiceClient;
 use coldspark::api::proto::image_service_client::ImageServiceClient;
 use coldspark::api::proto::import_image_request::Message;
+use coldspark::api::proto::metrics_service_client::MetricsServiceClient;
 use coldspark::api::proto::pool_service_client::PoolServiceClient;
 use coldspark::api::proto::ready_point::At;
 use coldspark::api::proto::snapshot_service_client::SnapshotServiceClient;
@@ -35,6 +36,7 @@ pub struct Client {
     pub functions: FunctionServiceClient<Channel>,
     pub pools: PoolServiceClient<Channel>,
     pub events: EventServiceClient<Channel>,
+    metrics: MetricsServiceClient<Channel>,
     logs: PathBuf,
 }
 
@@ -80,6 +82,7 @@ impl Client {
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
             pools: PoolServiceClient::new(channel.clone()),
             events: EventServiceClient::new(channel.clone()),
+            metrics: MetricsServiceClient::new(channel.clone()),
             agent: AgentServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             logs,
         }
@@ -242,6 +245,13 @@ impl Client {
     pub async fn verify(&mut self, snapshot: &str) -> Result<u64, Status> {
         let request = VerifySnapshotRequest { snapshot: snapshot.into() };
         Ok(self.snapshots.verify_snapshot(request).await?.into_inner().verified_bytes)
+    }
+
+    // --- metrics ---
+
+    /// All of them, as text.
+    pub async fn metrics(&mut self) -> Result<String, Status> {
+        Ok(self.metrics.get_metrics(GetMetricsRequest {}).await?.into_inner().text)
     }
 
     // --- the agent ---

@@ -22,6 +22,7 @@
 //! | `bench` | each kind of bench runs and tells its figures |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
+//! | `seeing` | metrics: what is counted, who may read it |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
 //! | `freebsd_agent` | the agent in such a FreeBSD |
@@ -52,6 +53,7 @@ mod load;
 mod many_cpus;
 mod network;
 mod pools;
+mod seeing;
 mod serial;
 mod soak;
 mod stock_client;
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         network::trials(),
         pools::trials(),
         functions::trials(),
+        seeing::trials(),
         load::trials(),
         bench::trials(),
         freebsd::trials(),

@@ -20,6 +20,7 @@ pub const METHODS: &[(&str, Role)] = &[
     ("coldspark.v1.ImageService/GetImage", Read),
     ("coldspark.v1.ImageService/ImportImage", Admin),
     ("coldspark.v1.ImageService/ListImages", Read),
+    ("coldspark.v1.MetricsService/GetMetrics", Read),
     ("coldspark.v1.PoolService/CreatePool", Admin),
     ("coldspark.v1.PoolService/DeletePool", Admin),
     ("coldspark.v1.PoolService/GetPool", Read),
@@ -55,6 +56,12 @@ pub fn role_of(path: &str) -> Option<Role> {
     let name = path.strip_prefix('/')?;
     let at = METHODS.binary_search_by(|(method, _)| (*method).cmp(name)).ok()?;
     Some(METHODS[at].1)
+}
+
+/// The method of a request's path, by its name in the table: of what does not exist there are too many names.
+pub fn name_of(path: &str) -> &'static str {
+    let name = path.strip_prefix('/').unwrap_or_default();
+    METHODS.binary_search_by(|(method, _)| (*method).cmp(name)).map_or("unknown", |at| METHODS[at].0)
 }
 
 #[cfg(test)]

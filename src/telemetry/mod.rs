@@ -1,0 +1,15 @@
+//! What the service tells of itself to those who watch it: metrics and traces. (Its log is `tracing`'s, everywhere.)
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`metrics`] | the instruments, one set for the process |
+//! | [`exposition`] | the text that Prometheus reads, made and read |
+//! | [`labels`] | that label values stay few |
+//!
+//! The instruments are one set for the process, as Prometheus sees a process: whoever has something to count needs no handle.
+
+pub mod exposition;
+pub mod labels;
+pub mod metrics;
+
+pub use metrics::metrics;
