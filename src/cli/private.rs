@@ -20,6 +20,9 @@ use crate::fleet::{Config, Fleet, id};
 /// How long the service may take to end when its VMs are gone.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// VMs can outlive it, as those of a service can, so that what a bench measures is what a service does; but nobody will come for them.
+const ORPHAN_TIME: Duration = Duration::from_secs(1);
+
 /// How long the first shells may take.
 const SETTLE: Duration = Duration::from_secs(30);
 
@@ -90,7 +93,14 @@ impl PrivateService {
         let path = folder.0.join("socket");
         let listeners = Listeners::own(Socket::bind(&path).await?)?;
         let Setting { shells, working_sets } = setting;
-        let fleet = Fleet::open(Config { shells, working_sets, ..Config::new(folder.0.join("data")) })?;
+        let config = Config {
+            shells,
+            working_sets,
+            orphan_time: Some(ORPHAN_TIME),
+            ..Config::new(folder.0.join("data"))
+        };
+        let fleet = Fleet::open(config)?;
+        fleet.begin().await;
         let (stop, stopped) = oneshot::channel();
         let serving = tokio::spawn(server::serve(Arc::clone(&fleet), listeners, async {
             let _ = stopped.await;

@@ -45,6 +45,13 @@ pub struct Arguments {
     /// Most VMs at once
     #[arg(long, env = "COLDSPARK_VMS_MAX", value_name = "N", default_value_t = 1024)]
     vms_max: usize,
+    /// When this service is killed its VMs go on; how many seconds they wait for the next one before they end [0: they end with this one]
+    #[arg(long, env = "COLDSPARK_ORPHAN_TIME", value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=604_800))]
+    orphan_time: u64,
+    /// When this service is stopped leave its VMs running, for the next one to take over within --orphan-time: to replace the program
+    #[arg(long, env = "COLDSPARK_KEEP_VMS", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
+    keep_vms: bool,
     /// How the log on stderr is written; COLDSPARK_LOG says how much (info, coldspark=debug, ...)
     #[arg(long, env = "COLDSPARK_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -192,6 +199,9 @@ impl AccessArguments {
 /// How long calls under way may take to end after a signal, when all VMs have ended.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The same when VMs are left running: calls to them do not end by themselves, and the next service waits.
+const GRACE_KEPT: Duration = Duration::from_millis(500);
+
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     log_to_stderr("info", arguments.log_format);
     raise_descriptor_limit();
@@ -218,9 +228,11 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         vms_max: arguments.vms_max,
         memory_reserve: arguments.memory_reserve,
         refill_share: arguments.refill_share,
+        orphan_time: Some(Duration::from_secs(arguments.orphan_time)).filter(|time| !time.is_zero()),
         ..Config::new(".")
     };
     let fleet = Fleet::open(config)?;
+    fleet.begin().await;
     tracing::info!(socket = %path.display(), data_dir = %arguments.data_dir.display(), "serving");
     if let Some(metrics) = metrics {
         tokio::spawn(metrics.serve(scrape::exposition(&fleet)));
@@ -239,23 +251,30 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
             }
             _ = hang_up.recv() => reload(&guard),
             _ = terminate.recv() => {
-                tracing::info!("told to terminate: ending all VMs");
+                tracing::info!(keep_vms = arguments.keep_vms, "told to terminate");
                 break;
             }
             _ = interrupt.recv() => {
-                tracing::info!("interrupted: ending all VMs");
+                tracing::info!(keep_vms = arguments.keep_vms, "interrupted");
                 break;
             }
         }
     }
     // Calls that wait for a VM end with it.
     let _ = stop.send(());
+    let keep = arguments.keep_vms;
+    let close = async {
+        match keep {
+            true => closing.leave().await,
+            false => closing.close().await,
+        }
+    };
     tokio::select! {
-        () = closing.close() => {}
+        () = close => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    let _ = tokio::time::timeout(GRACE, serving).await;
+    let _ = tokio::time::timeout(if keep { GRACE_KEPT } else { GRACE }, serving).await;
     Ok(ExitCode::SUCCESS)
 }
 

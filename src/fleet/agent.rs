@@ -19,6 +19,9 @@ use super::streams::{Shared, Stream, Streams};
 use crate::agent::streams::What;
 use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, Opening, Said, wire};
 
+/// Why a conversation ends when nobody wants it any more: the VM is gone, or was left to another daemon, who goes on with the socket.
+const GONE: &str = "the VM is gone";
+
 /// What is known about the other side.
 #[derive(Debug, Clone, Default)]
 pub enum Presence {
@@ -38,12 +41,25 @@ pub struct AgentClient(RwLock<Arc<Conversation>>);
 impl AgentClient {
     /// Starts the first conversation. `known` is what the agent said before it was frozen, for a clone.
     pub fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
-        Self(RwLock::new(Arc::new(Conversation::start(socket, known))))
+        Self(RwLock::new(Arc::new(Conversation::start(socket, known, false))))
+    }
+
+    /// Goes on where an earlier daemon was killed, in the middle of what it read, maybe. What it had asked is nobody's now.
+    pub fn resume(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
+        Self(RwLock::new(Arc::new(Conversation::start(socket, known, true))))
+    }
+
+    /// What is known about the other side, from now until this conversation's end.
+    pub fn presence(&self) -> watch::Receiver<Presence> {
+        let mut presence = self.now().presence.clone();
+        presence.mark_unchanged();
+        presence
     }
 
     /// The guest was booted again: it will say hello on `socket`. Requests under way fail when the old socket closes.
     pub fn restart(&self, socket: UnixStream) {
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Conversation::start(socket, None));
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) =
+            Arc::new(Conversation::start(socket, None, false));
     }
 
     /// How many answers were given in this conversation.
@@ -187,14 +203,19 @@ impl Drop for Hold {
 }
 
 impl Conversation {
-    fn start(socket: UnixStream, known: Option<Arc<Hello>>) -> Self {
+    fn start(socket: UnixStream, known: Option<Arc<Hello>>, resumed: bool) -> Self {
+        // Of one that was never heard of, nothing was read.
+        let resumed = resumed && known.is_some();
         let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX);
         let (presence_in, presence) = watch::channel(known.map_or(Presence::Silent, Presence::Here));
         let (answers_in, answers) = watch::channel(0);
         let (hold, holds) = watch::channel(0);
         let (still_in, still) = watch::channel(0);
         let wake = Arc::new(Notify::new());
-        let talk = Talk::new(inbox, presence_in, answers_in, Arc::clone(&wake), holds, still_in);
+        let mut talk = Talk::new(inbox, presence_in, answers_in, Arc::clone(&wake), holds, still_in);
+        if resumed {
+            talk.seek();
+        }
         tokio::spawn(talk.run(socket));
         Self {
             orders,
@@ -330,6 +351,38 @@ struct Talk {
     hold: watch::Receiver<u64>,
     still: watch::Sender<u64>,
     hush: Hush,
+    seeking: Option<Seeking>,
+}
+
+/// The place in the guest's words is not known: what comes is thrown away up to the reply to this conversation's first request, which a number
+/// that nobody could know makes known.
+struct Seeking {
+    /// How the reply begins: magic, kind; and its id.
+    begins: [u8; 6],
+    id: [u8; 4],
+    carried: Vec<u8>,
+}
+
+impl Seeking {
+    /// Bytes of a header up to the id's end: magic u32, kind u16, status u16, id u32.
+    const BYTES: usize = 12;
+
+    /// Takes bytes in; gives what begins with the reply.
+    fn look(&mut self, bytes: &[u8]) -> Option<Vec<u8>> {
+        self.carried.extend_from_slice(bytes);
+        let found = self
+            .carried
+            .windows(Self::BYTES)
+            .position(|window| window.starts_with(&self.begins) && window.ends_with(&self.id));
+        match found {
+            Some(at) => Some(self.carried.split_off(at)),
+            None => {
+                let over = self.carried.len().saturating_sub(Self::BYTES - 1);
+                self.carried.drain(..over);
+                None
+            }
+        }
+    }
 }
 
 /// Whether the guest was told to send nothing unasked.
@@ -369,11 +422,30 @@ impl Talk {
             hold,
             still,
             hush: Hush::No,
+            seeking: None,
         }
     }
 
-    async fn run(mut self, socket: UnixStream) {
-        let reason = self.talk(socket).await;
+    /// The conversation goes on from an unknown place.
+    fn seek(&mut self) {
+        // Commands of before may be speaking still.
+        self.streamed = true;
+        // Its reply is empty, and it ends what the guest sends unasked meanwhile.
+        self.ask_hush(true);
+        if let Hush::Asked(id) = self.hush {
+            let mut begins = [0; 6];
+            begins[..4].copy_from_slice(&wire::MAGIC.to_le_bytes());
+            begins[4..].copy_from_slice(&(wire::KIND_HUSH | wire::REPLY).to_le_bytes());
+            self.seeking = Some(Seeking { begins, id: id.to_le_bytes(), carried: Vec::new() });
+        }
+    }
+
+    async fn run(mut self, mut socket: UnixStream) {
+        let reason = self.talk(&mut socket).await;
+        if reason != GONE {
+            // The worker holds this end too: what the guest says from now on is to vanish, and not to hold it up.
+            let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+        }
         self.presence.send_replace(Presence::Lost(reason.clone()));
         self.streams.lose(&reason);
         self.inbox.close();
@@ -392,9 +464,9 @@ impl Talk {
     }
 
     /// Until the end of the conversation; says why it ended.
-    async fn talk(&mut self, socket: UnixStream) -> String {
+    async fn talk(&mut self, socket: &mut UnixStream) -> String {
         let mut buffer = vec![0u8; 64 << 10];
-        let (mut reader, mut writer) = socket.into_split();
+        let (mut reader, mut writer) = socket.split();
         loop {
             // One at a time: requests come between.
             if self.unsent.is_empty()
@@ -407,12 +479,12 @@ impl Talk {
             tokio::select! {
                 order = self.inbox.recv() => match order {
                     Some(order) => self.take(order),
-                    None => return "the VM is gone".to_owned(),
+                    None => return GONE.to_owned(),
                 },
                 () = self.wake.notified() => {}
                 held = self.hold.changed() => match held {
                     Ok(()) => self.hold_changed(),
-                    Err(_) => return "the VM is gone".to_owned(),
+                    Err(_) => return GONE.to_owned(),
                 },
                 sent = writer.write(sending), if !sending.is_empty() => match sent {
                     Ok(count) => self.sent(count),
@@ -509,7 +581,18 @@ impl Talk {
         }
     }
 
-    fn hear(&mut self, mut bytes: &[u8]) -> Result<(), String> {
+    fn hear(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let Some(seeking) = &mut self.seeking else { return self.understand(bytes) };
+        let Some(rest) = seeking.look(bytes) else { return Ok(()) };
+        self.seeking = None;
+        if !is_held(*self.hold.borrow()) {
+            // The reply is then one to a request that nobody waits for.
+            self.ask_hush(false);
+        }
+        self.understand(&rest)
+    }
+
+    fn understand(&mut self, mut bytes: &[u8]) -> Result<(), String> {
         loop {
             match self.decoder.next(&mut bytes) {
                 Ok(Some(frame)) => self.answer(frame)?,

@@ -22,6 +22,7 @@ use super::link::Link;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::{Again, Ears, Faults, Owner, Phase};
 use super::profile::{Profile, Profiler, phase_name};
+use super::record::Papers;
 use super::registry::Guard;
 use super::shells::Shell;
 use super::snapshots::blocking;
@@ -95,7 +96,6 @@ pub struct Created {
 
 /// Facts about a VM that is to be started in a shell.
 pub(super) struct Start {
-    pub id: String,
     pub name: Option<String>,
     /// The pool that it is made for, and whether it is to stand ready there.
     pub pool: Option<(Arc<str>, bool)>,
@@ -111,7 +111,8 @@ pub(super) struct Start {
     pub pattern: Vec<u8>,
     pub phases: Option<mpsc::Sender<Phase>>,
     pub disks: Vec<VmDisk>,
-    pub folder: VmFolder,
+    /// The memory file of a clone whose page faults are answered here.
+    pub memory: Option<Arc<File>>,
     pub faults: Option<Faults>,
     pub networks: Vec<VmNetwork>,
     pub again: Option<Again>,
@@ -130,7 +131,14 @@ pub(super) struct Started {
 impl Fleet {
     /// Makes a VM of a shell.
     pub(super) fn start(self: &Arc<Self>, shell: Shell, start: Start) -> Result<Started, FleetError> {
-        let Shell { process, link, events, console, agent, .. } = shell;
+        let Shell { process, link, events, console, agent, folder, kept, lifeline, .. } = shell;
+        let papers = Papers::new(
+            kept.then(|| folder.path()),
+            &start.disks,
+            start.memory.as_deref(),
+            start.again.as_ref(),
+        );
+        let papers = papers.map_err(FleetError::io("cannot look at the VM's files"))?;
         let state = if start.generation.is_some() { State::Running } else { State::Booting };
         let status = Status {
             state,
@@ -142,7 +150,7 @@ impl Fleet {
         };
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let vm = Arc::new(Vm {
-            id: start.id,
+            id: folder.id(),
             name: start.name.map(OnceLock::from).unwrap_or_default(),
             held: AtomicBool::new(start.pool.as_ref().is_some_and(|(_, held)| *held)),
             pool: start.pool.map(|(name, _)| name),
@@ -160,6 +168,7 @@ impl Fleet {
             console: Console::start(console.ours, &start.pattern),
             agent: AgentClient::start(agent.ours, start.hello),
             process,
+            papers,
             trouble: Arc::new(Mutex::new(None)),
             status: watch::Sender::new(status),
             events: self.events.clone(),
@@ -180,8 +189,10 @@ impl Fleet {
                 faults: start.faults,
                 attachment: None,
             },
+            presence: vm.agent.presence(),
+            agent_gone: false,
             disks: start.disks,
-            folder: start.folder,
+            folder,
             again: start.again,
             restarts: VecDeque::new(),
             panics: 0,
@@ -189,12 +200,24 @@ impl Fleet {
         tokio::spawn(owner.run());
         // From here the guard ends the VM: also when the registry refuses it.
         let guard = Guard::new(self, Arc::clone(&vm));
+        lifeline.let_go();
         self.registry.insert(&vm)?;
         Ok(Started { vm, guard, link, console: console.theirs, agent: agent.theirs })
     }
 
-    /// Cold-boots a VM and comes back at its ready point. On failure, or when `progress` is closed, the VM is ended.
+    /// Cold-boots a VM and comes back at its ready point. On failure, or when `progress` is closed, the VM is ended. It outlives this daemon.
     pub async fn create_vm(
+        self: &Arc<Self>,
+        request: CreateVm,
+        progress: mpsc::Sender<Progress>,
+    ) -> Result<Created, FleetError> {
+        let created = self.create_for_now(request, progress).await?;
+        created.vm.settle();
+        Ok(created)
+    }
+
+    /// The same, but the next daemon would end it.
+    pub(super) async fn create_for_now(
         self: &Arc<Self>,
         request: CreateVm,
         progress: mpsc::Sender<Progress>,
@@ -207,7 +230,10 @@ impl Fleet {
         self.headroom.check()?;
         let bootable = self.images.bootable(request.image.as_deref()).await?;
         let mut plan = Plan::new(&request, &bootable)?;
-        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
+        // The VM's folder, and with it its id, come with the worker.
+        let mut shell = self.shells.take().await?;
+        profiler.reached("worker taken");
+        let mut folder = std::mem::replace(&mut shell.folder, VmFolder::new(&self.vms_dir, ""));
         let mut disks = bootable.disks(&mut folder)?;
         if !request.disks.is_empty() {
             let (files, before) = (request.disks.clone(), disks.len());
@@ -224,8 +250,7 @@ impl Fleet {
         let links = network::open(&networks).await?;
         plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
         profiler.reached("image and disks open");
-        let shell = self.shells.take().await?;
-        profiler.reached("worker taken");
+        shell.folder = folder;
         let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
         let pattern = match &plan.ready {
             ReadyPoint::Console(pattern) => pattern.clone().into_bytes(),
@@ -234,7 +259,6 @@ impl Fleet {
         let started = self.start(
             shell,
             Start {
-                id: folder.id(),
                 name: request.name.clone(),
                 pool: None,
                 origin: request.image.clone().map_or(Origin::Embedded, Origin::Image),
@@ -249,7 +273,7 @@ impl Fleet {
                 pattern,
                 phases: Some(phases_in),
                 disks: disks.clone(),
-                folder,
+                memory: None,
                 faults: None,
                 networks,
                 again: request.restart_on_reset.then(|| Again {

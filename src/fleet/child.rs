@@ -6,6 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -61,9 +62,47 @@ impl Child {
         }
     }
 
+    /// It is nobody's child from now on: neither killed nor reaped.
+    pub fn release(mut self) {
+        self.owned.ended = Some(ExitStatus::default());
+    }
+
     /// How it ended, if it has.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
         self.owned.wait(libc::WNOHANG)
+    }
+}
+
+/// A process that is somebody else's child. It is neither reaped here nor killed when this is dropped.
+#[derive(Debug)]
+pub struct Ward {
+    pid: Pid,
+    /// Readable when it has ended; it stands for this process also when its number has gone to another.
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Ward {
+    /// Must be called inside a tokio runtime. Whether it is the process that was meant must be seen afterwards: its number may have gone to
+    /// another before.
+    pub fn watch(pid: Pid) -> io::Result<Self> {
+        let fd = pidfd_open(pid, PidfdFlags::empty())?;
+        // SAFETY: an `OwnedFd` is open and stays the same as long as it lives.
+        let pidfd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
+        Ok(Self { pid, pidfd })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// SIGKILL. Harmless when it has ended.
+    pub fn kill(&self) {
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+    }
+
+    /// Waits until it has ended. May be given up and begun again.
+    pub async fn ended(&self) -> io::Result<()> {
+        self.pidfd.readable().await.map(drop)
     }
 }
 
@@ -142,6 +181,21 @@ mod tests {
         assert!(Path::new(&place).exists());
         drop(child);
         assert!(!Path::new(&place).exists(), "alive, or a zombie");
+    }
+
+    #[tokio::test]
+    async fn one_that_is_released_lives_on_and_can_be_watched_as_a_strangers() {
+        let child = child("exec sleep 1000");
+        let pid = child.pid();
+        child.release();
+        let ward = Ward::watch(Pid::from_raw(pid.cast_signed()).unwrap()).unwrap();
+        let waited = tokio::time::timeout(std::time::Duration::from_millis(1), ward.ended()).await;
+        assert!(waited.is_err(), "it was killed with its name");
+        ward.kill();
+        ward.ended().await.unwrap();
+        // A second word to one that has ended is harmless; the test's process reaps it.
+        ward.kill();
+        assert_eq!(Child::adopt(pid).unwrap().wait().await.unwrap().signal(), Some(libc::SIGKILL));
     }
 
     #[tokio::test]

@@ -11,7 +11,6 @@ use tokio::task::JoinSet;
 
 use super::agent::Asked;
 use super::boot::{Start, Started, micros, step};
-use super::disks::VmFolder;
 use super::error::FleetError;
 use super::limits::*;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
@@ -70,8 +69,15 @@ pub struct Clones {
 }
 
 impl Fleet {
-    /// Starts clones, all at once, all or none.
+    /// Starts clones, all at once, all or none. They outlive this daemon.
     pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
+        let clones = self.clone_for_now(request).await?;
+        clones.vms.iter().for_each(|vm| vm.settle());
+        Ok(clones)
+    }
+
+    /// The same, but the next daemon would end them.
+    pub(super) async fn clone_for_now(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
         let arrived = Instant::now();
         if !(1..=CLONES_MAX).contains(&request.count) {
             return Err(FleetError::Invalid(format!(
@@ -144,13 +150,9 @@ impl Fleet {
         let generation = id::random::<16>()?;
         let seat = if plain { shell.take_seat(&source.id()) } else { None };
         let is_made = seat.is_some();
-        let (folder, disks) = match seat {
-            Some(seat) => (seat.folder, seat.disks),
-            None => {
-                let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
-                let disks = source.disks(&mut folder)?;
-                (folder, disks)
-            }
+        let disks = match seat {
+            Some(seat) => seat.disks,
+            None => source.disks(&mut shell.folder)?,
         };
         if request.managed && source.hello.as_deref().is_some_and(identity::is_told_all) {
             network::own_addresses(&mut networks, &source.networks, &folder.id());
@@ -165,7 +167,6 @@ impl Fleet {
         let started = self.start(
             shell,
             Start {
-                id: folder.id(),
                 name: place.name,
                 pool: place.pool,
                 origin: Origin::Snapshot(source.open.manifest.id.to_string()),
@@ -180,7 +181,7 @@ impl Fleet {
                 pattern: Vec::new(),
                 phases: None,
                 disks: disks.clone(),
-                folder,
+                memory: faults.as_ref().map(|_| Arc::clone(&source.open.memory)),
                 faults,
                 networks,
                 again: None,

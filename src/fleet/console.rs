@@ -7,9 +7,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prost::bytes::Bytes;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
@@ -67,7 +66,8 @@ pub enum Output {
 impl Console {
     /// Starts reading `socket`. `pattern`, if not empty, is looked for in the output.
     pub fn start(socket: UnixStream, pattern: &[u8]) -> Arc<Self> {
-        let (reader, writer) = socket.into_split();
+        // Not into halves that shut the socket down when they are dropped: it may be left to another daemon.
+        let (reader, writer) = tokio::io::split(socket);
         let (grown_in, grown) = watch::channel(0);
         let (input, typed) = mpsc::channel(CONSOLE_INPUTS_MAX);
         let (seen_in, seen) = watch::channel(false);
@@ -212,7 +212,7 @@ struct Reading {
 }
 
 impl Reading {
-    async fn run(mut self, mut socket: OwnedReadHalf) {
+    async fn run(mut self, mut socket: ReadHalf<UnixStream>) {
         let mut ear = Ear::default();
         let mut buffer = vec![0u8; CONSOLE_READ_BYTES];
         loop {
@@ -235,7 +235,7 @@ impl Reading {
     }
 }
 
-async fn write(mut socket: OwnedWriteHalf, mut typed: mpsc::Receiver<Bytes>) {
+async fn write(mut socket: WriteHalf<UnixStream>, mut typed: mpsc::Receiver<Bytes>) {
     while let Some(bytes) = typed.recv().await {
         if socket.write_all(&bytes).await.is_err() {
             return;

@@ -1,10 +1,14 @@
 //! The files behind a VM's disks: shared base and frozen layers, and the overlay that only this VM writes.
 
 use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, socket_with};
 
 use super::error::FleetError;
 use crate::snapshot::manifest::{Disk, FileEntry};
@@ -37,7 +41,13 @@ pub struct VmDisk {
     pub overlay: Option<Arc<File>>,
 }
 
-/// A VM's folder: its overlays. Removed with the VM.
+/// Name of the socket at which the VM's worker waits for the next daemon, and of the VM's record ([`super::record`]).
+const DOOR: &str = "door";
+pub const RECORD: &str = "vm.json";
+/// What an overlay's name begins with.
+const OVERLAY: &str = "disk-";
+
+/// A VM's folder: its overlays, its door, its record. Removed with the VM.
 #[derive(Debug)]
 pub struct VmFolder {
     id: String,
@@ -52,24 +62,104 @@ impl VmFolder {
         Self { id: id.to_owned(), path: vms.join(id), made: false, overlays: 0 }
     }
 
+    /// The same, of a VM that an earlier daemon has made.
+    pub fn reopen(vms: &Path, id: &str) -> Self {
+        let mut folder = Self::new(vms, id);
+        folder.made = true;
+        let numbers = folder.overlay_paths();
+        let numbers = numbers.iter().filter_map(|path| path.extension()?.to_str()?.parse::<u32>().ok());
+        folder.overlays = numbers.max().map_or(0, |last| last.saturating_add(1));
+        folder
+    }
+
     /// The VM's id.
     pub fn id(&self) -> String {
         self.id.clone()
     }
 
-    /// A new, empty overlay for disk `disk`.
-    pub fn overlay(&mut self, disk: usize) -> Result<Arc<File>, FleetError> {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// It is not removed with this.
+    pub fn leave(&mut self) {
+        self.made = false;
+    }
+
+    fn make(&mut self) -> Result<(), FleetError> {
         if !self.made {
             fs::create_dir(&self.path)
                 .map_err(FleetError::io(format!("cannot make the folder {}", self.path.display())))?;
             self.made = true;
         }
-        let path = self.path.join(format!("disk-{disk}.overlay.{}", self.overlays));
+        Ok(())
+    }
+
+    /// A new, empty overlay for disk `disk`.
+    pub fn overlay(&mut self, disk: usize) -> Result<Arc<File>, FleetError> {
+        self.make()?;
+        let path = self.path.join(format!("{OVERLAY}{disk}.overlay.{}", self.overlays));
         self.overlays += 1;
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
         Ok(Arc::new(
             file.map_err(FleetError::io(format!("cannot make the disk overlay {}", path.display())))?,
         ))
+    }
+
+    /// Removes the overlays: they were for another VM than it is to be now.
+    pub fn clear(&mut self) {
+        for path in self.overlay_paths() {
+            // It goes with the folder at the latest.
+            let _ = fs::remove_file(path);
+        }
+    }
+
+    fn overlay_paths(&self) -> Vec<PathBuf> {
+        if !self.made {
+            return Vec::new();
+        }
+        let all = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let overlays = all.filter(|entry| entry.file_name().to_string_lossy().starts_with(OVERLAY));
+        overlays.map(|entry| entry.path()).collect()
+    }
+
+    /// Makes the door, for this user alone, and an empty record: the VM is not settled yet. Gives the socket, which does not listen yet.
+    pub fn door(&mut self) -> Result<OwnedFd, FleetError> {
+        self.make()?;
+        let made = || -> io::Result<OwnedFd> {
+            File::create(self.path.join(RECORD))?;
+            let (folder, address) = self.door_address()?;
+            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+            // Of the socket, so that what bind makes has it from the beginning.
+            rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+            bind(&socket, &address)?;
+            drop(folder);
+            Ok(socket)
+        };
+        made().map_err(FleetError::io(format!("cannot make a door in {}", self.path.display())))
+    }
+
+    /// Knocks at the door; `None`: nobody is behind it.
+    pub fn knock(&self) -> io::Result<Option<OwnedFd>> {
+        let (_folder, address) = match self.door_address() {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        match connect(&socket, &address) {
+            Ok(()) => Ok(Some(socket)),
+            Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// By the folder's descriptor, which must be open meanwhile: a socket's address has room for no more than 107 bytes.
+    fn door_address(&self) -> io::Result<(File, SocketAddrUnix)> {
+        let folder = File::open(&self.path)?;
+        let address = SocketAddrUnix::new(format!("/proc/self/fd/{}/{DOOR}", folder.as_raw_fd()))?;
+        Ok((folder, address))
     }
 }
 

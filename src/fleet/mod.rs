@@ -3,6 +3,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`vm`], [`owner`] | a VM as others see it, and the task that alone changes it |
+//! | [`adopt`], [`record`] | VMs that outlived an earlier daemon, and what that left of them |
 //! | [`boot`] | cold boots up to the ready point |
 //! | [`profile`] | where a cold boot's time went |
 //! | [`watchdog`] | where a guest is that hangs |
@@ -26,6 +27,7 @@
 //! Facts about guests come only through the control protocol, the console and the agent port, and all three are
 //! hostile: whatever they carry is bounded where it comes in.
 
+pub mod adopt;
 pub mod agent;
 pub mod boot;
 pub mod child;
@@ -53,6 +55,7 @@ pub mod pools;
 pub mod process;
 pub mod profile;
 pub mod reason;
+pub mod record;
 pub mod registry;
 pub mod sampling;
 pub mod shells;
@@ -67,7 +70,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use error::FleetError;
 use functions::Functions;
@@ -103,6 +107,8 @@ pub struct Config {
     pub refill_share: u32,
     /// Bytes of the host's memory that are to stay free: no VM is started while there are fewer. `None`: a twentieth, at least 256 MiB.
     pub memory_reserve: Option<u64>,
+    /// How long VMs outlive this daemon when it is killed, waiting for the next one; `None`: they end with it.
+    pub orphan_time: Option<Duration>,
     pub worker: WorkerProgram,
 }
 
@@ -116,6 +122,7 @@ impl Config {
             vms_max: 1024,
             refill_share: 50,
             memory_reserve: None,
+            orphan_time: None,
             worker: WorkerProgram::default(),
         }
     }
@@ -135,25 +142,29 @@ pub struct Fleet {
     pub(crate) events: events::Events,
     sampling: Sampling,
     vms_dir: PathBuf,
+    /// What an earlier daemon left in `vms/`, by name.
+    left: Mutex<Vec<String>>,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
     _lock: File,
 }
 
 impl Fleet {
-    /// Opens the stores below the data folder, removes what a killed daemon left behind, and begins to keep shells. Must be called in a
-    /// tokio runtime; blocks on the disk.
+    /// Opens the stores below the data folder and begins to keep shells; [`begin`](Self::begin) follows. Must be called in a tokio runtime;
+    /// blocks on the disk.
     pub fn open(config: Config) -> Result<Arc<Self>, FleetError> {
         let vms_dir = config.data_dir.join("vms");
         fs::create_dir_all(&vms_dir)
             .map_err(FleetError::io(format!("cannot make the folder {}", vms_dir.display())))?;
         let lock = lock(&vms_dir)?;
-        remove_leftovers(&vms_dir);
+        // Before this one makes any itself.
+        let left = leftovers(&vms_dir);
         let snapshots = Snapshots::open(&config.data_dir.join("snapshots"), config.working_sets)?;
         let images = Images::open(&config.data_dir.join("images"))?;
         let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
         let functions = Functions::open(config.data_dir.join("functions"))?;
         let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
-        let shells = Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone());
+        let shells =
+            Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone(), config.orphan_time);
         let fleet = Arc::new(Self {
             shells,
             registry: Registry::new(config.vms_max),
@@ -166,12 +177,19 @@ impl Fleet {
             events: events::Events::default(),
             sampling: Sampling::default(),
             vms_dir,
+            left: Mutex::new(left),
             _lock: lock,
         });
         tokio::spawn(keeping::run(Arc::downgrade(&fleet)));
-        fleet.pools.begin(&fleet);
-        fleet.functions.begin(&fleet);
         Ok(fleet)
+    }
+
+    /// Takes over the VMs that an earlier daemon left running, removes what else it left, and begins to keep pools.
+    pub async fn begin(self: &Arc<Self>) {
+        let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
+        self.adopt(left).await;
+        self.pools.begin(self);
+        self.functions.begin(self);
     }
 
     /// Waits until the reserve of shells is full.
@@ -182,6 +200,18 @@ impl Fleet {
     /// How many shells are ready.
     pub fn shells_ready(&self) -> usize {
         self.shells.count()
+    }
+
+    /// Leaves the VMs that are their callers' to the next daemon, and ends the others.
+    pub async fn leave(&self) {
+        self.pools.close(self);
+        self.shells.close();
+        for vm in self.registry.list() {
+            if !vm.is_settled() || vm.command(vm::Command::Release).await.is_err() {
+                vm.kill("the service ended");
+                vm.ended().await;
+            }
+        }
     }
 
     /// Ends every VM and waits for their ends.
@@ -215,14 +245,9 @@ fn lock(vms_dir: &Path) -> Result<File, FleetError> {
     }
 }
 
-/// Overlays of VMs that ended with an earlier daemon.
-fn remove_leftovers(vms_dir: &Path) {
-    for entry in fs::read_dir(vms_dir).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.to_string_lossy().starts_with(id::VM_PREFIX)
-            && let Err(error) = fs::remove_dir_all(entry.path())
-        {
-            tracing::warn!(%error, path = %entry.path().display(), "leftovers of an ended VM could not be removed");
-        }
-    }
+/// Folders of VMs of an earlier daemon.
+fn leftovers(vms_dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(vms_dir).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.starts_with(id::VM_PREFIX)).collect()
 }

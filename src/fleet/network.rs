@@ -12,6 +12,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use serde::{Deserialize, Serialize};
+
 use super::error::{FleetError, Kind};
 use super::snapshots::blocking;
 use crate::worker::protocol::{LinkKind, NETWORKS_MAX, NetworkSpec};
@@ -102,7 +104,7 @@ impl NetworkError {
 }
 
 /// What an interface is to be plugged into.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LinkRequest {
     /// A TAP of the host, by name.
     Tap(String),
@@ -121,7 +123,7 @@ pub struct NetworkRequest {
 }
 
 /// An interface of a VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmNetwork {
     pub link: LinkRequest,
     /// The address that the first VM of the line was given; a guest may have chosen another since.

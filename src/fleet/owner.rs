@@ -12,7 +12,9 @@ use std::pin::pin;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::agent::Presence;
 
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
@@ -44,6 +46,10 @@ pub struct Owner {
     pub link: Arc<Link>,
     pub commands: mpsc::Receiver<Command>,
     pub ears: Ears,
+    /// What is known of the agent, in the conversation of now.
+    pub presence: watch::Receiver<Presence>,
+    /// That conversation has ended.
+    pub agent_gone: bool,
     pub disks: Vec<VmDisk>,
     pub folder: VmFolder,
     /// How to boot it again; `None`: a reset is its end.
@@ -98,7 +104,7 @@ impl Ears {
         }
     }
 
-    fn attach(&mut self, regions: &[FaultRegion], fds: Vec<OwnedFd>) -> Result<(), String> {
+    pub(super) fn attach(&mut self, regions: &[FaultRegion], fds: Vec<OwnedFd>) -> Result<(), String> {
         let faults = self.faults.as_ref().ok_or("it was not asked to let its faults be answered")?;
         if self.attachment.is_some() {
             return Err("it asked twice".to_owned());
@@ -145,6 +151,8 @@ impl Ears {
             }
             // A shell says it once, and then it was taken in already.
             Some(Event::Hello(_)) => {}
+            // Said once, to the daemon that takes it over.
+            Some(Event::Adopted(_) | Event::AdoptedFiles) => {}
             Some(Event::Exited(reason)) => self.exit = Some(exit_text(&reason)),
         }
     }
@@ -174,6 +182,10 @@ impl Owner {
     pub async fn run(mut self) {
         let mut words = self.vm.console.words();
         loop {
+            // Also of one that was taken over, and stands since then.
+            if let Some(how) = self.ears.reset.take() {
+                self.restart(&how).await;
+            }
             tokio::select! {
                 Ok(()) = words.changed() => {
                     let words = words.borrow_and_update().clone();
@@ -182,7 +194,12 @@ impl Owner {
                 event = self.ears.events.recv(), if !self.ears.deaf => {
                     self.ears.hear(event);
                 }
+                changed = self.presence.changed(), if !self.agent_gone => match changed {
+                    Ok(()) => self.vm.record_changed(),
+                    Err(_) => self.agent_gone = true,
+                },
                 command = self.commands.recv() => match command {
+                    Some(Command::Release(answer)) => return self.release(answer).await,
                     Some(command) => self.obey(command).await,
                     None => self.vm.process.kill(), // Unreachable while this task holds the VM.
                 },
@@ -190,11 +207,15 @@ impl Owner {
             if self.ears.deaf {
                 break;
             }
-            if let Some(how) = self.ears.reset.take() {
-                self.restart(&how).await;
-            }
         }
         self.end().await;
+    }
+
+    /// The VM goes on without this daemon, and its folder stays.
+    async fn release(mut self, answer: oneshot::Sender<Result<(), FleetError>>) {
+        self.folder.leave();
+        self.vm.process.release().await;
+        let _ = answer.send(Ok(()));
     }
 
     async fn end(mut self) {
@@ -249,6 +270,10 @@ impl Owner {
             Command::Stop(reason) => {
                 self.vm.kill(&reason);
             }
+            // It ends this task, and is not for this place.
+            Command::Release(answer) => {
+                let _ = answer.send(Err(FleetError::WrongState("it cannot be left now".into())));
+            }
             Command::Inspect(answer) => {
                 let _ = answer.send(self.ears.during(watchdog::ask(&self.link)).await);
             }
@@ -280,10 +305,7 @@ impl Owner {
 
     /// The state of this VM when it runs.
     fn running_state(&self) -> State {
-        match self.vm.generation {
-            Some(_) => State::Running,
-            None => State::Ready,
-        }
+        Vm::running_state(self.vm.generation)
     }
 
     fn check_started(&self) -> Result<State, FleetError> {
@@ -331,7 +353,7 @@ impl Owner {
         self.restarts.push_back(now);
         let result = async {
             let agent = Socket::new()?;
-            let mut fds = vec![agent.theirs.as_fd(), again.kernel.as_fd()];
+            let mut fds = vec![agent.theirs.as_fd(), agent.ours.as_fd(), again.kernel.as_fd()];
             fds.extend(again.module.iter().map(|module| module.as_fd()));
             let request = Request::Restart(again.spec.clone());
             match self.ears.during(self.link.request(request, &fds)).await?.0 {
@@ -342,10 +364,13 @@ impl Owner {
         match result.await {
             Ok(agent) => {
                 self.vm.agent.restart(agent);
+                self.presence = self.vm.agent.presence();
+                self.agent_gone = false;
                 self.vm.change(|status| {
                     status.restarts = status.restarts.saturating_add(1);
                     status.state = State::Ready;
                 });
+                self.vm.record_changed();
                 tracing::info!(vm = %self.vm.id, "booted again");
             }
             Err(error) => self.vm.kill(&format!("{reason} and could not be booted again: {error}")),
@@ -376,7 +401,9 @@ impl Owner {
             _ => return Err(FleetError::WrongState("it is paused".into())),
         }
         // Whatever the guest makes of it, it is not to come back.
-        self.again = None;
+        if self.again.take().is_some() {
+            self.vm.never_again();
+        }
         match self.ask(Request::PowerButton, &[]).await? {
             Reply::Done => Ok(()),
             _ => Err(FleetError::WorkerConfused),
@@ -402,6 +429,8 @@ impl Owner {
         for (n, disk) in self.disks.iter().enumerate() {
             overlays.push(if disk.overlay.is_none() { None } else { Some(self.folder.overlay(n)?) });
         }
+        // Before the worker may have them: whichever of these come to be its disks' files, the next daemon knows them.
+        self.vm.may_have(&overlays);
         let resume = !stop_after && before != State::Paused;
         self.set_state(State::Snapshotting);
         let result = {

@@ -2,12 +2,12 @@
 //!
 //! Workers are told to die with their parent. The kernel counts the *thread* that forked as the parent (prctl(2),
 //! PR_SET_PDEATHSIG), and tokio's blocking threads come and go: so one thread that lives as long as the fleet
-//! starts all of them.
+//! starts all of them. (A worker that can be taken over by another daemon ends that dependence when it becomes a VM.)
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{PipeReader, PipeWriter};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -19,7 +19,7 @@ use tokio::net::unix::pipe;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot, watch};
 
-use super::child::Child;
+use super::child::{Child, Ward};
 use super::error::FleetError;
 use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX, ZYGOTE_RETRY};
 use super::zygote::Zygote;
@@ -50,7 +50,9 @@ impl Default for WorkerProgram {
 pub struct Process {
     pid: u32,
     kill: Arc<Notify>,
-    ended: watch::Receiver<Option<ExitStatus>>,
+    release: Arc<Notify>,
+    /// When it has ended: how, where that can be known.
+    ended: watch::Receiver<Option<Option<ExitStatus>>>,
     tail: Arc<Mutex<VecDeque<String>>>,
 }
 
@@ -68,13 +70,41 @@ impl Process {
     pub async fn ended(&self) -> Option<ExitStatus> {
         let mut ended = self.ended.clone();
         let status = ended.wait_for(Option::is_some).await.ok()?;
-        *status
+        status.flatten()
+    }
+
+    /// Leaves it to another service: it is not ended with this one.
+    pub async fn release(&self) {
+        let mut ended = self.ended.clone();
+        self.release.notify_one();
+        while ended.changed().await.is_ok() {}
+    }
+
+    /// A worker that an earlier service has started, and its stderr.
+    pub fn adopt(ward: Ward, stderr: pipe::Receiver) -> Self {
+        let (process, mut watched) = Watched::begin(ward.pid(), stderr);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = ward.ended() => break,
+                    () = watched.kill.notified() => ward.kill(),
+                    () = watched.release.notified() => return,
+                }
+            }
+            watched.ended(None).await;
+        });
+        process
+    }
+
+    /// The reading end of a worker's stderr.
+    pub fn stderr(fd: OwnedFd) -> Result<pipe::Receiver, FleetError> {
+        pipe::Receiver::from_owned_fd(fd).map_err(FleetError::io("cannot watch a worker's stderr"))
     }
 
     /// Why it died, for a VM's exit reason: how it ended and what it wrote last.
     pub fn obituary(&self, status: Option<ExitStatus>) -> String {
         let mut text = match status {
-            None => "its worker process was lost".to_owned(),
+            None => "its worker has ended (how is told to the service only that started it)".to_owned(),
             Some(status) => match (status.signal(), status.code()) {
                 (Some(signal), _) => format!("its worker was killed by {}", signal_name(signal)),
                 (None, Some(code)) => format!("its worker ended with status {code}"),
@@ -133,34 +163,52 @@ impl Spawner {
         Ok(Self { orders })
     }
 
-    /// Starts one worker; gives the daemon's end of its control socket.
-    pub async fn spawn(&self) -> Result<(Process, Channel), FleetError> {
+    /// Starts one worker; gives the daemon's end of its control socket, and a second descriptor of that of its stderr.
+    pub async fn spawn(&self) -> Result<(Process, Channel, OwnedFd), FleetError> {
         let (order, started) = oneshot::channel();
         let gone =
             || FleetError::Internal("the thread that starts workers has ended; restart the service".into());
         self.orders.send(order).map_err(|_| gone())?;
         let (mut child, channel, stderr) = started.await.map_err(|_| gone())??;
-        let pid = child.pid();
-        let stderr = pipe::Receiver::from_owned_fd(stderr.into())
-            .map_err(FleetError::io("cannot watch a worker's stderr"))?;
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let reading = tokio::spawn(listen(pid, stderr, Arc::clone(&tail)));
-        let (ended_in, ended) = watch::channel(None);
-        let kill = Arc::new(Notify::new());
-        let process = Process { pid, kill: Arc::clone(&kill), ended, tail };
+        let stderr = OwnedFd::from(stderr);
+        let kept = stderr.try_clone().map_err(FleetError::io("cannot duplicate a worker's stderr"))?;
+        let (process, mut watched) = Watched::begin(child.pid(), Process::stderr(stderr)?);
         tokio::spawn(async move {
             let status = loop {
                 tokio::select! {
                     status = child.wait() => break status,
-                    () = kill.notified() => child.kill(),
+                    () = watched.kill.notified() => child.kill(),
+                    () = watched.release.notified() => return child.release(),
                 }
             };
-            // Its last words come before its end, unless somebody else holds its stderr open.
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(200), reading).await;
-            let status = status.unwrap_or_else(|_| ExitStatus::from_raw(libc::SIGKILL));
-            let _ = ended_in.send(Some(status));
+            watched.ended(Some(status.unwrap_or_else(|_| ExitStatus::from_raw(libc::SIGKILL)))).await;
         });
-        Ok((process, channel))
+        Ok((process, channel, kept))
+    }
+}
+
+/// What the task behind a [`Process`] has of it.
+struct Watched {
+    kill: Arc<Notify>,
+    release: Arc<Notify>,
+    ended: watch::Sender<Option<Option<ExitStatus>>>,
+    reading: tokio::task::JoinHandle<()>,
+}
+
+impl Watched {
+    fn begin(pid: u32, stderr: pipe::Receiver) -> (Process, Self) {
+        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let reading = tokio::spawn(listen(pid, stderr, Arc::clone(&tail)));
+        let (ended_in, ended) = watch::channel(None);
+        let (kill, release) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let process = Process { pid, kill: Arc::clone(&kill), release: Arc::clone(&release), ended, tail };
+        (process, Self { kill, release, ended: ended_in, reading })
+    }
+
+    async fn ended(&mut self, status: Option<ExitStatus>) {
+        // Its last words come before its end, unless somebody else holds its stderr open.
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(200), &mut self.reading).await;
+        let _ = self.ended.send(Some(status));
     }
 }
 
@@ -281,7 +329,7 @@ mod tests {
     #[tokio::test]
     async fn a_worker_that_dies_leaves_its_last_words() {
         let spawner = Spawner::start(shell("echo one >&2; echo 'no memory' >&2; exit 3")).unwrap();
-        let (process, channel) = spawner.spawn().await.unwrap();
+        let (process, channel, _) = spawner.spawn().await.unwrap();
         let status = process.ended().await;
         let text = process.obituary(status);
         assert_eq!(text, "its worker ended with status 3; its last words: one | no memory");
@@ -293,7 +341,7 @@ mod tests {
     async fn a_worker_has_the_control_socket_as_standard_input_and_can_be_killed() {
         // The word 7 as one packet, then wait.
         let spawner = Spawner::start(shell("printf '\\007' >&0; exec sleep 1000")).unwrap();
-        let (process, channel) = spawner.spawn().await.unwrap();
+        let (process, channel, _) = spawner.spawn().await.unwrap();
         let channel = AsyncChannel::new(channel).unwrap();
         assert_eq!(channel.recv::<u8>().await.unwrap().0, 7);
         process.kill();
@@ -308,7 +356,7 @@ mod tests {
             let zygote = Some(vec!["-c".into(), zygote.into()]);
             let spawner = Spawner::start(WorkerProgram { zygote, ..shell("echo mine >&2; exit 4") }).unwrap();
             for _ in 0..3 {
-                let (process, _channel) = spawner.spawn().await.unwrap();
+                let (process, _channel, _) = spawner.spawn().await.unwrap();
                 let status = process.ended().await;
                 let text = process.obituary(status);
                 assert_eq!(text, "its worker ended with status 4; its last words: mine");

@@ -65,6 +65,19 @@ impl Registry {
         Ok(())
     }
 
+    /// Adds one that runs already. It counts, and is let in also where there is no room for more.
+    pub fn adopt(&self, vm: &Arc<Vm>) {
+        let mut table = self.lock();
+        if let Some(name) = vm.name()
+            && table.check_name(name).is_ok()
+        {
+            table.numbers_by_name.insert(name.to_owned(), vm.number);
+        }
+        table.numbers_by_id.insert(vm.id.clone(), vm.number);
+        table.vms.insert(vm.number, Arc::clone(vm));
+        vm.events.tell(|| vm.event(Change::Exists));
+    }
+
     /// Finds a VM by id or name. One that stands ready in a pool is nobody's to use.
     pub fn get(&self, id_or_name: &str) -> Result<Arc<Vm>, FleetError> {
         let table = self.lock();

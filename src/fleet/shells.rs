@@ -48,9 +48,33 @@ pub struct Shell {
     pub host: Arc<HostReport>,
     pub console: Socket,
     pub agent: Socket,
+    /// Of the VM that it will be.
+    pub folder: VmFolder,
+    /// Its VM can outlive the daemon.
+    pub kept: bool,
+    pub lifeline: Lifeline,
     expects: Expects,
     /// It did not answer: what it is now nobody knows.
     unsure: bool,
+}
+
+/// Ends the process when it is dropped, unless it was let go.
+#[derive(Debug)]
+pub struct Lifeline(Option<Process>);
+
+impl Lifeline {
+    /// Somebody else sees to the process's end.
+    pub fn let_go(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Lifeline {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            process.kill();
+        }
+    }
 }
 
 /// What a shell has done ahead.
@@ -82,7 +106,6 @@ impl Expects {
 #[derive(Debug)]
 pub struct Seat {
     snapshot: String,
-    pub folder: VmFolder,
     pub disks: Vec<VmDisk>,
 }
 
@@ -92,6 +115,10 @@ impl Shell {
         match std::mem::replace(&mut self.expects, Expects::Nothing) {
             Expects::Seat(seat) if seat.snapshot == snapshot => Some(seat),
             // What it made is given up with the next request.
+            Expects::Seat(_) => {
+                self.folder.clear();
+                None
+            }
             _ => None,
         }
     }
@@ -133,6 +160,8 @@ pub struct Shells {
     expected: Mutex<Expected>,
     /// Where the folders of VMs are.
     vms_dir: PathBuf,
+    /// How long VMs outlive this daemon, waiting for the next; `None`: not at all.
+    orphan_time: Option<Duration>,
     /// What the first worker said of this host.
     host: OnceCell<Arc<HostReport>>,
     /// Nothing is left to do in the background.
@@ -141,7 +170,12 @@ pub struct Shells {
 
 impl Shells {
     /// Starts filling in the background; a `size` of 0 keeps none.
-    pub fn start(spawner: Spawner, size: usize, vms_dir: PathBuf) -> Arc<Self> {
+    pub fn start(
+        spawner: Spawner,
+        size: usize,
+        vms_dir: PathBuf,
+        orphan_time: Option<Duration>,
+    ) -> Arc<Self> {
         let shells = Arc::new(Self {
             spawner,
             size: size.min(SHELLS_MAX),
@@ -150,6 +184,7 @@ impl Shells {
             filler: OnceLock::new(),
             expected: Mutex::default(),
             vms_dir,
+            orphan_time,
             host: OnceCell::new(),
             settled: watch::Sender::new(false),
         });
@@ -166,7 +201,7 @@ impl Shells {
     /// Starts a worker and makes it a clone of this snapshot that only needs to be let run; it belongs to no reserve.
     pub async fn seat_for(&self, source: &Source) -> Result<Shell, FleetError> {
         let mut shell = self.make().await?;
-        match self.seat(&shell, source).await {
+        match self.seat(&mut shell, source).await {
             Ok(seat) => shell.expects = Expects::Seat(seat),
             Err(error) => {
                 shell.process.kill();
@@ -235,7 +270,7 @@ impl Shells {
         }
     }
 
-    /// Stops filling and lets the shells go; each ends when its socket closes.
+    /// Stops filling and ends the shells.
     pub fn close(&self) {
         if let Some(filler) = self.filler.get() {
             filler.abort();
@@ -260,7 +295,8 @@ impl Shells {
     }
 
     async fn make(&self) -> Result<Shell, FleetError> {
-        let (process, channel) = self.spawner.spawn().await?;
+        let (process, channel, stderr) = self.spawner.spawn().await?;
+        let lifeline = Lifeline(Some(process.clone()));
         let channel = AsyncChannel::new(channel).map_err(FleetError::io("cannot watch a control socket"))?;
         let (link, mut events) = Link::start(channel);
         let first = tokio::time::timeout(WORKER_TIMEOUT, events.recv()).await;
@@ -273,14 +309,33 @@ impl Shells {
             Ok(Some(_)) => Err(FleetError::WorkerConfused),
             Err(_) => Err(FleetError::WorkerTimeout(WORKER_TIMEOUT.as_secs())),
         };
+        let (console, agent) = (Socket::new()?, Socket::new()?);
+        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
         let asked = async {
             ready?;
+            if let Some(orphan_time) = self.orphan_time {
+                let door = folder.door()?;
+                let orphan_ms = u64::try_from(orphan_time.as_millis()).unwrap_or(u64::MAX);
+                let fds = [door.as_fd(), console.ours.as_fd(), agent.ours.as_fd(), stderr.as_fd()];
+                link.request(Request::Keep { orphan_ms }, &fds).await?;
+            }
             self.host.get_or_try_init(|| report(&link)).await.cloned()
         };
-        let host = asked.await.inspect_err(|_| process.kill())?;
+        let host = asked.await?;
         tracing::debug!("a worker is ready");
-        let (console, agent) = (Socket::new()?, Socket::new()?);
-        Ok(Shell { process, link, events, host, console, agent, expects: Expects::Nothing, unsure: false })
+        Ok(Shell {
+            process,
+            link,
+            events,
+            host,
+            console,
+            agent,
+            folder,
+            kept: self.orphan_time.is_some(),
+            lifeline,
+            expects: Expects::Nothing,
+            unsure: false,
+        })
     }
 
     /// Tells a shell what to expect, if something is expected and another shell is left that was told nothing. It is not in the
@@ -314,10 +369,10 @@ impl Shells {
     }
 
     /// Makes a clone that only needs to be let run.
-    async fn seat(&self, shell: &Shell, source: &Source) -> Result<Seat, FleetError> {
+    async fn seat(&self, shell: &mut Shell, source: &Source) -> Result<Seat, FleetError> {
         source.check_fits(&shell.host)?;
-        let mut folder = VmFolder::new(&self.vms_dir, &id::vm_id()?);
-        let disks = source.disks(&mut folder)?;
+        shell.folder.clear();
+        let disks = source.disks(&mut shell.folder)?;
         let spec = RestoreSpec {
             memory_mode: MemoryMode::Mapped,
             disks: disks.iter().map(VmDisk::spec).collect(),
@@ -334,7 +389,7 @@ impl Shells {
         ];
         fds.extend(disks.iter().flat_map(VmDisk::fds));
         shell.link.request(Request::Seat(spec), &fds).await?;
-        Ok(Seat { snapshot: source.id(), folder, disks })
+        Ok(Seat { snapshot: source.id(), disks })
     }
 
     /// Takes a shell out of the reserve that could expect what it does not, unless it is the last that was told nothing.

@@ -274,17 +274,21 @@ fn stored_hello(labels: &BTreeMap<String, String>) -> Result<Hello, FleetError> 
         ),
     };
     let text = labels.get(HELLO_LABEL).ok_or_else(damaged)?;
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok())).collect();
-    let digits = digits.ok_or_else(damaged)?;
-    let bytes: Vec<u8> =
-        digits.chunks(2).map(|pair| pair.iter().fold(0u8, |byte, digit| byte << 4 | digit)).collect();
-    let frames = FrameDecoder::new().push(&bytes).map_err(|_| damaged())?;
-    let frame = frames.first().ok_or_else(damaged)?;
-    Hello::decode(frame).map_err(|_| damaged())
+    hello_from_text(text).ok_or_else(damaged)
 }
 
-fn hello_label(hello: &Hello) -> Result<String, FleetError> {
+/// What [`hello_text`] made.
+pub(super) fn hello_from_text(text: &str) -> Option<Hello> {
+    let digits: Option<Vec<u8>> =
+        text.chars().map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok())).collect();
+    let bytes: Vec<u8> =
+        digits?.chunks(2).map(|pair| pair.iter().fold(0u8, |byte, digit| byte << 4 | digit)).collect();
+    let frames = FrameDecoder::new().push(&bytes).ok()?;
+    Hello::decode(frames.first()?).ok()
+}
+
+/// A hello's frame in hexadecimal.
+pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
     let bytes = hello.encode().map_err(|error| FleetError::Internal(error.to_string()))?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
@@ -503,7 +507,7 @@ fn facts(
     let hello = vm.agent.hello();
     let mut labels = BTreeMap::new();
     if let Some(hello) = &hello {
-        labels.insert(HELLO_LABEL.to_owned(), hello_label(hello)?);
+        labels.insert(HELLO_LABEL.to_owned(), hello_text(hello)?);
     }
     if let Some(function) = function {
         labels.insert(FUNCTION_LABEL.to_owned(), function);
@@ -588,7 +592,7 @@ mod tests {
             request_bytes: 0,
             name: "test guest".into(),
         };
-        let mut labels = BTreeMap::from([(HELLO_LABEL.to_owned(), hello_label(&hello).unwrap())]);
+        let mut labels = BTreeMap::from([(HELLO_LABEL.to_owned(), hello_text(&hello).unwrap())]);
         assert_eq!(stored_hello(&labels).unwrap(), hello);
         labels.insert(HELLO_LABEL.to_owned(), "zz".into());
         assert!(stored_hello(&labels).is_err());

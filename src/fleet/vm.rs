@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::AgentClient;
@@ -25,13 +26,14 @@ use super::error::FleetError;
 use super::events::{Change, Event, Events, Kind};
 use super::network::VmNetwork;
 use super::process::Process;
+use super::record::Papers;
 pub use crate::snapshot::memory::pager::Counts as PagerCounts;
 use crate::snapshot::store::Draft;
 use crate::snapshot::working_set::Touched;
 use crate::worker::protocol::{BootProtocol, Frozen, MemoryMode, Stats, Step, VcpuLook};
 
 /// What a VM was started from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Origin {
     Image(String),
     Embedded,
@@ -93,6 +95,8 @@ pub struct Vm {
     pub console: Arc<Console>,
     pub agent: AgentClient,
     pub process: Process,
+    /// What the next daemon must know of it.
+    pub(super) papers: Papers,
     /// Why the daemon ended it, if it did.
     pub(super) trouble: Arc<Mutex<Option<String>>>,
     pub(super) status: watch::Sender<Status>,
@@ -123,6 +127,8 @@ pub enum Command {
     /// What it has touched of its snapshot's memory.
     Touched(Answer<Touched>),
     Inspect(Answer<Vec<VcpuLook>>),
+    /// Leave it running for the next daemon.
+    Release(Answer<()>),
 }
 
 /// How a VM was stopped.

@@ -11,7 +11,8 @@ use std::thread;
 use userfaultfd::Uffd;
 
 use super::fault;
-use super::protocol::Fault;
+use super::keep::DiskFiles;
+use super::protocol::{Fault, FaultRegion};
 use crate::snapshot::memory::mapped::{MapError, Mapping};
 use crate::snapshot::state::file::StateFile;
 use crate::snapshot::state::machine::{MachineState, RegionState};
@@ -33,8 +34,10 @@ pub struct Seat {
     pub machine: Prepared,
     /// The memory file.
     pub parent: File,
-    /// If it is not mapped.
-    pub uffd: Option<Uffd>,
+    /// If it is not mapped; and the ranges that it is for.
+    pub uffd: Option<(Uffd, Vec<FaultRegion>)>,
+    /// What the disks are made of.
+    pub files: Vec<DiskFiles>,
 }
 
 /// A VM with its memory slots, on address space that is only reserved.

@@ -7,6 +7,7 @@
 //! | [`ahead`] | what a shell does for clones of a snapshot before it is asked for one |
 //! | [`vm`] | the VM: from a request's descriptors to a machine, and from a machine to a snapshot's files |
 //! | [`resident`] | the memory of a clone, with what it will probably touch in place |
+//! | [`keep`] | what outlives the daemon, and the door at which the next one takes it over |
 //! | [`fault`] | errors as the daemon is told them |
 //! | [`warm`] | the program's own pages, mapped ahead |
 //! | [`zygote`] | workers made by a fork of a process that is prepared already |
@@ -17,6 +18,7 @@
 mod ahead;
 pub mod channel;
 mod fault;
+mod keep;
 pub mod protocol;
 mod resident;
 mod vm;
@@ -24,13 +26,15 @@ mod warm;
 mod zygote;
 
 use std::ffi::CStr;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use channel::{Channel, ChannelError};
+use keep::Keep;
 use protocol::{CONTROL_FD, Event, ExitReason, Fault, FaultKind, FromWorker, Reply, Request, ToWorker};
 use vm::{Shell, Vm};
 
@@ -49,7 +53,7 @@ pub fn main(setting: Setting) -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             // Standard error is the daemon's log of this worker.
-            eprintln!("{message}");
+            say(&message);
             ExitCode::FAILURE
         }
     }
@@ -57,14 +61,23 @@ pub fn main(setting: Setting) -> ExitCode {
 
 /// The daemon's end of the conversation.
 #[derive(Clone)]
-struct Daemon(Arc<Channel>);
+struct Daemon(Arc<Connection>);
+
+struct Connection {
+    /// [`CONTROL_FD`]: another daemon's takes its place there.
+    channel: Channel,
+    /// This VM may be taken over by another daemon.
+    adoptable: AtomicBool,
+    /// The guest has reset itself, by this door, and no daemon has said yet what is to follow.
+    reset: Mutex<Option<&'static str>>,
+}
 
 impl Daemon {
     /// True when it was sent. The VM outlives the daemon; who listens next asks for what it needs.
     fn send(&self, message: &FromWorker, fds: &[BorrowedFd<'_>]) -> bool {
-        let sent = self.0.send(message, fds);
+        let sent = self.0.channel.send(message, fds);
         if let Err(error) = &sent {
-            eprintln!("the daemon could not be told: {error}");
+            say(&format!("the daemon could not be told: {error}"));
         }
         sent.is_ok()
     }
@@ -72,13 +85,44 @@ impl Daemon {
     fn event(&self, event: Event) -> bool {
         self.send(&FromWorker::Event(event), &[])
     }
+
+    fn may_be_adopted(&self) -> bool {
+        self.0.adoptable.load(Ordering::Acquire)
+    }
+
+    fn note_reset(&self, reset: Option<&'static str>) {
+        *self.0.reset.lock().unwrap_or_else(PoisonError::into_inner) = reset;
+    }
+
+    fn reset(&self) -> Option<String> {
+        self.0.reset.lock().unwrap_or_else(PoisonError::into_inner).map(str::to_owned)
+    }
+}
+
+/// Writes a line to standard error. Nobody may read it any more, and there may be no room.
+fn say(line: &str) {
+    let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// The same for what is logged.
+struct Log;
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = io::stderr().write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn run(setting: Setting) -> Result<(), String> {
     // Standard error is the daemon's log of this worker: a device that stops must not do so in silence.
     let _ = tracing_subscriber::fmt()
         .with_max_level(tracing::Level::WARN)
-        .with_writer(io::stderr)
+        .with_writer(|| Log)
         .with_ansi(false)
         .without_time()
         .try_init();
@@ -108,20 +152,39 @@ fn run(setting: Setting) -> Result<(), String> {
         name(c"worker");
         shell.open();
     }
-    let daemon = Daemon(Arc::new(control));
+    let daemon = Daemon(Arc::new(Connection {
+        channel: control,
+        adoptable: AtomicBool::new(false),
+        reset: Mutex::new(None),
+    }));
     shell.prepare();
     daemon.event(Event::Hello(shell.ready()));
     let mut vm: Option<Vm> = None;
+    let mut keep: Option<Keep> = None;
     loop {
-        let (message, fds): (ToWorker, Vec<OwnedFd>) = match daemon.0.recv() {
+        let (message, mut fds): (ToWorker, Vec<OwnedFd>) = match daemon.0.channel.recv() {
             Ok(received) => received,
-            Err(ChannelError::Closed) if vm.is_some() => {
-                // The VM goes on without a daemon; its own end ends the process.
-                loop {
+            Err(ChannelError::Closed) => match (&vm, &keep) {
+                (None, _) => return Ok(()),
+                // The kernel ends it with its daemon; its own end ends the process, too.
+                (Some(_), None) => loop {
                     std::thread::park();
+                },
+                (Some(vm), Some(keep)) => {
+                    let next =
+                        keep.wait().map_err(|error| format!("no service can take this VM over: {error}"))?;
+                    let Some(next) = next else {
+                        say("no service has taken this VM over in time: it ends");
+                        std::process::exit(0);
+                    };
+                    // In the place of the old one: whoever sends from now on sends to the new daemon.
+                    zygote::put(&next.into_fd(), CONTROL_FD, libc::O_CLOEXEC)
+                        .map_err(|error| format!("control socket: {error}"))?;
+                    // One that is gone already is seen at the next turn.
+                    vm.introduce(&daemon, keep);
+                    continue;
                 }
-            }
-            Err(ChannelError::Closed) => return Ok(()),
+            },
             Err(error) => return Err(format!("control socket: {error}")),
         };
         let arrived = Instant::now();
@@ -135,12 +198,24 @@ fn run(setting: Setting) -> Result<(), String> {
             {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
             }
+            Request::Keep { orphan_ms } => {
+                let kept = match (&vm, &keep) {
+                    (None, None) => Keep::new(fds, Duration::from_millis(orphan_ms)),
+                    _ => Err(fault::wrong_state("too late, or told before")),
+                };
+                reply(kept.map(|kept| {
+                    keep = Some(kept);
+                    daemon.0.adoptable.store(true, Ordering::Release);
+                    Reply::Done
+                }));
+            }
             Request::Report => reply(shell.report().map(Reply::Report)),
             Request::Expect => reply(shell.expect(fds).map(|()| Reply::Done)),
             Request::Seat(spec) => reply(shell.seat(&daemon, &spec, fds).map(|()| Reply::Done)),
             Request::Start => match shell.start(arrived) {
                 Ok((new, restored)) => {
                     vm = Some(new);
+                    outlive(&keep);
                     reply(Ok(Reply::Restored(restored)));
                 }
                 Err(fault) => reply(Err(fault)),
@@ -148,6 +223,7 @@ fn run(setting: Setting) -> Result<(), String> {
             Request::Boot(spec) => match shell.boot(&daemon, &spec, fds, arrived) {
                 Ok((new, booted)) => {
                     vm = Some(new);
+                    outlive(&keep);
                     reply(Ok(Reply::Booted(booted)));
                 }
                 Err(fault) => reply(Err(fault)),
@@ -155,12 +231,23 @@ fn run(setting: Setting) -> Result<(), String> {
             Request::Restore(spec) => match shell.restore(&daemon, &spec, fds, arrived) {
                 Ok((new, restored)) => {
                     vm = Some(new);
+                    outlive(&keep);
                     reply(Ok(Reply::Restored(restored)));
                 }
                 Err(fault) => reply(Err(fault)),
             },
-            Request::Restart(spec) => match vm.take() {
-                Some(old) => match shell.restart(&daemon, old, &spec, fds, arrived) {
+            Request::Restart(_) if fds.len() < 2 => reply(Err(fault::descriptors("too few"))),
+            Request::Restart(spec) => {
+                let theirs = fds.remove(1);
+                if let Some(keep) = &mut keep {
+                    keep.agent = theirs;
+                }
+                daemon.note_reset(None);
+                let Some(old) = vm.take() else {
+                    reply(Err(fault::wrong_state("this worker has no VM yet")));
+                    continue;
+                };
+                match shell.restart(&daemon, old, &spec, fds, arrived) {
                     Ok((new, booted)) => {
                         vm = Some(new);
                         reply(Ok(Reply::Booted(booted)));
@@ -171,11 +258,8 @@ fn run(setting: Setting) -> Result<(), String> {
                         daemon.event(Event::Exited(ExitReason::Failed(reason)));
                         return Ok(());
                     }
-                },
-                None => {
-                    reply(Err(fault::wrong_state("this worker has no VM yet")));
                 }
-            },
+            }
             Request::Kill => {
                 drop(vm.take());
                 reply(Ok(Reply::Done));
@@ -206,6 +290,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::PowerButton => vm.press_power_button().map(|()| Reply::Done),
         Request::Boot(_)
         | Request::Restart(_)
+        | Request::Keep { .. }
         | Request::Report
         | Request::Expect
         | Request::Seat(_)
@@ -243,8 +328,15 @@ fn parent() -> libc::pid_t {
     unsafe { libc::getppid() }
 }
 
-/// Lets the kernel kill this process when `expected`, its parent, goes. Until workers are re-adopted after a daemon's crash, a VM without a
-/// daemon could be reached by nobody.
+/// A VM that can be taken over by another daemon does not end with this one any more.
+fn outlive(keep: &Option<Keep>) {
+    if keep.is_some() {
+        // SAFETY: prctl with plain integer arguments.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, 0) };
+    }
+}
+
+/// Lets the kernel kill this process when `expected`, its parent, goes: a shell may wait for something that only that daemon would have done.
 fn die_with(expected: libc::pid_t) -> Result<(), String> {
     // SAFETY: prctl with plain integer arguments.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {

@@ -7,7 +7,9 @@
 //! come at any time. The worker opens no file by path: all it works on is handed to it.
 //!
 //! A worker is a *shell* until its first [`Request::Boot`] or [`Request::Restore`]; after that it is that VM until
-//! it exits. End of file on the socket does **not** end a running VM (a VM outlives the daemon); it ends a shell.
+//! it exits. End of file on the socket ends a shell. A VM that was given a door ([`Request::Keep`]) outlives it: for some time it waits there
+//! for the next daemon. Both say [`Greeting`], and if the versions are the same the worker says [`Event::Adopted`]; from then on that
+//! connection is the control socket.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +17,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::snapshot::working_set::Touched;
 
+/// Version of all that is said on the control socket. A daemon takes over workers of its own version only, so it changes with every change of a
+/// message here, and of what a message means.
+pub const CONTROL_VERSION: u32 = 1;
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -43,6 +48,28 @@ pub enum ToZygote {
 /// The answer: the new process's number, told by itself, so that a zygote that dies in this moment loses none; or why there is none.
 pub type Forked = Result<u32, String>;
 
+/// The first packet either way on a connection at a worker's door. It is the same in all versions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    magic: [u8; 8],
+    /// Little endian.
+    version: [u8; 4],
+}
+
+impl Greeting {
+    const MAGIC: [u8; 8] = *b"CSADOPT\0";
+
+    /// What this program says.
+    pub fn ours() -> Self {
+        Self { magic: Self::MAGIC, version: CONTROL_VERSION.to_le_bytes() }
+    }
+
+    /// The other side's version; `None`: it is none of ours.
+    pub fn version(&self) -> Option<u32> {
+        (self.magic == Self::MAGIC).then_some(u32::from_le_bytes(self.version))
+    }
+}
+
 /// A message from the daemon.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ToWorker {
@@ -58,6 +85,13 @@ pub enum Request {
     /// disk its base, its frozen layers from the lowest, and (unless read-only or direct) its empty writable overlay, then for each
     /// network interface that is not down its link. Answered when the vCPUs have been told to run.
     Boot(BootSpec),
+    /// To a shell, before anything else, at most once: outlive the daemon when it is a VM. Descriptors: its door (a `SOCK_SEQPACKET` socket that is
+    /// bound and does not listen yet), and the daemon's ends of the console socket, the agent socket and the pipe from its stderr: held so that
+    /// nothing breaks or is lost while there is no daemon, and given to the next one.
+    Keep {
+        /// How long it waits for the next daemon before it ends.
+        orphan_ms: u64,
+    },
     /// To a shell: what its host can show a guest. (It takes a VM to know, and is the same for all workers of a host.)
     Report,
     /// To a shell: do ahead what is the same for all clones of a snapshot. Descriptor: its state file. Answered when done; a shell that
@@ -72,7 +106,8 @@ pub enum Request {
     /// as in `Boot`. With [`MemoryMode::Userfault`] an [`Event::Userfault`] comes before the reply.
     Restore(RestoreSpec),
     /// Boot again after [`Event::GuestReset`], with the console, the disks and everything on them, and the network links as they
-    /// are. The spec's `disks` and `networks` are not looked at. Descriptors: a new agent socket, kernel, then the module if `module`. Answered like
+    /// are. The spec's `disks` and `networks` are not looked at. Descriptors: a new agent socket, the daemon's end of it (held as
+    /// `Keep` says), kernel, then the module if `module`. Answered like
     /// `Boot`; after an error the worker ends.
     Restart(BootSpec),
     /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
@@ -457,8 +492,27 @@ pub enum Event {
     ReadyPort { value: u32 },
     /// The guest reset itself. Its vCPU stands; the daemon says what is to follow: `Restart` or `Kill`.
     GuestReset { how: String },
+    /// The first on a connection at the door. Descriptors: those that [`Request::Keep`] gave but for the door, and if there are `regions` the
+    /// userfaultfd, to be answered as in `Userfault`, and the memory file.
+    Adopted(Adopted),
+    /// After `Adopted`, until there are as many as it says: files of the disks, each disk's as in `Boot`.
+    AdoptedFiles,
     /// The VM is over; the process exits after this.
     Exited(ExitReason),
+}
+
+/// What a VM is that has outlived its daemon.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Adopted {
+    /// Not paused.
+    pub running: bool,
+    /// The guest has reset itself and stands, as in [`Event::GuestReset`].
+    pub reset: Option<String>,
+    /// Of a userfault clone.
+    pub regions: Vec<FaultRegion>,
+    pub disks: Vec<DiskSpec>,
+    /// How many files of disks follow.
+    pub files: u32,
 }
 
 /// Why a VM ended.

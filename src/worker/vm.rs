@@ -4,7 +4,7 @@ mod look;
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,10 +13,12 @@ use userfaultfd::Uffd;
 
 use super::ahead::{self, Ahead, Ground, Places, Seat, read_state};
 use super::fault;
+use super::keep::{self, DiskFiles, Keep};
 use super::protocol::{
-    BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, Fault, FaultRegion, FromWorker,
-    Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion, ModuleKind, NETWORKS_MAX,
-    NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step, instant_ns,
+    Adopted, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, FDS_MAX, Fault,
+    FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion,
+    ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
+    instant_ns,
 };
 use super::{Daemon, duplicate, resident, warm};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
@@ -55,7 +57,9 @@ pub struct Vm {
     /// The memory file a clone was started from.
     parent: Option<File>,
     /// Kept open: when the last descriptor goes, the kernel answers missing pages with zeros.
-    _uffd: Option<Uffd>,
+    uffd: Option<(Uffd, Vec<FaultRegion>)>,
+    /// What the disks are made of, for the next daemon.
+    files: Vec<DiskFiles>,
     protocol: BootProtocol,
     /// A second descriptor of the console, for the machine that follows after a reset. Clones have none: what they were
     /// booted from is not theirs.
@@ -140,15 +144,19 @@ fn micros(duration: Duration) -> u32 {
 }
 
 /// A request's descriptors, taken in the order of its message.
-struct Descriptors(std::vec::IntoIter<OwnedFd>);
+struct Descriptors {
+    fds: std::vec::IntoIter<OwnedFd>,
+    /// Second descriptors of the disks' files that were taken.
+    files: Vec<DiskFiles>,
+}
 
 impl Descriptors {
     fn new(fds: Vec<OwnedFd>) -> Self {
-        Descriptors(fds.into_iter())
+        Descriptors { fds: fds.into_iter(), files: Vec::new() }
     }
 
     fn next(&mut self) -> Result<OwnedFd, Fault> {
-        self.0.next().ok_or_else(|| fault::descriptors("too few"))
+        self.fds.next().ok_or_else(|| fault::descriptors("too few"))
     }
 
     fn file(&mut self) -> Result<File, Fault> {
@@ -173,7 +181,10 @@ impl Descriptors {
             return Err(fault::descriptors("too many disk layers"));
         }
         let base = self.file()?;
-        let layers = (0..spec.layers).map(|_| self.file()).collect::<Result<_, _>>()?;
+        let layers = (0..spec.layers).map(|_| self.file()).collect::<Result<Vec<_>, _>>()?;
+        let mut kept = DiskFiles { spec: spec.clone(), files: Vec::with_capacity(layers.len() + 2) };
+        kept.add(&base)?;
+        layers.iter().try_for_each(|layer| kept.add(layer))?;
         let disk = if spec.direct {
             if spec.layers != 0 || spec.read_only {
                 return Err(fault::descriptors(
@@ -183,8 +194,10 @@ impl Descriptors {
             LayeredDisk::open_direct(base, spec.bytes)?
         } else {
             let overlay = if spec.read_only { None } else { Some(self.file()?) };
+            overlay.iter().try_for_each(|overlay| kept.add(overlay))?;
             LayeredDisk::open(Some(base), layers, overlay, spec.bytes)?
         };
+        self.files.push(kept);
         Ok(DiskPart { disk, serial: spec.serial.clone() })
     }
 
@@ -206,9 +219,10 @@ impl Descriptors {
         Ok(specs.iter().zip(links).map(|(spec, fd)| Plug { spec: *spec, fd }).collect())
     }
 
-    fn end(mut self) -> Result<(), Fault> {
-        match self.0.next() {
-            None => Ok(()),
+    /// Nothing is left; gives what the disks are made of.
+    fn end(mut self) -> Result<Vec<DiskFiles>, Fault> {
+        match self.fds.next() {
+            None => Ok(self.files),
             Some(_) => Err(fault::descriptors("too many")),
         }
     }
@@ -324,15 +338,15 @@ impl Shell {
         let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
         let disks = fds.disks(&spec.disks)?;
         let networks = fds.plugs(&spec.networks)?;
-        fds.end()?;
-        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, networks }, arrived)
+        let files = fds.end()?;
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, files, networks }, arrived)
     }
 
     /// Cold boot after a guest's reset: another machine takes the place of `old`, with its console and disks.
     pub(super) fn restart(
         &mut self,
         daemon: &Daemon,
-        old: Vm,
+        mut old: Vm,
         spec: &BootSpec,
         fds: Vec<OwnedFd>,
         arrived: Instant,
@@ -342,9 +356,10 @@ impl Shell {
         let module = spec.module.map(|kind| Ok::<_, Fault>((kind, fds.file()?))).transpose()?;
         fds.end()?;
         let console = old.console.ok_or_else(|| fault::wrong_state("a clone cannot be booted again"))?;
+        let files = std::mem::take(&mut old.files);
         let disks = old.machine.into_disks()?;
         let networks = old.networks.into_iter().map(Plug::checked).collect();
-        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, networks }, arrived)
+        self.load(daemon, spec, Handed { console, agent, kernel, module, disks, files, networks }, arrived)
     }
 
     fn load(
@@ -357,7 +372,7 @@ impl Shell {
         let host = self.host()?;
         let faults_before = faults();
         let mut steps = Steps::since(arrived);
-        let Handed { console, agent, kernel, module, disks, networks: plugs } = handed;
+        let Handed { console, agent, kernel, module, disks, files, networks: plugs } = handed;
         let networks = plugs.iter().map(Plug::part).collect::<Result<_, _>>()?;
         let again = console.try_clone().map_err(fault::io("the console socket"))?;
         let anonymous = |region: RegionState| Ok((region, Mapping::anonymous(region.bytes)?));
@@ -391,7 +406,8 @@ impl Shell {
             machine,
             host,
             parent: None,
-            _uffd: None,
+            uffd: None,
+            files,
             protocol,
             console: Some(again),
             networks: plugs,
@@ -430,7 +446,7 @@ impl Shell {
         let (state, memory_file) = (fds.file()?, fds.file()?);
         let disks = fds.disks(&spec.disks)?;
         let links = fds.links(&spec.networks)?;
-        fds.end()?;
+        let files = fds.end()?;
         let networks = spec
             .networks
             .iter()
@@ -458,8 +474,8 @@ impl Shell {
                 let created = device.create()?;
                 resident::register(&mut memory, &memory_file, &spec.working_set, &created)?;
                 // Before anything touches memory: KVM itself does, when it sets the guest's clock page.
-                hand_over(daemon, &created, &memory)?;
-                uffd = Some(created);
+                let regions = hand_over(daemon, &created, &memory)?;
+                uffd = Some((created, regions));
             }
         }
         let shell = vm.with_memory(backed(memory)?)?;
@@ -473,7 +489,7 @@ impl Shell {
             events: sink(daemon.clone()),
         };
         let machine = Prepared::new(&host, shell, parts, &state, &mut |step| steps.done(step))?;
-        Ok(Seat { machine, parent: memory_file, uffd })
+        Ok(Seat { machine, parent: memory_file, uffd, files })
     }
 
     /// Lets a clone run.
@@ -490,7 +506,8 @@ impl Shell {
             machine,
             host,
             parent: Some(seat.parent),
-            _uffd: seat.uffd,
+            uffd: seat.uffd,
+            files: seat.files,
             // What a clone is entered by was decided when its ancestor was booted.
             protocol: BootProtocol::Auto,
             console: None,
@@ -510,6 +527,7 @@ struct Handed {
     kernel: File,
     module: Option<(ModuleKind, File)>,
     disks: Vec<DiskPart>,
+    files: Vec<DiskFiles>,
     networks: Vec<Plug>,
 }
 
@@ -520,11 +538,13 @@ fn backed(memory: Vec<(RegionState, Mapping)>) -> Result<Ram, Fault> {
 }
 
 /// Gives the daemon's pager the userfaultfd.
-fn hand_over(daemon: &Daemon, uffd: &Uffd, memory: &[(RegionState, Mapping)]) -> Result<(), Fault> {
-    // SAFETY: the Uffd outlives the borrow.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) };
-    let fd = duplicate(fd).map_err(fault::io("the userfaultfd"))?;
-    let regions = memory
+fn hand_over(
+    daemon: &Daemon,
+    uffd: &Uffd,
+    memory: &[(RegionState, Mapping)],
+) -> Result<Vec<FaultRegion>, Fault> {
+    let fd = duplicate(borrow(uffd)).map_err(fault::io("the userfaultfd"))?;
+    let regions: Vec<FaultRegion> = memory
         .iter()
         .map(|(region, mapping)| FaultRegion {
             host_address: mapping.address().addr() as u64,
@@ -532,8 +552,13 @@ fn hand_over(daemon: &Daemon, uffd: &Uffd, memory: &[(RegionState, Mapping)]) ->
             file_offset: region.file_offset,
         })
         .collect();
-    daemon.send(&FromWorker::Event(Event::Userfault { regions }), &[fd.as_fd()]);
-    Ok(())
+    daemon.send(&FromWorker::Event(Event::Userfault { regions: regions.clone() }), &[fd.as_fd()]);
+    Ok(regions)
+}
+
+fn borrow(uffd: &Uffd) -> BorrowedFd<'_> {
+    // SAFETY: the Uffd owns the descriptor and outlives the borrow.
+    unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) }
 }
 
 /// Turns vCPU events into messages. An end of the guest ends the process once it was told.
@@ -548,8 +573,9 @@ fn sink(daemon: Daemon) -> EventSink {
                 return;
             }
             VcpuEvent::Reset(how) => {
-                // The daemon decides; without one there is nobody who would boot it again.
-                if !daemon.event(Event::GuestReset { how: how.into() }) {
+                // The daemon decides: this one, or the next, if there may be one; else there is nobody who would boot it again.
+                daemon.note_reset(Some(how));
+                if !daemon.event(Event::GuestReset { how: how.into() }) && !daemon.may_be_adopted() {
                     std::process::exit(0);
                 }
                 return;
@@ -579,6 +605,32 @@ impl Vm {
             self.running = true;
         }
         Ok(())
+    }
+
+    /// Tells a daemon that takes this VM over what it is; `false`: it is gone already.
+    pub(super) fn introduce(&self, daemon: &Daemon, keep: &Keep) -> bool {
+        let files: Vec<BorrowedFd<'_>> =
+            self.files.iter().flat_map(|disk| disk.files.iter().map(AsFd::as_fd)).collect();
+        let adopted = Adopted {
+            running: self.running,
+            reset: daemon.reset(),
+            regions: self.uffd.iter().flat_map(|(_, regions)| regions.iter().copied()).collect(),
+            disks: self.files.iter().map(|disk| disk.spec.clone()).collect(),
+            files: u32::try_from(files.len()).unwrap_or(u32::MAX),
+        };
+        let mut first = keep.fds();
+        if let (Some((uffd, regions)), Some(memory)) = (&self.uffd, &self.parent) {
+            // The last daemon may have read of faults and not answered them: those who wait look again, and ask again.
+            for region in regions {
+                let address = std::ptr::without_provenance_mut(region.host_address as usize);
+                if let Err(error) = uffd.wake(address, region.bytes as usize) {
+                    tracing::warn!(%error, "page faults of before cannot be asked again");
+                }
+            }
+            first.extend([borrow(uffd), memory.as_fd()]);
+        }
+        daemon.send(&FromWorker::Event(Event::Adopted(adopted)), &first)
+            && files.chunks(FDS_MAX).all(|some| daemon.send(&FromWorker::Event(Event::AdoptedFiles), some))
     }
 
     /// Freezes the VM into files. On failure it goes on as before.
@@ -615,7 +667,10 @@ impl Vm {
         steps.done("pause");
         let mut fds = Descriptors::new(fds);
         let (mut state_file, memory_file) = (fds.file()?, fds.file()?);
-        let overlays: Vec<File> = fds.0.map(File::from).collect();
+        let overlays: Vec<File> = fds.fds.map(File::from).collect();
+        let kept =
+            overlays.iter().map(|file| file.try_clone().map(OwnedFd::from)).collect::<Result<Vec<_>, _>>();
+        let kept = kept.map_err(fault::io("a disk's overlay"))?;
         let state = self.machine.save()?;
         let bytes = state.to_bytes().map_err(machine::MachineError::from)?;
         state_file.write_all(&bytes).map_err(fault::io("the state file cannot be written"))?;
@@ -641,11 +696,13 @@ impl Vm {
         steps.done("memory");
         let many = overlays.len() > 1;
         let disks = self.machine.freeze_disks(overlays).inspect_err(|_| self.disks_uneven = many)?;
+        let frozen: Vec<bool> = disks.iter().map(|disk| matches!(disk, Some(Freeze::Layer(_)))).collect();
+        keep::frozen(&mut self.files, &frozen, kept);
         steps.done("disks");
         let vcpu: VcpuState = state.get(0)?;
         let shown = kvm_bindings::CpuId::from_entries(&vcpu.cpuid)
             .unwrap_or_else(|_| self.host.supported_cpuid.clone());
-        let frozen = Frozen {
+        let facts = Frozen {
             vcpus: self.machine.vcpu_count(),
             regions: self
                 .machine
@@ -664,10 +721,10 @@ impl Vm {
             devices: state.names(),
             pause_us: 0,
             data_bytes: written.data_bytes(),
-            disks_frozen: disks.iter().map(|disk| matches!(disk, Some(Freeze::Layer(_)))).collect(),
+            disks_frozen: frozen,
             steps: steps.steps,
         };
-        Ok((frozen, memory_file, rest))
+        Ok((facts, memory_file, rest))
     }
 
     /// [`Request::Touched`](super::protocol::Request::Touched).

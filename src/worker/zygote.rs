@@ -58,7 +58,7 @@ fn settle(orders: &Channel, control: &OwnedFd, stderr: &OwnedFd) -> Result<(), C
     put(control, CONTROL_FD, libc::O_CLOEXEC).map_err(ChannelError::Io)
 }
 
-fn put(fd: &OwnedFd, place: RawFd, flags: libc::c_int) -> io::Result<()> {
+pub(super) fn put(fd: &OwnedFd, place: RawFd, flags: libc::c_int) -> io::Result<()> {
     // SAFETY: both places belong to this process by the protocol; whoever has one of them as its own goes on with what is put there.
     match unsafe { libc::dup3(fd.as_raw_fd(), place, flags) } {
         -1 => Err(io::Error::last_os_error()),

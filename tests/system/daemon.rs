@@ -100,10 +100,16 @@ impl Daemon {
 
     /// Starts the daemon again on the same data and socket.
     pub async fn start_again(&mut self) -> anyhow::Result<()> {
+        self.start_unready()?;
+        self.wait_until_ready().await
+    }
+
+    /// The same, without waiting for anything.
+    pub fn start_unready(&mut self) -> anyhow::Result<()> {
         self.starts += 1;
         self.child =
             spawn(&socket(&self.folder), &self.data, &self.arguments, &log_file(&self.logs, self.starts))?;
-        self.wait_until_ready().await
+        Ok(())
     }
 
     /// Tells it to read its tokens and certificates again (SIGHUP).

@@ -12,6 +12,7 @@
 //! | `identity` | 200 clones, each somebody of its own |
 //! | `exec` | commands and files in the embedded guest: streams, windows, signals, clones |
 //! | `events` | Watch, by a client and by `coldspark watch` |
+//! | `adopt` | VMs that outlive a daemon, and the next one that goes on with them |
 //! | `death` | workers and daemons that are killed |
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
@@ -29,6 +30,7 @@
 //! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
 mod access;
+mod adopt;
 mod bad_input;
 mod bench;
 mod client;
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         working_set::trials(),
         death::trials(),
         workers::trials(),
+        adopt::trials(),
         bad_input::trials(),
         many_cpus::trials(),
         serial::trials(),

@@ -42,8 +42,8 @@ async fn profile(stage: Stage) -> anyhow::Result<()> {
         let profile = boot.profile.context("no profile, though asked for")?;
         let names: Vec<&str> = profile.phases.iter().map(|phase| phase.name.as_str()).collect();
         let wanted = [
-            "image and disks open",
             "worker taken",
+            "image and disks open",
             "worker told",
             "memory mapped",
             "VM made",

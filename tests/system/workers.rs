@@ -80,9 +80,9 @@ async fn no_zombies(daemon: &Daemon) -> anyhow::Result<()> {
     .await
 }
 
-/// SIGKILL: the zygote, the workers that it made, and shells, none is left.
+/// SIGKILL: the zygote, shells and what was being made end; with `--orphan-time 0` also all that ran.
 async fn daemon_killed(stage: Stage) -> anyhow::Result<()> {
-    let mut daemon = Daemon::start(&stage).await?;
+    let mut daemon = Daemon::start_with(&stage, &["--orphan-time".into(), "0".into()]).await?;
     let mut client = daemon.client().await?;
     let source = client.boot_embedded(64 << 20).await?;
     let snapshot = client.snapshot(&source.id, "").await?.id;

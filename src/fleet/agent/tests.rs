@@ -316,3 +316,30 @@ async fn requests_keep_to_what_the_port_holds() {
         assert_eq!(answer, AgentReply::Bytes(word(n + 1).into_bytes()));
     }
 }
+
+/// As when the daemon before was killed: it had read a part of what the guest says.
+#[tokio::test]
+async fn a_conversation_goes_on_in_the_middle_of_a_frame() {
+    let (ours, mut guest) = Guest::new();
+    let mut left = frame::encode(wire::KIND_STREAM_DATA, 0, 7, &[0x55; 3000]).unwrap().split_off(1000);
+    // An answer to the daemon before, which looks like the one that is waited for, and a frame that is whole.
+    left.extend(frame::encode(wire::KIND_HUSH | wire::REPLY, wire::STATUS_OK, 0, b"").unwrap());
+    left.extend(frame::encode(wire::KIND_END, 0, 7, &[0; 8]).unwrap());
+    guest.socket.write_all(&left).await.unwrap();
+    let agent = AgentClient::resume(ours, Some(Arc::new(hello())));
+    let asked = agent.begin(echo("a")).await.unwrap();
+    let hush = guest.next().await;
+    assert_eq!((hush.kind, hush.payload.first()), (wire::KIND_HUSH, Some(&1)));
+    let request = guest.next().await;
+    assert_eq!(request.kind, wire::KIND_ECHO);
+    // Cut in the middle of what is looked for.
+    let reply = frame::encode(hush.kind | wire::REPLY, wire::STATUS_OK, hush.id, b"").unwrap();
+    for piece in reply.chunks(5) {
+        guest.socket.write_all(piece).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let free = guest.next().await;
+    assert_eq!((free.kind, free.payload.first()), (wire::KIND_HUSH, Some(&0)));
+    guest.reply(&request, wire::STATUS_OK, b"a").await;
+    asked.answer(LONG).await.unwrap();
+}

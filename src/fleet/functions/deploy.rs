@@ -123,7 +123,7 @@ impl Fleet {
                     networks: Vec::new(),
                     first_call: None,
                 };
-                let vms = self.clone_vm(clone).await?.vms;
+                let vms = self.clone_for_now(clone).await?.vms;
                 let vm = vms.into_iter().next().ok_or(FleetError::WorkerConfused)?;
                 tell(progress, format!("{} started from snapshot {name}", vm.id)).await;
                 (vm, format!("snapshot {name}"))
@@ -183,7 +183,7 @@ impl Fleet {
                 }
             }
         };
-        let (made, ()) = tokio::join!(self.create_vm(request, events_in), passing);
+        let (made, ()) = tokio::join!(self.create_for_now(request, events_in), passing);
         Ok(made?.vm)
     }
 }

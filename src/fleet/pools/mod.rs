@@ -169,6 +169,13 @@ impl Pools {
         }
     }
 
+    /// Counts a VM that an earlier daemon has handed out, if its pool is still there.
+    pub(super) fn adopt(&self, name: &str, vm: &Arc<Vm>) {
+        if let Some(pool) = self.lock().get(name) {
+            until_its_end(Arc::clone(vm), pool.adopt());
+        }
+    }
+
     fn get(&self, name: &str) -> Result<Arc<Pool>, FleetError> {
         if let Some(function) = name.strip_prefix(FUNCTION_PREFIX) {
             return Err(FleetError::WrongState(format!(
@@ -277,7 +284,9 @@ impl Fleet {
     /// Takes one out of a pool: one that stands ready, or if there is none one that is started for it. It is the caller's alone.
     pub async fn take_vm(self: &Arc<Self>, request: TakeVm) -> Result<Taken, FleetError> {
         let pool = self.pools.get(&request.pool)?;
-        self.take_from(&pool, request).await
+        let taken = self.take_from(&pool, request).await?;
+        taken.vm.settle();
+        Ok(taken)
     }
 
     /// As [`take_vm`](Self::take_vm), of a pool that is known.
@@ -400,12 +409,15 @@ enum HandOver {
 
 /// Counts the VM as one of its pool's until it ends.
 fn keep_out((vm, answer): Handed, out: Out, was_ready: bool) -> Taken {
-    let ending = Arc::clone(&vm);
+    until_its_end(Arc::clone(&vm), out);
+    Taken { vm, answer, was_ready }
+}
+
+fn until_its_end(vm: Arc<Vm>, out: Out) {
     tokio::spawn(async move {
-        ending.ended().await;
+        vm.ended().await;
         drop(out);
     });
-    Taken { vm, answer, was_ready }
 }
 
 /// Makes a VM that stood ready one that its caller can use.

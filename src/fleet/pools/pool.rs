@@ -133,6 +133,12 @@ impl Pool {
         })
     }
 
+    /// One that was handed out before this pool was begun anew.
+    pub fn adopt(self: &Arc<Self>) -> Out {
+        self.lock().adopt();
+        Out(Arc::clone(self))
+    }
+
     /// One that was found ready was not well: it was not handed over.
     pub fn was_bad(&self) {
         self.lock().was_bad();

@@ -220,6 +220,11 @@ impl<T: Thing> Stock<T> {
         self.counts.died += 1;
     }
 
+    /// One is out that was taken before this was begun.
+    pub fn adopt(&mut self) {
+        self.out = self.out.saturating_add(1);
+    }
+
     /// One that was out has ended.
     pub fn came_to_its_end(&mut self) {
         self.out = self.out.saturating_sub(1);

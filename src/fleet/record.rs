@@ -1,0 +1,428 @@
+//! What the next daemon must know of a VM to go on with it: a small file in the VM's folder.
+//!
+//! It is empty until the VM is *settled*: until then the VM is half made, or stands ready in a pool, or runs an invocation whose caller is
+//! known to this daemon only; a daemon that finds it so ends it. Settling is one write into a file that is there, just before the caller
+//! hears of the VM: it has to outlive this process, not the host, so nothing is synced. Later changes replace the file.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::disks::{FrozenFile, RECORD, VmDisk};
+use super::network::VmNetwork;
+use super::owner::Again;
+use super::snapshots::{hello_from_text, hello_text};
+use super::vm::{Origin, State, Vm};
+use crate::agent::Hello;
+use crate::snapshot::folder;
+use crate::snapshot::manifest::FileEntry;
+use crate::worker::protocol::{BootProtocol, BootSpec, DiskSpec, MemoryMode};
+
+/// Version of the file.
+const FORMAT: u32 = 1;
+/// Longest file.
+const BYTES_MAX: u64 = 256 << 10;
+
+/// A file of this host, whatever its name is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    pub fn of(file: &File) -> io::Result<Self> {
+        let data = file.metadata()?;
+        Ok(Self { device: data.dev(), inode: data.ino() })
+    }
+}
+
+/// A file that a disk of the VM is made of, and what was known of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct KnownFile {
+    id: FileId,
+    known: Option<FileEntry>,
+    foreign: bool,
+}
+
+/// How to boot it again.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct AgainRecord {
+    pub spec: BootSpec,
+    pub kernel: FileId,
+    pub module: Option<FileId>,
+}
+
+/// What the file says.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Record {
+    format: u32,
+    pub name: Option<String>,
+    /// That it was taken from.
+    pub pool: Option<String>,
+    pub origin: Origin,
+    pub kernel: String,
+    pub ready: String,
+    pub vcpus: u8,
+    pub memory_bytes: u64,
+    pub generation: Option<[u8; 16]>,
+    pub memory_mode: Option<MemoryMode>,
+    pub networks: Vec<VmNetwork>,
+    pub created_unix_ms: u64,
+    pub number: u64,
+    pub protocol: Option<BootProtocol>,
+    pub start_us: u64,
+    pub restarts: u32,
+    hello: Option<String>,
+    /// The disks as they were at the VM's start.
+    disks: Vec<DiskSpec>,
+    /// All that they may be made of.
+    files: Vec<KnownFile>,
+    /// The memory file of a clone whose page faults the daemon answers.
+    pub memory: Option<FileId>,
+    pub again: Option<AgainRecord>,
+}
+
+/// What all versions of the file have.
+#[derive(Deserialize)]
+struct Head {
+    format: u32,
+}
+
+/// Why a record cannot be used.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    #[error("its record is damaged: {0}")]
+    Damaged(String),
+    #[error("its record is of version {0}, and this program knows {FORMAT}")]
+    OtherVersion(u32),
+}
+
+impl Record {
+    /// `None`: the VM was not settled.
+    pub fn read(folder: &Path) -> Result<Option<Self>, Unreadable> {
+        let damaged = |error: &dyn std::fmt::Display| Unreadable::Damaged(error.to_string());
+        let path = folder.join(RECORD);
+        let bytes = match folder::read_small(&path, BYTES_MAX) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Err(damaged(&format!("longer than {BYTES_MAX} bytes"))),
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(damaged(&error)),
+        };
+        if bytes.is_empty() {
+            return Ok(None);
+        }
+        let head: Head = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
+        match head.format {
+            FORMAT => serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(&error)),
+            other => Err(Unreadable::OtherVersion(other)),
+        }
+    }
+
+    /// What the agent said.
+    pub fn hello(&self) -> Option<Arc<Hello>> {
+        self.hello.as_deref().and_then(hello_from_text).map(Arc::new)
+    }
+
+    /// The VM's disks, of the files that its worker gave. A worker may have been taken over by its guest: only files are taken that were this
+    /// VM's, and of the disks only the number of layers is believed.
+    pub fn disks(&self, told: &[DiskSpec], files: Vec<File>) -> Result<Vec<VmDisk>, String> {
+        if told.len() != self.disks.len() {
+            return Err(format!("{} disks, and the record says {}", told.len(), self.disks.len()));
+        }
+        let mut files = files.into_iter();
+        let mut next = || {
+            let file = files.next().ok_or("too few files")?;
+            let id = FileId::of(&file).map_err(|error| error.to_string())?;
+            let known = self.files.iter().find(|known| known.id == id);
+            let known = known.ok_or("a file that was not this VM's")?;
+            let (known, foreign) = (known.known.clone(), known.foreign);
+            Ok::<_, String>(FrozenFile { file: Arc::new(file), known, foreign })
+        };
+        let mut disks = Vec::with_capacity(told.len());
+        for (spec, told) in self.disks.iter().zip(told) {
+            let base = next()?;
+            let layers = (0..told.layers).map(|_| next()).collect::<Result<_, _>>()?;
+            let overlay = match spec.read_only || spec.direct {
+                true => None,
+                false => Some(next()?.file),
+            };
+            disks.push(VmDisk {
+                read_only: spec.read_only,
+                direct: spec.direct,
+                bytes: spec.bytes,
+                serial: spec.serial.clone(),
+                base,
+                layers,
+                overlay,
+            });
+        }
+        match files.next() {
+            None => Ok(disks),
+            Some(_) => Err("too many files".to_owned()),
+        }
+    }
+}
+
+/// A VM's record as its daemon keeps it.
+#[derive(Debug)]
+pub struct Papers {
+    /// `None`: this daemon's VMs end with it.
+    path: Option<PathBuf>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    disks: Vec<DiskSpec>,
+    files: Vec<KnownFile>,
+    memory: Option<FileId>,
+    again: Option<AgainRecord>,
+    settled: bool,
+}
+
+impl Papers {
+    /// Of a VM that is being made; `folder`: its folder, if it can outlive the daemon.
+    pub fn new(
+        folder: Option<&Path>,
+        disks: &[VmDisk],
+        memory: Option<&File>,
+        again: Option<&Again>,
+    ) -> io::Result<Self> {
+        let Some(folder) = folder else { return Ok(Self { path: None, kept: Mutex::default() }) };
+        let mut files = Vec::with_capacity(disks.len() * 3);
+        for disk in disks {
+            for frozen in std::iter::once(&disk.base).chain(&disk.layers) {
+                let id = FileId::of(&frozen.file)?;
+                files.push(KnownFile { id, known: frozen.known.clone(), foreign: frozen.foreign });
+            }
+            if let Some(overlay) = &disk.overlay {
+                files.push(KnownFile { id: FileId::of(overlay)?, known: None, foreign: false });
+            }
+        }
+        let again = again.map(|again| {
+            let module = again.module.as_ref().map(|module| FileId::of(module)).transpose()?;
+            Ok::<_, io::Error>(AgainRecord {
+                spec: again.spec.clone(),
+                kernel: FileId::of(&again.kernel)?,
+                module,
+            })
+        });
+        let kept = Kept {
+            disks: disks.iter().map(VmDisk::spec).collect(),
+            files,
+            memory: memory.map(FileId::of).transpose()?,
+            again: again.transpose()?,
+            settled: false,
+        };
+        Ok(Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) })
+    }
+
+    /// Of a VM that was taken over.
+    pub fn adopted(folder: &Path, record: &Record) -> Self {
+        let kept = Kept {
+            disks: record.disks.clone(),
+            files: record.files.clone(),
+            memory: record.memory,
+            again: record.again.clone(),
+            settled: true,
+        };
+        Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vm {
+    /// The VM is its caller's from now on, and outlives this daemon.
+    pub(super) fn settle(&self) {
+        let mut kept = self.papers.lock();
+        if let Some(path) = &self.papers.path
+            && !kept.settled
+        {
+            kept.settled = true;
+            self.written(fs::write(path, self.record(&kept)));
+        }
+    }
+
+    /// Whether it outlives this daemon.
+    pub(super) fn is_settled(&self) -> bool {
+        self.papers.lock().settled
+    }
+
+    /// Something of the record has changed.
+    pub(super) fn record_changed(&self) {
+        self.replace(&self.papers.lock());
+    }
+
+    /// These may become files of its disks.
+    pub(super) fn may_have(&self, files: &[Option<Arc<File>>]) {
+        let mut kept = self.papers.lock();
+        for file in files.iter().flatten() {
+            match FileId::of(file) {
+                Ok(id) => kept.files.push(KnownFile { id, known: None, foreign: false }),
+                Err(error) => tracing::warn!(vm = %self.id, %error, "a disk's file has no number"),
+            }
+        }
+        self.replace(&kept);
+    }
+
+    /// A reset is its end from now on.
+    pub(super) fn never_again(&self) {
+        let mut kept = self.papers.lock();
+        kept.again = None;
+        self.replace(&kept);
+    }
+
+    fn replace(&self, kept: &Kept) {
+        let Some(path) = self.papers.path.as_ref().filter(|_| kept.settled) else { return };
+        let new = path.with_extension("new");
+        self.written(fs::write(&new, self.record(kept)).and_then(|()| fs::rename(&new, path)));
+    }
+
+    fn written(&self, result: io::Result<()>) {
+        match result {
+            // Its folder went with it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                tracing::warn!(vm = %self.id, %error, "the VM's record cannot be written: it would not outlive the service");
+            }
+            Ok(()) => {}
+        }
+    }
+
+    fn record(&self, kept: &Kept) -> Vec<u8> {
+        let status = self.status.borrow();
+        let record = Record {
+            format: FORMAT,
+            name: self.name().map(str::to_owned),
+            pool: self.pool.as_deref().map(str::to_owned),
+            origin: self.origin.clone(),
+            kernel: self.kernel.clone(),
+            ready: self.ready.clone(),
+            vcpus: self.vcpus,
+            memory_bytes: self.memory_bytes,
+            generation: self.generation,
+            memory_mode: self.memory_mode,
+            networks: self.networks.clone(),
+            created_unix_ms: self.created_unix_ms,
+            number: self.number,
+            protocol: status.protocol,
+            start_us: status.start_us,
+            restarts: status.restarts,
+            hello: self.agent.hello().and_then(|hello| hello_text(&hello).ok()),
+            disks: kept.disks.clone(),
+            files: kept.files.clone(),
+            memory: kept.memory,
+            again: kept.again.clone(),
+        };
+        // Nothing in it can fail; an empty record says that the VM is half made.
+        serde_json::to_vec(&record).unwrap_or_default()
+    }
+
+    /// The state that it has when it runs.
+    pub(super) fn running_state(generation: Option<[u8; 16]>) -> State {
+        match generation {
+            Some(_) => State::Running,
+            None => State::Ready,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(folder: &Path, name: &str) -> Arc<File> {
+        Arc::new(File::create(folder.join(name)).unwrap())
+    }
+
+    fn disk(folder: &Path) -> VmDisk {
+        let base = FrozenFile { file: file(folder, "base"), known: None, foreign: true };
+        VmDisk {
+            read_only: false,
+            direct: false,
+            bytes: 4096,
+            serial: "s".into(),
+            base,
+            layers: Vec::new(),
+            overlay: Some(file(folder, "overlay")),
+        }
+    }
+
+    fn record(papers: &Papers) -> Record {
+        let kept = papers.lock();
+        Record {
+            format: FORMAT,
+            name: None,
+            pool: None,
+            origin: Origin::Embedded,
+            kernel: String::new(),
+            ready: String::new(),
+            vcpus: 1,
+            memory_bytes: 1,
+            generation: None,
+            memory_mode: None,
+            networks: Vec::new(),
+            created_unix_ms: 1,
+            number: 1,
+            protocol: None,
+            start_us: 1,
+            restarts: 0,
+            hello: None,
+            disks: kept.disks.clone(),
+            files: kept.files.clone(),
+            memory: None,
+            again: None,
+        }
+    }
+
+    #[test]
+    fn a_worker_gets_back_only_files_that_it_had() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = disk(folder.path());
+        let papers = Papers::new(Some(folder.path()), std::slice::from_ref(&disk), None, None).unwrap();
+        let record = record(&papers);
+        let open = |name: &str| File::open(folder.path().join(name)).unwrap();
+        let mut told = vec![disk.spec()];
+        let disks = record.disks(&told, vec![open("base"), open("overlay")]).unwrap();
+        assert!(disks[0].base.foreign && disks[0].layers.is_empty() && disks[0].overlay.is_some());
+        // A name for another file, one too few, one too many, another disk.
+        file(folder.path(), "secret");
+        assert!(record.disks(&told, vec![open("base"), open("secret")]).is_err());
+        assert!(record.disks(&told, vec![open("base")]).is_err());
+        assert!(record.disks(&told, vec![open("base"), open("overlay"), open("base")]).is_err());
+        told.push(disk.spec());
+        assert!(record.disks(&told, vec![open("base"), open("overlay")]).is_err());
+        // Of what it says of a disk only the layers are believed.
+        told.pop();
+        told[0].bytes = 1 << 40;
+        told[0].layers = 1;
+        let disks = record.disks(&told, vec![open("base"), open("overlay"), open("overlay")]).unwrap();
+        assert_eq!((disks[0].bytes, disks[0].layers.len()), (4096, 1));
+    }
+
+    #[test]
+    fn half_a_record_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = || Record::read(folder.path());
+        assert!(matches!(read(), Ok(None)));
+        let path = folder.path().join(RECORD);
+        fs::write(&path, "").unwrap();
+        assert!(matches!(read(), Ok(None)));
+        let whole = serde_json::to_vec(&record(&Papers::new(None, &[], None, None).unwrap())).unwrap();
+        fs::write(&path, &whole).unwrap();
+        assert!(matches!(read(), Ok(Some(_))));
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        assert!(matches!(read(), Err(Unreadable::Damaged(_))));
+        let newer = String::from_utf8(whole).unwrap().replace("\"format\":1", "\"format\":2");
+        fs::write(&path, newer).unwrap();
+        assert!(matches!(read(), Err(Unreadable::OtherVersion(2))));
+    }
+}
