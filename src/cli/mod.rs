@@ -20,6 +20,7 @@ mod service;
 mod snapshot;
 mod tiny;
 mod token;
+mod top;
 mod units;
 mod vm;
 mod watch;
@@ -70,6 +71,9 @@ enum Command {
     /// Boot a kernel, run one command on its console and end with its status: for kernel developers' loops.
     #[command(after_help = run::EXAMPLES)]
     Run(run::Arguments),
+    /// Watch the service: VMs, clones, pools and functions, what they do and how long it takes.
+    #[command(after_help = top::EXAMPLES)]
+    Top(top::Arguments),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -118,6 +122,7 @@ pub fn main() -> ExitCode {
         Command::Watch(arguments) => run(watch::run(arguments)),
         Command::Demo(arguments) => run(demo::run(arguments)),
         Command::Run(arguments) => run(run::run(arguments)),
+        Command::Top(arguments) => run(top::run(arguments)),
         Command::Bench(command) => run(bench::run(command)),
         Command::Config(command) => config::run(command),
         Command::Completions { shell } => manual::completions(shell),
