@@ -1,4 +1,4 @@
-//! Counts and times every request, whatever service it is for and however it ends: refused by the guard, answered, failed in the middle of a
+//! Counts and times every request, and begins and ends its trace, whatever service it is for and however it ends: refused by the guard, answered, failed in the middle of a
 //! stream, given up by its caller.
 
 use std::convert::Infallible;
@@ -16,6 +16,7 @@ use tower::{Layer, Service};
 
 use super::auth::methods;
 use crate::telemetry::metrics;
+use crate::telemetry::trace::RequestSpan;
 
 /// Puts [`Measured`] around the services.
 #[derive(Debug, Clone, Copy)]
@@ -47,11 +48,14 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let under_way = UnderWay::begin(methods::name_of(request.uri().path()));
+        let method = methods::name_of(request.uri().path());
+        let mut under_way = UnderWay::begin(method, RequestSpan::begin(method, request.headers()));
         let answering = self.0.call(request);
         Box::pin(async move {
-            let mut under_way = under_way;
-            let response = answering.await?;
+            let response = match &under_way.span {
+                Some(span) => span.around(answering).await?,
+                None => answering.await?,
+            };
             // What fails before it has an answer says so at once.
             if let Some(code) = code_in(response.headers()) {
                 under_way.end(code);
@@ -66,16 +70,20 @@ struct UnderWay {
     method: &'static str,
     begun: Instant,
     ended: bool,
+    span: Option<RequestSpan>,
 }
 
 impl UnderWay {
-    fn begin(method: &'static str) -> Self {
-        Self { method, begun: Instant::now(), ended: false }
+    fn begin(method: &'static str, span: Option<RequestSpan>) -> Self {
+        Self { method, begun: Instant::now(), ended: false, span }
     }
 
     fn end(&mut self, code: Code) {
         if !std::mem::replace(&mut self.ended, true) {
             metrics().request(self.method, name(code), self.begun.elapsed());
+            if let Some(span) = self.span.take() {
+                span.end(code.into(), name(code));
+            }
         }
     }
 }

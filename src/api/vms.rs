@@ -27,6 +27,7 @@ use crate::fleet::limits::{
     CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT, STOP_TIMEOUT_DEFAULT, STOP_TIMEOUT_MAX,
 };
 use crate::fleet::vm::Vm;
+use crate::telemetry::trace::Place;
 
 /// Events of one cold boot that the client has not taken yet.
 const PROGRESS_MAX: usize = 256;
@@ -96,7 +97,7 @@ impl VmService for Vms {
         let (events, stream) = mpsc::channel(PROGRESS_MAX);
         let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
         let fleet = Arc::clone(&self.fleet);
-        tokio::spawn(async move {
+        let booting = async move {
             let boot = fleet.create_vm(request, progress_in);
             tokio::pin!(boot);
             let end = loop {
@@ -129,7 +130,8 @@ impl VmService for Vms {
             }
             let last = end.map(|new| event(proto::create_vm_event::Event::Ready(convert::vm(&new.vm))));
             let _ = events.send(last.map_err(Status::from)).await;
-        });
+        };
+        tokio::spawn(Place::carry(Place::here(), booting));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 

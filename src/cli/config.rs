@@ -324,6 +324,7 @@ fn sample_of(key: &str) -> &'static str {
         "tokens" => "/etc/coldspark/tokens",
         "memory-reserve" => "2G",
         "metrics" => "127.0.0.1:9464",
+        "otlp" => "http://127.0.0.1:4318",
         _ => "",
     }
 }

@@ -19,6 +19,7 @@ use crate::api::auth::tls::TlsFiles;
 use crate::api::listen::{Listeners, Port, Socket};
 use crate::api::{scrape, server};
 use crate::fleet::{Config, Fleet};
+use crate::telemetry::trace::{Collector, Traces};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -73,6 +74,12 @@ struct SeeingArguments {
     #[arg(long, env = "COLDSPARK_METRICS_INSECURE", value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     metrics_insecure: bool,
+    /// Send traces to this collector by OTLP over HTTP, as http://127.0.0.1:4318
+    #[arg(long, env = "COLDSPARK_OTLP", value_name = "URL")]
+    otlp: Option<Collector>,
+    /// Of how many requests in a hundred, where the caller has not decided it (traceparent)
+    #[arg(long, env = "COLDSPARK_OTLP_SHARE", value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u32).range(0..=100))]
+    otlp_share: u32,
 }
 
 impl SeeingArguments {
@@ -87,6 +94,12 @@ impl SeeingArguments {
             ),
             _ => Ok(()),
         }
+    }
+
+    /// Begins to send traces, if somewhere takes them.
+    fn traces(&self) -> anyhow::Result<Option<Traces>> {
+        let Some(collector) = &self.otlp else { return Ok(None) };
+        Ok(Some(Traces::begin(collector, self.otlp_share)?))
     }
 
     /// Where metrics are given, if they are.
@@ -220,6 +233,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let socket = Socket::bind_for(&path, guard.socket_for()).await?;
     let port = arguments.access.port().await?;
     let metrics = arguments.seeing.endpoint().await?;
+    let traces = arguments.seeing.traces()?;
     let listeners = Listeners::new(socket, port, Arc::clone(&guard));
     let config = Config {
         data_dir: arguments.data_dir.clone(),
@@ -275,6 +289,10 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         _ = interrupt.recv() => {}
     }
     let _ = tokio::time::timeout(if keep { GRACE_KEPT } else { GRACE }, serving).await;
+    if let Some(traces) = traces {
+        // A failure of the task is one of the exporter's.
+        let _ = tokio::task::spawn_blocking(|| traces.end()).await;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

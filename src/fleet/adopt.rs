@@ -215,6 +215,7 @@ impl Fleet {
             vcpus: record.vcpus,
             memory_bytes: record.memory_bytes,
             generation: record.generation,
+            host_name: Mutex::new(record.host_name),
             memory_mode: record.memory_mode,
             networks: record.networks,
             created_unix_ms: record.created_unix_ms,

@@ -12,6 +12,7 @@ use prost::bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
 use super::agent::AgentClient;
+use super::clones::parts;
 use super::console::{Console, Output};
 use super::disk_files::{self, DiskFile};
 use super::disks::{VmDisk, VmFolder};
@@ -29,7 +30,7 @@ use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id, watchdog};
 use crate::agent::Hello;
-use crate::telemetry::metrics;
+use crate::telemetry::{metrics, trace};
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{
     BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
@@ -350,6 +351,10 @@ impl Fleet {
         let _ = progress.try_send(Progress::Phase(Phase { name: "ready".to_owned(), us: start_us }));
         let known: u64 = steps.iter().map(|step| u64::from(step.us)).sum();
         steps.push(step("guest", start_us.saturating_sub(known)));
+        if let Some(here) = trace::Place::here() {
+            let about = vec![("coldspark.vm", vm.id.clone()), ("coldspark.kernel", vm.kernel.clone())];
+            trace::Road { name: "boot", began: arrived, parts: parts(&steps), about }.tell(here);
+        }
         vm.change(|status| {
             status.start_us = start_us;
             status.steps = steps;

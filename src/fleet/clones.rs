@@ -22,8 +22,8 @@ use super::vm::{Origin, Vm};
 use super::{Fleet, id, identity};
 use crate::agent::{AgentReply, AgentRequest};
 use crate::snapshot::working_set::Touched;
-use crate::telemetry::metrics;
 use crate::telemetry::metrics::Mode;
+use crate::telemetry::{metrics, trace};
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{LinkKind, MemoryMode, Reply, Request, RestoreSpec, Restored, Step};
 
@@ -108,12 +108,11 @@ impl Fleet {
         for index in 0..request.count {
             let (fleet, source, request) = (Arc::clone(self), Arc::clone(&source), request.clone());
             let (networks, place) = (networks.clone(), Place { name: names.next(), ..Place::default() });
-            clones.spawn(async move {
-                Ok::<_, FleetError>((
-                    index,
-                    fleet.clone_one(source, request, networks, place, arrived).await?.0,
-                ))
-            });
+            let clone = async move {
+                let clone = fleet.clone_one(source, request, networks, place, arrived).await?.0;
+                Ok::<_, FleetError>((index, clone))
+            };
+            clones.spawn(trace::Place::carry(trace::Place::here(), clone));
         }
         let mut guards = Vec::with_capacity(request.count as usize);
         while let Some(clone) = clones.join_next().await {
@@ -155,7 +154,7 @@ impl Fleet {
             None => source.disks(&mut shell.folder)?,
         };
         if request.managed && source.hello.as_deref().is_some_and(identity::is_told_all) {
-            network::own_addresses(&mut networks, &source.networks, &folder.id());
+            network::own_addresses(&mut networks, &source.networks, &shell.folder.id());
         }
         let facts = &source.open.manifest.facts;
         let faults = match request.memory_mode {
@@ -262,6 +261,14 @@ impl Fleet {
             clock.lap("first call");
         }
         let start_us = micros(arrived);
+        if let Some(here) = trace::Place::here() {
+            let about = vec![
+                ("coldspark.vm", started.vm.id.clone()),
+                ("coldspark.snapshot", source.label().to_owned()),
+                ("coldspark.memory_mode", mode(request.memory_mode).name().to_owned()),
+            ];
+            trace::Road { name: "clone", began: arrived, parts: parts(&clock.steps), about }.tell(here);
+        }
         started.vm.change(|status| {
             status.start_us = start_us;
             status.steps = clock.steps;
@@ -297,6 +304,13 @@ async fn restore(
         Err(FleetError::Channel(ChannelError::Closed)) => Err(FleetError::Ended(started.vm.ended().await)),
         Err(error) => Err(error),
     }
+}
+
+/// Steps as parts of a trace.
+pub(super) fn parts(steps: &[Step]) -> Vec<trace::Part> {
+    let part =
+        |step: &Step| trace::Part { name: step.name.clone(), took: Duration::from_micros(step.us.into()) };
+    steps.iter().map(part).collect()
 }
 
 /// As metrics call it.

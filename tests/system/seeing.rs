@@ -1,15 +1,17 @@
-//! What the service tells of itself: metrics over HTTP and gRPC.
+//! What the service tells of itself: metrics over HTTP and gRPC, and in `coldspark top`; traces to a collector.
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::*;
 use coldspark::telemetry::exposition::{Sample, Samples};
 use libtest_mimic::Trial;
+use prost::Message as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::mpsc;
 
 use crate::client::Client;
 use crate::daemon::{Daemon, eventually, program};
@@ -20,6 +22,8 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("seeing/metrics", &[Need::Kvm, Need::Userfault], 120, metrics),
         trial("seeing/metrics-endpoint", &[], 60, endpoint),
+        trial("seeing/traces", &[Need::Kvm], 120, traces),
+        trial("seeing/top", &[Need::Kvm], 120, top),
     ]
 }
 
@@ -213,6 +217,201 @@ async fn endpoint(stage: Stage) -> anyhow::Result<()> {
         // Closed, by a reset or not.
         let _ = stream.read_to_end(&mut left).await;
         ensure!(!String::from_utf8_lossy(&left).contains("200 OK"));
+    }
+    Ok(())
+}
+
+// === top ===
+
+/// Runs `coldspark top` as a user would.
+fn run_top(socket: &Path, arguments: &[&str]) -> anyhow::Result<Output> {
+    let mut command = Command::new(program());
+    command.arg("top").args(arguments).arg("--socket").arg(socket).stdin(Stdio::null());
+    Ok(command.output()?)
+}
+
+async fn top(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let source = client.boot_embedded(64 << 20).await?;
+    client.snapshot(&source.id, "watched").await?;
+    client.delete_vm(&source.id).await?;
+
+    // It looks while clones are made.
+    let socket = daemon.socket();
+    let looking = {
+        let socket = socket.clone();
+        tokio::task::spawn_blocking(move || run_top(&socket, &["--once", "--json", "--interval", "3s"]))
+    };
+    let mut clones = 0;
+    while !looking.is_finished() {
+        let made = client.clone_vms("watched", 1, MemoryMode::Mapped, Identity::Managed).await?;
+        for vm in made {
+            client.delete_vm(&vm.id).await?;
+        }
+        clones += 1;
+    }
+    ensure!(clones > 0);
+    let output = looking.await??;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let seen: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let number = |pointer: &str| seen.pointer(pointer).and_then(serde_json::Value::as_f64);
+    ensure!(number("/clones/per_s").is_some_and(|rate| rate > 0.0), "{seen}");
+    let (p50, p99) = (number("/clones/p50_ms"), number("/clones/p99_ms"));
+    ensure!(p50.is_some() && p50 <= p99, "{seen}");
+    ensure!(number("/deletions/per_s").is_some_and(|rate| rate > 0.0), "{seen}");
+    ensure!(
+        seen.pointer("/snapshots/0/name").and_then(serde_json::Value::as_str) == Some("watched"),
+        "{seen}"
+    );
+    ensure!(number("/vms/limit") == Some(1024.0), "{seen}");
+
+    // For people; nothing is done meanwhile.
+    let output = run_top(&socket, &["--once", "--interval", "200ms"])?;
+    let text = String::from_utf8(output.stdout)?;
+    ensure!(output.status.success() && text.contains("no clones") && text.contains("watched"), "{text}");
+    // Not into a file.
+    let output = run_top(&socket, &[])?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success() && said.contains("--once"), "{said}");
+    ensure!(output.stdout.is_empty(), "escape sequences went into a file");
+    Ok(())
+}
+
+// === traces ===
+
+/// A collector: takes what is posted, one request a connection, and gives the spans.
+async fn collect(listener: TcpListener, spans: mpsc::Sender<Vec<trace_v1::Span>>) -> anyhow::Result<()> {
+    loop {
+        let (mut stream, _) = listener.accept().await?;
+        let mut said = Vec::new();
+        let (head, body) = loop {
+            ensure!(stream.read_buf(&mut said).await? > 0, "the exporter hung up");
+            let Some(end) = said.windows(4).position(|four| four == b"\r\n\r\n") else { continue };
+            let head = String::from_utf8(said[..end].to_vec())?.to_ascii_lowercase();
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            let length: usize = length.context("no length")?.trim().parse()?;
+            if said.len() >= end + 4 + length {
+                break (head, said[end + 4..].to_vec());
+            }
+        };
+        ensure!(head.starts_with("post /v1/traces http/1.1"), "{head}");
+        ensure!(head.contains("content-type: application/x-protobuf"), "{head}");
+        let request = trace_v1::ExportTraceServiceRequest::decode(&body[..])?;
+        for resource in request.resource_spans {
+            for scope in resource.scope_spans {
+                spans.send(scope.spans).await?;
+            }
+        }
+        // When it has this it may end.
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await?;
+    }
+}
+
+/// As much of opentelemetry.proto.trace.v1 as is looked at.
+mod trace_v1 {
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ExportTraceServiceRequest {
+        #[prost(message, repeated, tag = "1")]
+        pub resource_spans: Vec<ResourceSpans>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ResourceSpans {
+        #[prost(message, repeated, tag = "2")]
+        pub scope_spans: Vec<ScopeSpans>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct ScopeSpans {
+        #[prost(message, repeated, tag = "2")]
+        pub spans: Vec<Span>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    pub struct Span {
+        #[prost(bytes = "vec", tag = "1")]
+        pub trace_id: Vec<u8>,
+        #[prost(bytes = "vec", tag = "2")]
+        pub span_id: Vec<u8>,
+        #[prost(bytes = "vec", tag = "4")]
+        pub parent_span_id: Vec<u8>,
+        #[prost(string, tag = "5")]
+        pub name: String,
+        #[prost(fixed64, tag = "7")]
+        pub start_time_unix_nano: u64,
+        #[prost(fixed64, tag = "8")]
+        pub end_time_unix_nano: u64,
+    }
+}
+
+async fn traces(stage: Stage) -> anyhow::Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let collector = format!("http://{}", listener.local_addr()?);
+    let (sent, mut received) = mpsc::channel(256);
+    let collecting = tokio::spawn(collect(listener, sent));
+    let mut daemon = Daemon::start_with(&stage, &["--otlp".into(), collector]).await?;
+    let mut client = daemon.client().await?;
+    let source = client.boot_embedded(64 << 20).await?;
+    client.snapshot(&source.id, "traced").await?;
+
+    // A caller that is traced itself.
+    let (trace_id, parent) = ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7");
+    let mut request = tonic::Request::new(CloneVmRequest {
+        snapshot: "traced".into(),
+        count: 2,
+        identity: Identity::Managed.into(),
+        ..Default::default()
+    });
+    request.metadata_mut().insert("traceparent", format!("00-{trace_id}-{parent}-01").parse()?);
+    client.vms.clone_vm(request).await?;
+    // One that wants no trace.
+    let unwanted = "0af7651916cd43dd8448eb211c80319c";
+    let mut request = tonic::Request::new(ListVmsRequest::default());
+    request.metadata_mut().insert("traceparent", format!("00-{unwanted}-{parent}-00").parse()?);
+    client.vms.list_vms(request).await?;
+    // What is left is sent at the end.
+    ensure!(daemon.stop().await?.success());
+    collecting.abort();
+    if let Ok(Err(error)) = collecting.await {
+        return Err(error);
+    }
+    let mut spans = Vec::new();
+    while let Ok(more) = received.try_recv() {
+        spans.extend(more);
+    }
+
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    ensure!(!spans.iter().any(|span| hex(&span.trace_id) == unwanted), "a span that nobody wanted");
+    let boot = spans.iter().find(|span| span.name == "boot").context("no boot")?;
+    let created = spans.iter().find(|span| span.span_id == boot.parent_span_id).context("its request")?;
+    ensure!(created.name == "coldspark.v1.VmService/CreateVm", "{created:?}");
+    let mine: Vec<_> = spans.iter().filter(|span| hex(&span.trace_id) == trace_id).collect();
+    let inside = |span: &trace_v1::Span| -> Vec<&trace_v1::Span> {
+        mine.iter().filter(|inner| inner.parent_span_id == span.span_id).copied().collect()
+    };
+    let request =
+        mine.iter().find(|span| span.name == "coldspark.v1.VmService/CloneVm").context("no request")?;
+    ensure!(hex(&request.parent_span_id) == parent, "it is the caller's");
+    let clones = inside(request);
+    ensure!(clones.len() == 2 && clones.iter().all(|span| span.name == "clone"), "{clones:?}");
+    for clone in clones {
+        let steps = inside(clone);
+        for name in ["shell", "prepare", "restore", "identity"] {
+            let step =
+                steps.iter().find(|span| span.name == name).with_context(|| format!("no step {name}"))?;
+            ensure!(
+                clone.start_time_unix_nano <= step.start_time_unix_nano,
+                "{step:?} begins before {clone:?}"
+            );
+            // Steps are whole microseconds.
+            ensure!(
+                step.end_time_unix_nano <= clone.end_time_unix_nano + 10_000,
+                "{step:?} ends after {clone:?}"
+            );
+        }
+        let restore = steps.iter().find(|span| span.name == "restore").context("restore")?;
+        ensure!(!inside(restore).is_empty(), "no steps of the worker");
     }
     Ok(())
 }

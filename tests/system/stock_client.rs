@@ -20,7 +20,7 @@ use crate::daemon::{Daemon, connect, eventually};
 use crate::host::{Need, PYTHON};
 use crate::trial::{Stage, trial};
 
-const SERVICES: [&str; 7] = [
+const SERVICES: [&str; 8] = [
     "ImageService",
     "VmService",
     "SnapshotService",
@@ -28,6 +28,7 @@ const SERVICES: [&str; 7] = [
     "PoolService",
     "FunctionService",
     "EventService",
+    "MetricsService",
 ];
 
 pub fn trials() -> Vec<Trial> {

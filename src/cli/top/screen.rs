@@ -39,6 +39,7 @@ async fn show(
 ) -> anyhow::Result<()> {
     // Signals that would end it without a word to the terminal.
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut interrupt = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
     let mut hang_up = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -51,6 +52,7 @@ async fn show(
     loop {
         tokio::select! {
             _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
             _ = hang_up.recv() => return Ok(()),
             _ = ticks.tick() => view = Some(watch.look().await?),
             _ = keys.tick() => match wish()? {

@@ -16,6 +16,7 @@ use crate::fleet::exec::{self, Outcome};
 use crate::fleet::pools::TakeVm;
 use crate::fleet::streams::Stream;
 use crate::fleet::vm::Vm;
+use crate::telemetry::trace;
 
 /// Most of each of stdout and stderr in one answer.
 pub const OUTPUT_BYTES_MAX: usize = 512 << 10;
@@ -136,6 +137,16 @@ pub struct Invoked {
     pub timings: Timings,
 }
 
+impl Timings {
+    fn parts(&self) -> Vec<trace::Part> {
+        let parts =
+            [("queue", self.queue_us), ("vm", self.vm_us), ("start", self.start_us), ("run", self.run_us)];
+        let part =
+            |(name, us): (&str, u64)| trace::Part { name: name.into(), took: Duration::from_micros(us) };
+        parts.map(part).into()
+    }
+}
+
 fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
@@ -189,12 +200,17 @@ impl Fleet {
 
     /// Runs an invocation to its end: `payload` is all of the handler's stdin.
     pub async fn invoke(self: &Arc<Self>, request: Invoke, payload: Bytes) -> Result<Invoked, FleetError> {
+        let (arrived, name) = (Instant::now(), request.function.clone());
         let invocation = self.begin_invocation(request).await?;
         let outcome = exec::converse(&invocation.stream, payload, OUTPUT_BYTES_MAX);
         match tokio::time::timeout_at(invocation.deadline, outcome).await {
             Ok(Ok(outcome)) => {
                 let (vm, came) = (Arc::clone(&invocation.vm), invocation.came);
                 let timings = invocation.ended(&outcome.end);
+                if let Some(here) = trace::Place::here() {
+                    let about = vec![("coldspark.function", name), ("coldspark.vm", vm.id.clone())];
+                    trace::Road { name: "invoke", began: arrived, parts: timings.parts(), about }.tell(here);
+                }
                 Ok(Invoked { outcome, vm, came, timings })
             }
             Ok(Err(error)) => Err(invocation.lost(error)),
