@@ -515,7 +515,10 @@ async fn clones_made_ahead(stage: Stage) -> anyhow::Result<()> {
     .await?;
     let vms = daemon.data.join("vms");
     eventually("no overlays are left", 30, async || {
-        Ok(std::fs::read_dir(&vms)?.flatten().all(|entry| entry.file_name() == ".lock"))
+        // Shells have folders with other things in them.
+        let folders = std::fs::read_dir(&vms)?.flatten();
+        let files = folders.filter_map(|folder| std::fs::read_dir(folder.path()).ok()).flatten().flatten();
+        Ok(!files.map(|file| file.file_name()).any(|name| name.to_string_lossy().contains(".overlay.")))
     })
     .await
 }
