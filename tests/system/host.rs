@@ -121,6 +121,12 @@ pub fn freebsd_soak() -> Result<(u32, u32), String> {
     counts.ok_or_else(|| format!("{SOAK} is {given:?}, not BOOTS,RESTORES"))
 }
 
+/// How long load and faults are to go on.
+pub fn faults_seconds() -> u64 {
+    let given = std::env::var("COLDSPARK_FAULTS_SECONDS").unwrap_or_default();
+    given.parse().unwrap_or(if in_rig() { 40 } else { 20 })
+}
+
 /// The Firecracker of the user's.
 pub fn firecracker() -> Result<PathBuf, String> {
     path_from("COLDSPARK_FIRECRACKER", "no Firecracker given to compare with")

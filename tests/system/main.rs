@@ -14,6 +14,7 @@
 //! | `events` | Watch, by a client and by `coldspark watch` |
 //! | `adopt` | VMs that outlive a daemon, and the next one that goes on with them |
 //! | `death` | workers and daemons that are killed |
+//! | `faults` | load, while workers and the daemon are killed and clients vanish |
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
 //! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
@@ -44,6 +45,7 @@ mod disks;
 mod embedded;
 mod events;
 mod exec;
+mod faults;
 mod freebsd;
 mod freebsd_agent;
 mod functions;
@@ -83,6 +85,7 @@ fn main() -> ExitCode {
         working_set::trials(),
         death::trials(),
         workers::trials(),
+        faults::trials(),
         adopt::trials(),
         bad_input::trials(),
         many_cpus::trials(),
