@@ -53,6 +53,7 @@ mod images;
 mod linux;
 mod load;
 mod many_cpus;
+mod netns;
 mod network;
 mod pools;
 mod seeing;
@@ -92,6 +93,7 @@ fn main() -> ExitCode {
         images::trials(),
         linux::trials(),
         network::trials(),
+        netns::trials(),
         pools::trials(),
         functions::trials(),
         seeing::trials(),
