@@ -15,7 +15,13 @@ pub fn requests_in(interfaces: Vec<proto::NetworkInterface>) -> Result<Vec<Netwo
 fn request_in(interface: proto::NetworkInterface) -> Result<NetworkRequest, Status> {
     use proto::network_interface::Link;
     let link = match interface.link {
-        Some(Link::Tap(name)) => LinkRequest::Tap(name),
+        Some(Link::Tap(name)) => {
+            let netns = Some(interface.netns).filter(|netns| !netns.is_empty());
+            LinkRequest::Tap { name, netns }
+        }
+        _ if !interface.netns.is_empty() => {
+            return Err(invalid("`netns` says where a TAP is; set `tap`, or leave it out"));
+        }
         Some(Link::Down(false)) => return Err(invalid("`down` must be true when it is set")),
         Some(Link::Down(true)) | None => LinkRequest::Down,
     };
@@ -82,9 +88,10 @@ mod tests {
             link: Some(Link::Tap("tap0".into())),
             mac: vec![2, 0, 0, 0, 0, 1].into(),
             mtu: 9000,
+            netns: "blue".into(),
         };
         let expected = NetworkRequest {
-            link: LinkRequest::Tap("tap0".into()),
+            link: LinkRequest::Tap { name: "tap0".into(), netns: Some("blue".into()) },
             mac: Some([2, 0, 0, 0, 0, 1]),
             mtu: Some(9000),
         };
@@ -93,6 +100,8 @@ mod tests {
         assert_eq!(requests_in(vec![Default::default()]).unwrap(), [none]);
         for wrong in [
             proto::NetworkInterface { link: Some(Link::Down(false)), ..interface.clone() },
+            proto::NetworkInterface { link: Some(Link::Down(true)), ..interface.clone() },
+            proto::NetworkInterface { link: None, ..interface.clone() },
             proto::NetworkInterface { mac: vec![2; 5].into(), ..interface.clone() },
             proto::NetworkInterface { mtu: 65_536, ..interface },
         ] {

@@ -3,6 +3,9 @@
 //! A TAP is made by the host's administrator, never here: an interface that does not exist is an error, although
 //! TUNSETIFF would make one. The daemon keeps no descriptor of it: a TAP is free again when its VM has ended.
 //!
+//! A TAP may be in a network namespace of the host, so that clones with the same addresses run side by side. A thread of its own
+//! enters the namespace, opens the TAP there and ends: no thread that serves anything else is ever in another namespace.
+//!
 //! Facts: Linux's `Documentation/networking/tuntap.rst` and `drivers/net/tun.c` (EBUSY: another holds the only queue; EPERM:
 //! neither CAP_NET_ADMIN nor the owner set with `ip tuntap add ... user`; EINVAL: not a TAP, or one with other flags).
 
@@ -11,6 +14,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +27,11 @@ const HEADER_BYTES: libc::c_int = 12;
 /// Least and most MTU (virtio 1.2 clause 5.1.4.1; a frame of it with tags still has 16 bits of length).
 pub const MTU_MIN: u16 = 68;
 pub const MTU_MAX: u16 = 65_521;
+
+/// Where `ip netns add` keeps the network namespaces that have names.
+const NETNS_FOLDER: &str = "/run/netns";
+/// Longest name of a namespace: that of a file.
+const NETNS_NAME_MAX: usize = 255;
 
 /// Why a network interface cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +82,20 @@ pub enum NetworkError {
         "/dev/net/tun cannot be opened: {0}; load the kernel module tun, and let the service's user open the device"
     )]
     NoTun(io::Error),
+    #[error(
+        "{0:?} is no name of a network namespace: use 1 to {NETNS_NAME_MAX} bytes without blanks, control characters and '/'"
+    )]
+    NetnsName(String),
+    #[error("this host has no network namespace {0:?}; make it first: `ip netns add {0}`, and its TAP in it")]
+    NetnsMissing(String),
+    #[error(
+        "this service may not enter network namespaces; give it CAP_SYS_ADMIN and CAP_NET_ADMIN, or use TAPs of its own namespace"
+    )]
+    NetnsForbidden,
+    #[error("network namespace {name}: {call}: {source}")]
+    Netns { name: String, call: &'static str, source: io::Error },
+    #[error("in network namespace {netns}: {source}")]
+    Within { netns: String, source: Box<NetworkError> },
     #[error("TAP {name}: {call}: {source}")]
     Tap { name: String, call: &'static str, source: io::Error },
 }
@@ -90,15 +113,19 @@ impl NetworkError {
             | Self::CloneMtu
             | Self::CloneMac
             | Self::Shared { .. }
+            | Self::NetnsName(_)
             | Self::TooManyLinks { .. } => Kind::InvalidArgument,
-            Self::Missing(_) => Kind::NotFound,
+            Self::Missing(_) | Self::NetnsMissing(_) => Kind::NotFound,
+            Self::Within { source, .. } => source.kind(),
             Self::Taken(_) | Self::NotATap(_) => Kind::FailedPrecondition,
-            Self::Forbidden(_) => Kind::PermissionDenied,
+            Self::Forbidden(_) | Self::NetnsForbidden => Kind::PermissionDenied,
             Self::NoTun(source) if source.kind() == io::ErrorKind::PermissionDenied => Kind::PermissionDenied,
-            Self::NoTun(source) | Self::Tap { source, .. } => match source.raw_os_error() {
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Kind::ResourceExhausted,
-                _ => Kind::FailedPrecondition,
-            },
+            Self::NoTun(source) | Self::Tap { source, .. } | Self::Netns { source, .. } => {
+                match source.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Kind::ResourceExhausted,
+                    _ => Kind::FailedPrecondition,
+                }
+            }
         }
     }
 }
@@ -107,7 +134,11 @@ impl NetworkError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LinkRequest {
     /// A TAP of the host, by name.
-    Tap(String),
+    Tap {
+        name: String,
+        /// Name of the network namespace that it is in; `None`: the service's own.
+        netns: Option<String>,
+    },
     /// Nothing: the guest sees an interface whose link is down.
     Down,
 }
@@ -142,14 +173,18 @@ impl LinkRequest {
     /// For people.
     pub fn text(&self) -> String {
         match self {
-            Self::Tap(name) => format!("TAP {name}"),
+            Self::Tap { name, netns: None } => format!("TAP {name}"),
+            Self::Tap { name, netns: Some(netns) } => format!("TAP {name} in network namespace {netns}"),
             Self::Down => "no link".to_owned(),
         }
     }
 
     fn check(&self) -> Result<(), NetworkError> {
         match self {
-            Self::Tap(name) => check_interface_name(name),
+            Self::Tap { name, netns } => {
+                check_interface_name(name)?;
+                netns.as_deref().map_or(Ok(()), check_netns_name)
+            }
             Self::Down => Ok(()),
         }
     }
@@ -157,7 +192,13 @@ impl LinkRequest {
     /// Opens it. Waits for the host's network configuration to be free for a moment.
     pub fn open(&self) -> Result<OpenLink, NetworkError> {
         match self {
-            Self::Tap(name) => Ok(OpenLink { kind: LinkKind::Tap, fd: Some(open_tap(name)?) }),
+            Self::Tap { name, netns } => {
+                let fd = match netns {
+                    None => open_tap(name)?,
+                    Some(netns) => within(netns, || open_tap(name))?,
+                };
+                Ok(OpenLink { kind: LinkKind::Tap, fd: Some(fd) })
+            }
             Self::Down => Ok(OpenLink { kind: LinkKind::Down, fd: None }),
         }
     }
@@ -283,6 +324,49 @@ fn check_interface_name(name: &str) -> Result<(), NetworkError> {
     if good { Ok(()) } else { Err(NetworkError::Name(name.to_owned())) }
 }
 
+/// A name of a file in [`NETNS_FOLDER`], and no path.
+fn check_netns_name(name: &str) -> Result<(), NetworkError> {
+    let good = (1..=NETNS_NAME_MAX).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
+    if good { Ok(()) } else { Err(NetworkError::NetnsName(name.to_owned())) }
+}
+
+/// Runs `work` on a thread of its own that is in the network namespace `netns`, and waits for it. (A TAP belongs to the
+/// namespace in which `/dev/net/tun` was opened; its descriptor then works anywhere.)
+fn within<T: Send>(
+    netns: &str,
+    work: impl FnOnce() -> Result<T, NetworkError> + Send,
+) -> Result<T, NetworkError> {
+    let failed = |call, source: io::Error| NetworkError::Netns { name: netns.to_owned(), call, source };
+    let namespace = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+        .open(Path::new(NETNS_FOLDER).join(netns))
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => NetworkError::NetnsMissing(netns.to_owned()),
+            io::ErrorKind::PermissionDenied => NetworkError::NetnsForbidden,
+            _ => failed("open", source),
+        })?;
+    std::thread::scope(|scope| {
+        let enter = || {
+            // SAFETY: setns takes a descriptor, which lives through the call, and moves this thread only, which ends below.
+            if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } < 0 {
+                let source = io::Error::last_os_error();
+                return Err(match source.raw_os_error() {
+                    Some(libc::EPERM) => NetworkError::NetnsForbidden,
+                    _ => failed("setns", source),
+                });
+            }
+            work().map_err(|source| NetworkError::Within { netns: netns.to_owned(), source: source.into() })
+        };
+        let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, enter);
+        let thread = thread.map_err(|source| failed("starting a thread", source))?;
+        thread.join().unwrap_or_else(|_| Err(failed("thread", io::Error::other("it ended in a panic"))))
+    })
+}
+
 /// A locally administered address from the random bytes of the VM's id, another for each interface.
 fn derived_mac(vm_id: &str, index: usize) -> [u8; 6] {
     let digits: Vec<u8> =
@@ -375,7 +459,7 @@ mod tests {
     use super::*;
 
     fn tap(name: &str) -> NetworkRequest {
-        NetworkRequest { link: LinkRequest::Tap(name.into()), mac: None, mtu: None }
+        NetworkRequest { link: LinkRequest::Tap { name: name.into(), netns: None }, mac: None, mtu: None }
     }
 
     fn down() -> NetworkRequest {
@@ -411,6 +495,15 @@ mod tests {
         for name in ["", ".", "..", "a b", "tap%d", "a/b", "sixteen-bytes-xx", "ä", "a\n"] {
             assert!(matches!(plan(&[tap(name)], id), Err(NetworkError::Name(_))), "{name:?}");
         }
+        let inside = |netns: &str| NetworkRequest {
+            link: LinkRequest::Tap { name: "t".into(), netns: Some(netns.into()) },
+            ..down()
+        };
+        for netns in ["", ".", "..", "a b", "../x", "ä", &"x".repeat(256)] {
+            assert!(matches!(plan(&[inside(netns)], id), Err(NetworkError::NetnsName(_))), "{netns:?}");
+        }
+        assert!(plan(&[inside("blue"), inside("red"), tap("t")], id).is_ok(), "three TAPs of one name");
+        assert!(matches!(plan(&[inside("blue"), inside("blue")], id), Err(NetworkError::Twice(_))));
         let with = |mac, mtu| plan(&[NetworkRequest { mac, mtu, ..tap("t") }], id);
         assert!(matches!(with(Some([1, 0, 0, 0, 0, 0]), None), Err(NetworkError::Mac(_))));
         assert!(matches!(with(Some([0; 6]), None), Err(NetworkError::Mac(_))));
@@ -428,7 +521,10 @@ mod tests {
         let has =
             plan(&[NetworkRequest { mtu: Some(1400), ..tap("a") }, tap("b")], "vm-0123456789ab").unwrap();
         let clones = plan_clones(&[tap("c")], &has, 1, false).unwrap();
-        assert_eq!(clones[0], VmNetwork { link: LinkRequest::Tap("c".into()), ..has[0].clone() });
+        assert_eq!(
+            clones[0],
+            VmNetwork { link: LinkRequest::Tap { name: "c".into(), netns: None }, ..has[0].clone() }
+        );
         assert_eq!(clones[1], VmNetwork { link: LinkRequest::Down, ..has[1].clone() });
         assert_eq!(plan_clones(&[], &has, 64, false).unwrap().len(), 2);
         assert!(matches!(plan_clones(&[tap("c")], &has, 2, false), Err(NetworkError::Shared { count: 2 })));

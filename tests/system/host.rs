@@ -27,6 +27,8 @@ pub enum Need {
     LinuxGuest,
     /// Permission to make a TAP.
     Tap,
+    /// Permission to make a network namespace, and iproute2.
+    Netns,
     /// A FreeBSD kernel and disk of the user's.
     FreeBsd,
     /// One like GENERIC, without virtio_mmio; and the disk.
@@ -63,6 +65,7 @@ impl Need {
             Need::Root => is_root().then_some(()).ok_or_else(|| "only root can be another user".into()),
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
+            Need::Netns => netns().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::PythonGrpc => python_grpc().clone(),
@@ -190,6 +193,11 @@ fn python_grpc() -> &'static Result<(), String> {
 fn tap() -> &'static Result<(), String> {
     static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
     FOUND.get_or_init(crate::tap::available)
+}
+
+fn netns() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(crate::netns::available)
 }
 
 fn is_root() -> bool {

@@ -55,6 +55,7 @@ mod images;
 mod linux;
 mod load;
 mod many_cpus;
+mod netns;
 mod network;
 mod pools;
 mod seeing;
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
         images::trials(),
         linux::trials(),
         network::trials(),
+        netns::trials(),
         pools::trials(),
         functions::trials(),
         seeing::trials(),

@@ -125,7 +125,7 @@ pub struct Arguments {
     /// guest's writes go into the file, otherwise they end with the VM
     #[arg(long = "disk", value_name = "path=FILE[,ro|,persist]", value_parser = disk_file)]
     disks: Vec<proto::DiskFile>,
-    /// A network interface: tap=NAME[,mac=02:00:00:00:00:01][,mtu=1400] or down; may be given 4 times
+    /// A network interface: tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400] or down; may be given 4 times
     #[arg(long = "net", value_name = "LINK", value_parser = super::network::parse_interface)]
     nets: Vec<proto::NetworkInterface>,
     #[command(flatten)]

@@ -44,7 +44,7 @@ pub enum Command {
         /// Name; several get -0, -1, ... added
         #[arg(long, default_value = "")]
         name: String,
-        /// A link for the guest's next network interface: tap=NAME or down; interfaces left over have none
+        /// A link for the guest's next network interface: tap=NAME[,netns=NAME] or down; interfaces left over have none
         #[arg(long = "net", value_name = "LINK", value_parser = network::parse_interface)]
         nets: Vec<proto::NetworkInterface>,
         /// Print JSON

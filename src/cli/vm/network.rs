@@ -6,13 +6,16 @@ use crate::api::proto;
 use crate::api::proto::network_interface::Link;
 use crate::cli::{SocketArgument, output, units};
 
-/// Reads `tap=NAME[,mac=02:00:00:00:00:01][,mtu=1400]` or `down[,...]`.
+/// Reads `tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400]` or `down[,...]`.
 pub fn parse_interface(text: &str) -> Result<proto::NetworkInterface, String> {
-    let usage = "write tap=NAME or down, then perhaps ,mac=02:00:00:00:00:01 and ,mtu=1400";
+    let usage = "write tap=NAME (perhaps with ,netns=NAME) or down, then perhaps ,mac=02:00:00:00:00:01 and ,mtu=1400";
     let mut interface = proto::NetworkInterface::default();
     for part in text.split(',') {
         let taken = match part.split_once('=').unwrap_or((part, "")) {
             ("tap", name) if !name.is_empty() => interface.link.replace(Link::Tap(name.to_owned())).is_some(),
+            ("netns", name) if !name.is_empty() => {
+                !std::mem::replace(&mut interface.netns, name.to_owned()).is_empty()
+            }
             ("down", "") => interface.link.replace(Link::Down(true)).is_some(),
             ("mac", mac) => {
                 let bytes = parse_mac(mac).ok_or_else(|| format!("{mac:?} is no address; {usage}"))?;
@@ -28,6 +31,9 @@ pub fn parse_interface(text: &str) -> Result<proto::NetworkInterface, String> {
         if taken {
             return Err(format!("{text:?} says one thing twice; {usage}"));
         }
+    }
+    if !interface.netns.is_empty() && !matches!(interface.link, Some(Link::Tap(_))) {
+        return Err(format!("{text:?} has a namespace and no TAP in it; {usage}"));
     }
     if interface.link.is_none() {
         return Err(format!("{text:?} has no link; {usage}"));
@@ -120,6 +126,8 @@ mod tests {
         let read = parse_interface("tap=tap0,mac=02:00:00:00:00:fF,mtu=1400").unwrap();
         assert_eq!(read.link, Some(Link::Tap("tap0".into())));
         assert_eq!((&read.mac[..], read.mtu), (&[2, 0, 0, 0, 0, 0xff][..], 1400));
+        let read = parse_interface("tap=tap0,netns=blue").unwrap();
+        assert_eq!((read.link, &read.netns[..]), (Some(Link::Tap("tap0".into())), "blue"));
         assert_eq!(parse_interface("down").unwrap().link, Some(Link::Down(true)));
         for wrong in [
             "",
@@ -135,6 +143,10 @@ mod tests {
             "tap=a,mtu=x",
             "tap=a,mtu=1400,mtu=1400",
             "tap=a,speed=1",
+            "tap=a,netns=",
+            "tap=a,netns=b,netns=c",
+            "down,netns=b",
+            "netns=b",
         ] {
             assert!(parse_interface(wrong).is_err(), "{wrong:?}");
         }
