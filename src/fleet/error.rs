@@ -90,6 +90,8 @@ pub enum FleetError {
     WorkerTimeout(u64),
     #[error("the worker answered with something else than was asked; delete the VM and report this")]
     WorkerConfused,
+    #[error("a worker did not start: {0}; ask again")]
+    WorkerKilled(String),
     #[error("{0}")]
     Channel(#[from] ChannelError),
     /// A failure of the snapshot or image store.
@@ -118,9 +120,13 @@ impl FleetError {
             Self::NotReady { .. } | Self::AgentTimeout(_) | Self::ExecTimeout(_) | Self::WorkerTimeout(_) => {
                 Kind::DeadlineExceeded
             }
-            Self::EndedEarly { .. } | Self::Prepare { .. } | Self::Ended(_) | Self::StreamLost(_) => {
-                Kind::Aborted
-            }
+            Self::EndedEarly { .. }
+            | Self::Prepare { .. }
+            | Self::Ended(_)
+            | Self::StreamLost(_)
+            // Its worker was killed: the same request may go well with another.
+            | Self::WorkerKilled(_)
+            | Self::Channel(ChannelError::Closed) => Kind::Aborted,
             Self::Agent(error) => match error.refusal() {
                 Some(crate::agent::wire::STATUS_UNKNOWN_KIND) => Kind::Unimplemented,
                 Some(crate::agent::wire::STATUS_NOT_FOUND) => Kind::NotFound,

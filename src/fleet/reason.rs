@@ -45,7 +45,7 @@ impl FleetError {
                 _ => "INTERNAL",
             },
             Self::WorkerTimeout(_) => "WORKER_TIMEOUT",
-            Self::WorkerConfused | Self::Channel(_) => "WORKER_FAILED",
+            Self::WorkerConfused | Self::WorkerKilled(_) | Self::Channel(_) => "WORKER_FAILED",
             Self::Internal(_) => "INTERNAL",
         }
     }

@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -304,7 +305,12 @@ impl Shells {
             Ok(Some((Event::Hello(ready), _))) => ready.map_err(FleetError::Fault),
             Ok(None) => {
                 let status = process.ended().await;
-                Err(FleetError::Internal(format!("a worker did not start: {}", process.obituary(status))))
+                Err(match status.and_then(|status| status.signal()) {
+                    Some(_) => FleetError::WorkerKilled(process.obituary(status)),
+                    None => {
+                        FleetError::Internal(format!("a worker did not start: {}", process.obituary(status)))
+                    }
+                })
             }
             Ok(Some(_)) => Err(FleetError::WorkerConfused),
             Err(_) => Err(FleetError::WorkerTimeout(WORKER_TIMEOUT.as_secs())),
