@@ -72,7 +72,7 @@ fn write(path: &Path, mode: u32, bytes: &[u8]) -> anyhow::Result<()> {
 }
 
 /// An archive that any tar reads from a disk as it does from a file.
-fn disk() -> Vec<u8> {
+pub fn disk() -> Vec<u8> {
     let mut disk = Vec::new();
     for ((path, mode), bytes) in files() {
         disk.extend_from_slice(&header(path, mode, bytes.len()));

@@ -41,7 +41,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run the service: on a Unix socket, and with --listen on a TCP port too. For now its VMs end with it.
+    /// Run the service: on a Unix socket, and with --listen on a TCP port too. Its VMs end when it is stopped, and outlive it when it is killed.
     #[command(after_help = "Example:\n  coldspark serve --data-dir /var/lib/coldspark")]
     Serve(serve::Arguments),
     /// Import, list and remove images: what can be cold-booted.

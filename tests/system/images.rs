@@ -31,6 +31,7 @@ pub fn trials() -> Vec<Trial> {
         trial("images/refused", ANYWHERE, 60, refused),
         trial("images/disk-files-refused", KVM, 60, disk_files_refused),
         trial("images/pull", KVM, 120, pull),
+        trial("images/with-agent", ANYWHERE, 60, with_agent),
     ]
 }
 
@@ -330,5 +331,24 @@ async fn pull(stage: Stage) -> anyhow::Result<()> {
     ensure!(!done && said.contains("freebsd-15-1"), "an image of that name is there: {said}");
     let (done, said) = pull("ftp://nowhere", &["--name", "other"]).await?;
     ensure!(!done && said.contains("https://"), "{said}");
+    Ok(())
+}
+
+/// The agent's disk is one more disk of the image, the guest's commands name it, and nothing is left in the temporary folder.
+async fn with_agent(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let disk = file(&stage, "data.img", &[7; 4096])?;
+    let words = ["image", "import", "fb", "--embedded", "--with-agent", "--disk"];
+    let path = disk.to_str().context("a path in UTF-8")?;
+    let output = cli(&daemon, &[&words[..], &[path]].concat()).await?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && said.contains("tar -xpf /dev/vtbd1 -C /"), "{said}");
+    let image = client.images.get_image(GetImageRequest { name: "fb".into() }).await?.into_inner();
+    let agent = image.disks.get(1).context("no second disk")?;
+    ensure!(image.disks.len() == 2 && agent.read_only && agent.bytes == 1 << 20, "{:?}", image.disks);
+    let left = std::fs::read_dir(std::env::temp_dir())?.flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().starts_with("coldspark-agent-")).collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Disks and kernels may be compressed, disks may be qcow2 ([`crate::media::unpack`]): what is sent is the raw content, long runs of
 //! zeros as their length alone. If no kernel is given the service looks for one on the disks and says what it found.
 
-use std::io::{IsTerminal, Read};
+use std::io::{IsTerminal, Read, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,6 +13,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use prost::bytes::Bytes;
+use tempfile::NamedTempFile;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -33,6 +34,7 @@ const ZEROS_MAX: u64 = 1 << 30;
 pub const EXAMPLES: &str = "Examples:
   coldspark image import --name freebsd FreeBSD-15.1-RELEASE-amd64-ufs.raw.xz
   coldspark image import freebsd --kernel kernel --disk root.ufs --ready 'login:'
+  coldspark image import freebsd root.ufs --with-agent
   coldspark image import test --embedded
 
 Disks: raw, xz, zstd, gzip, and qcow2 where qemu-img is installed. Without --kernel the kernel is taken from the
@@ -58,6 +60,9 @@ pub struct Arguments {
     /// Memory unless a VM asks for another
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = units::parse_bytes)]
     memory: u64,
+    /// Add a disk with the agent for FreeBSD guests, and say how it is installed from there
+    #[arg(long)]
+    with_agent: bool,
     /// Show no progress
     #[arg(short, long)]
     quiet: bool,
@@ -65,7 +70,7 @@ pub struct Arguments {
 
 /// The command.
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let Arguments { socket, name, words, mut files, ready, vcpus, memory, quiet } = arguments;
+    let Arguments { socket, name, words, mut files, ready, vcpus, memory, with_agent, quiet } = arguments;
     let mut words = words.into_iter();
     let name = match name.or_else(|| words.next()) {
         Some(name) => name,
@@ -74,10 +79,38 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     files.disks.splice(..0, words);
     let mut client = socket.connect().await?;
     let boot = Boot { ready: ready.point(), vcpus, memory_bytes: memory };
+    let agent = if with_agent { Some(AgentDisk::add_to(&mut files)?) } else { None };
     let image = send(&mut client, name, &files, boot, !quiet).await?;
     image.found.iter().for_each(|line| output::note(line));
+    agent.iter().for_each(AgentDisk::tell);
     output::line(&image.name)?;
     Ok(())
+}
+
+/// A disk with the agent, as one more file to be sent. A root file system is not written to from outside: a guest unpacks it.
+struct AgentDisk {
+    /// Goes with this.
+    _file: NamedTempFile,
+    /// Which of the guest's disks it is.
+    number: usize,
+}
+
+impl AgentDisk {
+    fn add_to(files: &mut FileArguments) -> anyhow::Result<Self> {
+        let file = tempfile::Builder::new().prefix("coldspark-agent-").suffix(".disk").tempfile();
+        let mut file = file.context("cannot make a temporary file for the agent's disk")?;
+        file.write_all(&crate::cli::agent::disk()).context("cannot write the agent's disk")?;
+        let number = files.disks.len();
+        files.disks.push(format!("{}:ro", file.path().display()));
+        Ok(Self { _file: file, number })
+    }
+
+    fn tell(&self) {
+        output::note(&format!(
+            "the agent is on disk {0}; in the guest, once, as root:\n  tar -xpf /dev/vtbd{0} -C /\n  sysrc coldspark_agent_enable=YES && service coldspark_agent start",
+            self.number
+        ));
+    }
 }
 
 /// Sends an image to the service, without a word.
