@@ -24,9 +24,15 @@ use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
 const CLIENTS: u64 = 8;
-/// A worker is killed after so many requests, the daemon so many times in all.
-const REQUESTS_A_KILL: u64 = 40;
+/// The daemon is killed at most so many times in all, and no sooner than so many requests were answered since the last time:
+/// on a slow host there is something to kill then, too.
 const DAEMON_KILLS: u32 = 20;
+const ANSWERED_A_KILL: u64 = 4;
+
+/// A worker is killed after so many requests.
+fn requests_a_kill() -> u64 {
+    if host::in_rig() { 3 } else { 40 }
+}
 
 pub fn trials() -> Vec<Trial> {
     let seconds = host::faults_seconds();
@@ -60,8 +66,9 @@ struct Common {
     socket: PathBuf,
     logs: PathBuf,
     over: AtomicBool,
-    /// Requests that have ended.
+    /// Requests that have ended, and of these the ones that a daemon answered.
     done: AtomicU64,
+    answered: AtomicU64,
     more: Notify,
     counts: Mutex<Counts>,
 }
@@ -98,6 +105,9 @@ impl Common {
         }
         *counts.outcomes.entry((what, outcome)).or_default() += 1;
         drop(counts);
+        if outcome != Outcome::Lost {
+            self.answered.fetch_add(1, Ordering::Relaxed);
+        }
         self.done.fetch_add(1, Ordering::Relaxed);
         self.more.notify_waiters();
     }
@@ -220,6 +230,7 @@ async fn load(stage: Stage, seconds: u64) -> anyhow::Result<()> {
         logs: stage.logs.clone(),
         over: AtomicBool::new(false),
         done: AtomicU64::new(0),
+        answered: AtomicU64::new(0),
         more: Notify::new(),
         counts: Mutex::default(),
     });
@@ -231,24 +242,27 @@ async fn load(stage: Stage, seconds: u64) -> anyhow::Result<()> {
     let length = Duration::from_secs(seconds);
     let (mut worker_kills, mut daemon_kills, mut restarts_ms) = (0_u64, 0_u32, Vec::new());
     let mut descriptors = Vec::new();
-    let mut kill_at = REQUESTS_A_KILL;
+    let (mut kill_at, mut daemon_kill_at) = (requests_a_kill(), ANSWERED_A_KILL);
     while began.elapsed() < length {
+        // Woken by requests, and at the end.
+        let left = length.saturating_sub(began.elapsed());
+        let _ = tokio::time::timeout(left, common.more.notified()).await;
         let due = length * (daemon_kills + 1) / (DAEMON_KILLS + 1);
-        let wake = tokio::time::timeout(due.saturating_sub(began.elapsed()), common.more.notified()).await;
-        if wake.is_err() {
-            if daemon_kills == DAEMON_KILLS {
-                break;
-            }
+        if daemon_kills < DAEMON_KILLS
+            && began.elapsed() >= due
+            && common.answered.load(Ordering::Relaxed) >= daemon_kill_at
+        {
             descriptors.push(daemon.descriptors()?);
             daemon.kill_hard()?;
             let down = Instant::now();
             daemon.start_again().await.with_context(|| format!("after kill {daemon_kills}"))?;
             restarts_ms.push(down.elapsed().as_millis());
             daemon_kills += 1;
+            daemon_kill_at = common.answered.load(Ordering::Relaxed) + ANSWERED_A_KILL;
         }
         let done = common.done.load(Ordering::Relaxed);
         if done >= kill_at {
-            kill_at = done + REQUESTS_A_KILL;
+            kill_at = done + requests_a_kill();
             let workers: Vec<_> = daemon
                 .processes()
                 .into_iter()

@@ -127,7 +127,7 @@ pub fn freebsd_soak() -> Result<(u32, u32), String> {
 /// How long load and faults are to go on.
 pub fn faults_seconds() -> u64 {
     let given = std::env::var("COLDSPARK_FAULTS_SECONDS").unwrap_or_default();
-    given.parse().unwrap_or(if in_rig() { 40 } else { 20 })
+    given.parse().unwrap_or(if in_rig() { 60 } else { 20 })
 }
 
 /// The Firecracker of the user's.

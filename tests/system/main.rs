@@ -113,5 +113,6 @@ fn main() -> ExitCode {
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     trial::print_reasons();
+    trial::print_failures();
     conclusion.exit_code()
 }

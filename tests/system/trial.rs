@@ -16,6 +16,11 @@ use crate::host::{self, Need};
 
 /// Reasons for which trials were ignored, with their names.
 static IGNORED: Mutex<BTreeMap<String, Vec<String>>> = Mutex::new(BTreeMap::new());
+/// Failed trials, and why in a line.
+static FAILED: Mutex<Vec<(String, String)>> = Mutex::new(Vec::new());
+
+/// How much of an error the list of failed trials shows.
+const WHY_CHARS: usize = 300;
 
 /// How much longer everything may take inside the rig than on hardware.
 const RIG_FACTOR: u32 = 6;
@@ -72,9 +77,11 @@ where
         // Not waiting for tasks that a failed trial left behind.
         runtime.shutdown_background();
         drop(watched);
-        result
-            .map(|()| Completion::Completed)
-            .map_err(|error| format!("{error:#}\n{}{}", places(&error), last_lines_of_all(&logs)).into())
+        result.map(|()| Completion::Completed).map_err(|error| {
+            let why: String = format!("{error:#}").replace('\n', " | ").chars().take(WHY_CHARS).collect();
+            FAILED.lock().unwrap_or_else(|poison| poison.into_inner()).push((for_runner, why));
+            format!("{error:#}\n{}{}", places(&error), last_lines_of_all(&logs)).into()
+        })
     })
 }
 
@@ -144,29 +151,38 @@ fn places(error: &anyhow::Error) -> String {
         .collect()
 }
 
-/// The ends of all logs in a folder.
+/// The ends of all logs in a folder: of the one written last more than of the others.
 fn last_lines_of_all(logs: &Path) -> String {
     const LINES: usize = 40;
-    let mut files: Vec<_> =
-        fs::read_dir(logs).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    files.sort();
+    const LINES_OF_OTHERS: usize = 6;
+    const OTHERS: usize = 8;
+    let mut files: Vec<_> = fs::read_dir(logs).into_iter().flatten().flatten().collect();
+    files
+        .sort_by_key(|file| std::cmp::Reverse(file.metadata().and_then(|metadata| metadata.modified()).ok()));
     let mut text = String::new();
-    for file in files {
-        let bytes = fs::read(&file).unwrap_or_default();
+    for (index, file) in files.iter().take(OTHERS + 1).enumerate() {
+        let bytes = fs::read(file.path()).unwrap_or_default();
         let content = String::from_utf8_lossy(&bytes);
         let lines: Vec<&str> = content.lines().collect();
-        let skipped = lines.len().saturating_sub(LINES);
-        text.push_str(&format!(
-            "--- {} (last {} of {} lines)\n",
-            file.display(),
-            lines.len() - skipped,
-            lines.len()
-        ));
+        let skipped = lines.len().saturating_sub(if index == 0 { LINES } else { LINES_OF_OTHERS });
+        let shown = lines.len() - skipped;
+        let _ = writeln!(text, "--- {} (last {shown} of {} lines)", file.path().display(), lines.len());
         for line in &lines[skipped..] {
-            text.push_str(&format!("    {}\n", line.trim_end()));
+            let _ = writeln!(text, "    {}", line.trim_end());
         }
     }
+    if files.len() > OTHERS + 1 {
+        let _ = writeln!(text, "--- and {} older files in {}", files.len() - OTHERS - 1, logs.display());
+    }
     text
+}
+
+/// Prints what failed and why, each in a line.
+pub fn print_failures() {
+    let failed = FAILED.lock().unwrap_or_else(|poison| poison.into_inner());
+    for (name, why) in failed.iter() {
+        println!("failed: {name}: {why}");
+    }
 }
 
 /// Prints what was ignored and why.

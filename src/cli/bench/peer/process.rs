@@ -143,6 +143,13 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_program_without_a_version_is_named() {
+        // The one tool of a shell that takes `--version` for an operand.
+        let error = format!("{:#}", version(Path::new("/usr/bin/test")).await.unwrap_err());
+        assert!(error.contains("/usr/bin/test --version says nothing"), "{error}");
+    }
+
+    #[tokio::test]
     async fn a_process_that_ends_is_told_with_its_last_words() {
         let mut process = shell("echo no such machine >&2; exit 1");
         let error = format!("{:#}", process.wait_for(b"ready").await.unwrap_err());
