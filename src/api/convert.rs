@@ -5,6 +5,7 @@ use tonic::Status;
 use super::proto;
 use super::status::invalid;
 use crate::fleet::boot::ReadyPoint;
+use crate::fleet::cgroup::Limits;
 use crate::fleet::profile::{Profile, ProfilePhase};
 use crate::fleet::vm::{Origin, State, Vm};
 use crate::fleet::watchdog;
@@ -44,8 +45,24 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         pool: vm.pool.as_deref().unwrap_or_default().to_owned(),
         ready_in_pool: vm.is_held(),
         host_name: vm.host_name(),
+        limits: limits_out(vm.limits),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
     }
+}
+
+pub fn limits_in(limits: Option<proto::ResourceLimits>) -> Limits {
+    let limits = limits.unwrap_or_default();
+    Limits {
+        memory_bytes: nonzero(limits.memory_bytes),
+        cpu_millis: (limits.cpu_millis > 0).then_some(limits.cpu_millis),
+    }
+}
+
+pub fn limits_out(limits: Limits) -> Option<proto::ResourceLimits> {
+    (!limits.is_none()).then(|| proto::ResourceLimits {
+        memory_bytes: limits.memory_bytes.unwrap_or(0),
+        cpu_millis: limits.cpu_millis.unwrap_or(0),
+    })
 }
 
 pub fn state_out(state: State) -> proto::VmState {

@@ -309,6 +309,7 @@ fn deploy_in(request: proto::DeployRequest) -> Result<Deploy, Status> {
             idle_ttl: settings.idle_ttl_ms.map_or(usual.idle_ttl, millis),
             mode: pools::mode_in(settings.mode)?,
             memory_mode: convert::memory_mode_in(settings.memory_mode)?,
+            limits: convert::limits_in(settings.limits),
         },
     })
 }
@@ -338,6 +339,7 @@ fn function_out(look: Look) -> proto::Function {
             idle_ttl_ms: Some(ms(settings.idle_ttl)),
             mode: pools::mode_out(settings.mode).into(),
             memory_mode: convert::memory_mode_out(settings.memory_mode).into(),
+            limits: convert::limits_out(settings.limits),
         }),
         snapshot: look.made.snapshot,
         own_snapshot: look.made.own,

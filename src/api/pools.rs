@@ -64,6 +64,7 @@ impl PoolService for Pools {
             idle_ttl: request.idle_ttl_ms.map_or(usual.idle_ttl, millis),
             memory_mode: convert::memory_mode_in(request.memory_mode)?,
             managed: convert::identity_in(request.identity)?,
+            limits: convert::limits_in(request.limits),
         };
         let made = self.fleet.create_pool(CreatePool { name: request.name, settings }).await?;
         Ok(Response::new(pool_out(made)))
@@ -99,6 +100,7 @@ impl PoolService for Pools {
             idle_ttl: request.idle_ttl_ms.map(millis),
             memory_mode: request.memory_mode.map(convert::memory_mode_in).transpose()?,
             managed: request.identity.map(convert::identity_in).transpose()?,
+            limits: request.limits.map(|limits| convert::limits_in(Some(limits))),
         };
         Ok(Response::new(pool_out(self.fleet.change_pool(&request.pool, change).await?)))
     }
@@ -152,6 +154,7 @@ fn pool_out(Named { name, look }: Named) -> proto::Pool {
         max: settings.max,
         idle_ttl_ms: u32::try_from(settings.idle_ttl.as_millis()).unwrap_or(u32::MAX),
         memory_mode: convert::memory_mode_out(settings.memory_mode).into(),
+        limits: convert::limits_out(settings.limits),
         identity: match settings.managed {
             true => proto::Identity::Managed,
             false => proto::Identity::Unmanaged,

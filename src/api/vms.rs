@@ -57,6 +57,7 @@ impl Vms {
             managed: convert::identity_in(request.identity)?,
             name: optional(request.name),
             networks: network::requests_in(request.networks)?,
+            limits: convert::limits_in(request.limits),
             first_call,
         };
         let clones = self.fleet.clone_vm(request).await?;
@@ -328,6 +329,7 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
         },
         disks: request.disks.into_iter().map(disk_file).collect::<Result<_, _>>()?,
         networks: network::requests_in(request.networks)?,
+        limits: convert::limits_in(request.limits),
         restart_on_reset: match proto::OnReset::try_from(request.on_reset) {
             Ok(proto::OnReset::Unspecified | proto::OnReset::Restart) => true,
             Ok(proto::OnReset::End) => false,

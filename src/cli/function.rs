@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
+use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
 use super::pool::Mode;
 use super::vm::MemoryMode;
@@ -127,6 +128,8 @@ pub struct Deploy {
     mode: Option<Mode>,
     #[arg(long, value_enum)]
     memory_mode: Option<MemoryMode>,
+    #[command(flatten)]
+    limits: LimitArguments,
 }
 
 #[derive(Debug, Args)]
@@ -209,6 +212,7 @@ async fn deploy(arguments: Deploy) -> anyhow::Result<()> {
             idle_ttl_ms: arguments.idle_ttl.map(ms),
             mode: arguments.mode.map_or(0, Mode::number),
             memory_mode: arguments.memory_mode.map_or(0, MemoryMode::number),
+            limits: arguments.limits.limits(),
         }),
     };
     let mut events = arguments.socket.connect().await?.functions.deploy(request).await?.into_inner();

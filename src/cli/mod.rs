@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod function;
 mod image;
+mod limits;
 mod manual;
 mod output;
 mod pool;

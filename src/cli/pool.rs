@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
 use super::vm::{self, Identity, MemoryMode};
 use super::{SocketArgument, units};
@@ -97,6 +98,8 @@ pub struct Settings {
     memory_mode: Option<MemoryMode>,
     #[arg(long, value_enum)]
     identity: Option<Identity>,
+    #[command(flatten)]
+    limits: LimitArguments,
 }
 
 /// How far what stands ready has come.
@@ -140,6 +143,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 idle_ttl_ms: settings.idle_ttl_ms(),
                 memory_mode: settings.memory_mode.map_or(0, MemoryMode::number),
                 identity: settings.identity.map_or(0, Identity::number),
+                limits: settings.limits.limits(),
             };
             let pool = socket.connect().await?.pools.create_pool(request).await?.into_inner();
             output::line(&pool.name)?;
@@ -154,6 +158,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 idle_ttl_ms: settings.idle_ttl_ms(),
                 memory_mode: settings.memory_mode.map(MemoryMode::number),
                 identity: settings.identity.map(Identity::number),
+                limits: settings.limits.limits(),
             };
             let pool = socket.connect().await?.pools.update_pool(request).await?.into_inner();
             output::line(&pool.name)?;

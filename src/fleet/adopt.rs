@@ -218,6 +218,7 @@ impl Fleet {
             host_name: Mutex::new(record.host_name),
             memory_mode: record.memory_mode,
             networks: record.networks,
+            limits: record.limits,
             created_unix_ms: record.created_unix_ms,
             number,
             process,
@@ -243,6 +244,7 @@ impl Fleet {
             vm.kill(&format!("its page faults cannot be answered: {problem}"));
         }
         let owner = Owner {
+            group: self.cgroups.find(&vm.id, vm.limits),
             vm: Arc::clone(&vm),
             link,
             commands: inbox,

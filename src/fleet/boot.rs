@@ -12,6 +12,7 @@ use prost::bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
 use super::agent::AgentClient;
+use super::cgroup::{Group, Limits};
 use super::clones::parts;
 use super::console::{Console, Output};
 use super::disk_files::{self, DiskFile};
@@ -72,6 +73,7 @@ pub struct CreateVm {
     /// Disks by path, after the image's.
     pub disks: Vec<DiskFile>,
     pub networks: Vec<NetworkRequest>,
+    pub limits: Limits,
     /// Boot it again when the guest resets itself; otherwise that is its end.
     pub restart_on_reset: bool,
     /// Tell where the time went.
@@ -116,6 +118,8 @@ pub(super) struct Start {
     pub memory: Option<Arc<File>>,
     pub faults: Option<Faults>,
     pub networks: Vec<VmNetwork>,
+    /// What it may take, if it has limits; its worker is in it.
+    pub group: Option<Group>,
     pub again: Option<Again>,
 }
 
@@ -164,6 +168,7 @@ impl Fleet {
             host_name: Mutex::default(),
             memory_mode: start.memory_mode,
             networks: start.networks,
+            limits: start.group.as_ref().map(|group| group.limits).unwrap_or_default(),
             created_unix_ms: id::unix_ms(),
             number: self.registry.next_number(),
             console: Console::start(console.ours, &start.pattern),
@@ -194,6 +199,7 @@ impl Fleet {
             agent_gone: false,
             disks: start.disks,
             folder,
+            group: start.group,
             again: start.again,
             restarts: VecDeque::new(),
             panics: 0,
@@ -229,6 +235,7 @@ impl Fleet {
         names.iter().try_for_each(|name| id::check_name("a VM", name))?;
         self.registry.check_room(1, &names)?;
         self.headroom.check()?;
+        request.limits.check()?;
         let bootable = self.images.bootable(request.image.as_deref()).await?;
         let mut plan = Plan::new(&request, &bootable)?;
         // The VM's folder, and with it its id, come with the worker.
@@ -252,6 +259,7 @@ impl Fleet {
         plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
         profiler.reached("image and disks open");
         shell.folder = folder;
+        let group = self.limit(&shell, request.limits).await?;
         let (phases_in, mut phases) = mpsc::channel(WORKER_EVENTS_MAX);
         let pattern = match &plan.ready {
             ReadyPoint::Console(pattern) => pattern.clone().into_bytes(),
@@ -277,6 +285,7 @@ impl Fleet {
                 memory: None,
                 faults: None,
                 networks,
+                group,
                 again: request.restart_on_reset.then(|| Again {
                     spec: plan.spec.clone(),
                     kernel: Arc::clone(&bootable.kernel),

@@ -11,13 +11,14 @@ use tokio::task::JoinSet;
 
 use super::agent::Asked;
 use super::boot::{Start, Started, micros, step};
+use super::cgroup::{Group, Limits};
 use super::error::FleetError;
 use super::limits::*;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
 use super::registry::Guard;
 use super::shells::Shell;
-use super::snapshots::Source;
+use super::snapshots::{Source, blocking};
 use super::vm::{Origin, Vm};
 use super::{Fleet, id, identity};
 use crate::agent::{AgentReply, AgentRequest};
@@ -39,6 +40,8 @@ pub struct CloneVm {
     pub name: Option<String>,
     /// Links for the guest's interfaces, from the first.
     pub networks: Vec<NetworkRequest>,
+    /// For each of them.
+    pub limits: Limits,
     /// Asked of the only clone, just after its identity.
     pub first_call: Option<FirstCall>,
 }
@@ -85,6 +88,7 @@ impl Fleet {
                 request.count
             )));
         }
+        request.limits.check()?;
         let names = names(&request)?;
         self.registry.check_room(request.count as usize, &names)?;
         self.headroom.check()?;
@@ -126,6 +130,15 @@ impl Fleet {
         Ok(Clones { vms, answer: None })
     }
 
+    /// Moves a shell into a group with these limits, if there are any.
+    pub(super) async fn limit(&self, shell: &Shell, limits: Limits) -> Result<Option<Group>, FleetError> {
+        if limits.is_none() {
+            return Ok(None);
+        }
+        let (cgroups, vm, pid) = (Arc::clone(&self.cgroups), shell.folder.id(), shell.process.pid());
+        blocking(move || cgroups.make(&vm, limits, pid)).await?.map(Some)
+    }
+
     /// Starts one clone. Dropped before it is done, it ends what it has made.
     pub(super) async fn clone_one(
         self: &Arc<Self>,
@@ -145,6 +158,10 @@ impl Fleet {
             None => self.shells.take_for(&source, plain).await?,
         };
         clock.lap("shell");
+        let group = self.limit(&shell, request.limits).await?;
+        if group.is_some() {
+            clock.lap("limits");
+        }
         source.check_fits(&shell.host)?;
         let generation = id::random::<16>()?;
         let seat = if plain { shell.take_seat(&source.id()) } else { None };
@@ -183,6 +200,7 @@ impl Fleet {
                 memory: faults.as_ref().map(|_| Arc::clone(&source.open.memory)),
                 faults,
                 networks,
+                group,
                 again: None,
             },
         )?;

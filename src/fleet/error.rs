@@ -56,6 +56,10 @@ pub enum FleetError {
         "{available_mib} MiB of memory are left on this host, and {reserve_mib} are to stay free; end some VMs, or serve with a smaller --memory-reserve"
     )]
     LittleMemory { available_mib: u64, reserve_mib: u64 },
+    #[error(
+        "this host has no control groups in which a VM could be limited: {0}; leave the limits out, or see `coldspark doctor`"
+    )]
+    NoLimits(String),
     #[error("the VM was not ready after {seconds} s: {waited_for} did not come; {found}")]
     NotReady { seconds: u64, waited_for: String, found: String },
     #[error("the VM ended before it was ready: {reason}; {last_lines}")]
@@ -110,9 +114,11 @@ impl FleetError {
             Self::NoVm(_) | Self::NotFound { .. } => Kind::NotFound,
             Self::Exists { .. } => Kind::AlreadyExists,
             Self::BadName { .. } | Self::Invalid(_) => Kind::InvalidArgument,
-            Self::WrongState(_) | Self::NoAgentInSnapshot | Self::NoAgent | Self::AgentBusy => {
-                Kind::FailedPrecondition
-            }
+            Self::WrongState(_)
+            | Self::NoAgentInSnapshot
+            | Self::NoAgent
+            | Self::AgentBusy
+            | Self::NoLimits(_) => Kind::FailedPrecondition,
             Self::Limit { .. }
             | Self::PoolFull { .. }
             | Self::FunctionBusy { .. }

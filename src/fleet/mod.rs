@@ -30,6 +30,7 @@
 pub mod adopt;
 pub mod agent;
 pub mod boot;
+pub mod cgroup;
 pub mod child;
 pub mod clones;
 pub mod console;
@@ -73,6 +74,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use cgroup::Cgroups;
 use error::FleetError;
 use functions::Functions;
 use headroom::Headroom;
@@ -138,6 +140,7 @@ pub struct Fleet {
     pub(crate) pools: Pools,
     pub(crate) functions: Functions,
     pub(crate) headroom: Arc<Headroom>,
+    pub(crate) cgroups: Arc<Cgroups>,
     pub(crate) pager: Arc<Pager>,
     pub(crate) events: events::Events,
     sampling: Sampling,
@@ -173,6 +176,7 @@ impl Fleet {
             pools,
             functions,
             headroom: Headroom::start(config.memory_reserve),
+            cgroups: Cgroups::new(&config.data_dir),
             pager: Arc::new(pager),
             events: events::Events::default(),
             sampling: Sampling::default(),
@@ -188,8 +192,26 @@ impl Fleet {
     pub async fn begin(self: &Arc<Self>) {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         self.adopt(left).await;
+        self.sweep_groups().await;
         self.pools.begin(self);
         self.functions.begin(self);
+    }
+
+    /// Refuses limits that this host cannot keep.
+    async fn check_limits(&self, limits: cgroup::Limits) -> Result<(), FleetError> {
+        limits.check()?;
+        if !limits.is_none() {
+            let cgroups = Arc::clone(&self.cgroups);
+            snapshots::blocking(move || cgroups.check()).await??;
+        }
+        Ok(())
+    }
+
+    /// Removes what an earlier daemon's limited VMs left.
+    async fn sweep_groups(&self) {
+        let living = self.registry.list().iter().map(|vm| vm.id.clone()).collect();
+        let cgroups = Arc::clone(&self.cgroups);
+        let _ = tokio::task::spawn_blocking(move || cgroups.sweep(&living)).await;
     }
 
     /// Waits until the reserve of shells is full.
@@ -226,6 +248,7 @@ impl Fleet {
             vm.ended().await;
             self.registry.remove(&vm.id);
         }
+        self.cgroups.close();
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::Presence;
 
+use super::cgroup::Group;
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
 use super::kernel_words::KernelWords;
@@ -52,6 +53,8 @@ pub struct Owner {
     pub agent_gone: bool,
     pub disks: Vec<VmDisk>,
     pub folder: VmFolder,
+    /// If it has limits.
+    pub group: Option<Group>,
     /// How to boot it again; `None`: a reset is its end.
     pub again: Option<Again>,
     /// When it was booted again, the last few.
@@ -213,6 +216,9 @@ impl Owner {
 
     /// The VM goes on without this daemon, and its folder stays.
     async fn release(mut self, answer: oneshot::Sender<Result<(), FleetError>>) {
+        if let Some(group) = self.group.take() {
+            group.leave();
+        }
         self.folder.leave();
         self.vm.process.release().await;
         let _ = answer.send(Ok(()));
@@ -229,10 +235,15 @@ impl Owner {
             }
         };
         let trouble = self.vm.trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let (how, reason) = match (self.ears.exit.take(), trouble) {
+        let ran_out = self.group.as_ref().and_then(Group::ran_out);
+        // Before its end is known: a service that ends waits for that.
+        if let Some(group) = self.group.take() {
+            let _ = tokio::task::spawn_blocking(move || drop(group)).await;
+        }
+        let (how, reason) = match (self.ears.exit.take().filter(|_| ran_out.is_none()), trouble) {
             (exit, Some(trouble)) => (Ended::Asked, exit.unwrap_or(trouble)),
             (Some(exit), None) => (Ended::Guest, exit),
-            (None, None) => (Ended::Worker, process.obituary(status)),
+            (None, None) => (Ended::Worker, ran_out.unwrap_or_else(|| process.obituary(status))),
         };
         metrics().vm_ended(how);
         tracing::info!(vm = %self.vm.id, reason, "VM ended");

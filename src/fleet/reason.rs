@@ -19,6 +19,7 @@ impl FleetError {
             Self::WrongState(_) => "WRONG_STATE",
             Self::Limit { .. } => "LIMIT_REACHED",
             Self::LittleMemory { .. } => "LITTLE_MEMORY",
+            Self::NoLimits(_) => "LIMITS_UNAVAILABLE",
             Self::NotReady { .. } => "NOT_READY_IN_TIME",
             Self::EndedEarly { .. } => "VM_ENDED_EARLY",
             Self::Ended(_) => "VM_ENDED",

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Limits;
 use super::disks::{FrozenFile, RECORD, VmDisk};
 use super::network::VmNetwork;
 use super::owner::Again;
@@ -73,6 +74,8 @@ pub struct Record {
     pub host_name: String,
     pub memory_mode: Option<MemoryMode>,
     pub networks: Vec<VmNetwork>,
+    #[serde(default)]
+    pub limits: Limits,
     pub created_unix_ms: u64,
     pub number: u64,
     pub protocol: Option<BootProtocol>,
@@ -313,6 +316,7 @@ impl Vm {
             host_name: self.host_name(),
             memory_mode: self.memory_mode,
             networks: self.networks.clone(),
+            limits: self.limits,
             created_unix_ms: self.created_unix_ms,
             number: self.number,
             protocol: status.protocol,
@@ -373,6 +377,7 @@ mod tests {
             host_name: String::new(),
             memory_mode: None,
             networks: Vec::new(),
+            limits: Limits::default(),
             created_unix_ms: 1,
             number: 1,
             protocol: None,

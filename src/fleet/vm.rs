@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::agent::AgentClient;
+use super::cgroup::Limits;
 use super::console::Console;
 use super::disks::VmDisk;
 use super::error::FleetError;
@@ -89,6 +90,7 @@ pub struct Vm {
     pub(super) host_name: Mutex<String>,
     pub memory_mode: Option<MemoryMode>,
     pub networks: Vec<VmNetwork>,
+    pub limits: Limits,
     pub created_unix_ms: u64,
     /// Order of creation.
     pub number: u64,

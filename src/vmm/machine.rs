@@ -420,6 +420,7 @@ impl Machine {
             let (config_address, bridge) = pc.pci.save();
             let power = pc.power.save();
             file.push(0, &PcState { transitional: pc.transitional, config_address, bridge, power })?;
+            file.push(0, &pc.power.save_events())?;
             for (slot, function) in pc.functions.iter().enumerate() {
                 file.push(slot as u32, &function.save())?;
             }

@@ -11,6 +11,7 @@
 //! | [`look`] | a vCPU's registers, for the watchdog |
 //! | [`milestones`] | when a boot reached what |
 //! | [`devices`] | the thread that does all I/O |
+//! | [`random`] | the host's random bytes |
 //! | [`chipset`] | serial, timer, clock, interrupt controllers |
 //! | [`virtio`] | virtio devices and their transport |
 //! | [`boot`], [`x86`] | kernels and the tables they expect |
@@ -27,6 +28,7 @@ pub mod look;
 pub mod machine;
 pub mod memory;
 pub mod milestones;
+pub mod random;
 pub mod shell;
 pub mod vcpu;
 pub mod vcpu_state;

@@ -7,14 +7,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, ensure};
+use coldspark::api::proto::create_vm_request::Source;
+use coldspark::api::proto::network_interface::Link;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 use tokio::sync::Notify;
+use tonic::Code;
 
-use crate::client::{Client, ask};
+use crate::client::{Client, ask, expect_status};
 use crate::commands::{Command, run, start};
 use crate::daemon::{Daemon, eventually};
 use crate::host::Need;
+use crate::tap::Tap;
 use crate::trial::{Stage, trial};
 
 const CLONES: u32 = 5;
@@ -32,6 +36,7 @@ pub fn trials() -> Vec<Trial> {
             killed(stage, MemoryMode::Userfault).await
         }),
         trial("adopt/reboots", &[Need::Kvm], 120, reboots),
+        trial("adopt/disk-and-link", &[Need::Kvm, Need::Tap], 120, disk_and_link),
         trial("adopt/orphans-end", &[Need::Kvm], 120, orphans_end),
         trial("adopt/replaced", &[Need::Kvm], 120, replaced),
         trial("adopt/twenty-kills", &[Need::Kvm], 900, twenty_kills),
@@ -224,6 +229,49 @@ async fn reboots(stage: Stage) -> anyhow::Result<()> {
     daemon.start_again().await?;
     client = daemon.client().await?;
     run(&client, &vm.id, &["echo", "again"]).await?.expect(0, "again\n")
+}
+
+/// What belongs to the host: a disk whose writes stay, and a TAP.
+async fn disk_and_link(stage: Stage) -> anyhow::Result<()> {
+    const SECTOR: usize = 512;
+    let tap = Tap::new([10, 82, 0, 1])?;
+    let path = stage.logs.join("persist.raw");
+    fs::write(&path, vec![0; 1 << 20])?;
+    let request = || CreateVmRequest {
+        source: Some(Source::Embedded(true)),
+        memory_bytes: 64 << 20,
+        disks: vec![DiskFile { path: path.display().to_string(), mode: DiskMode::Persist.into() }],
+        networks: vec![NetworkInterface { link: Some(Link::Tap(tap.name.clone())), ..Default::default() }],
+        ..Default::default()
+    };
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot(request()).await?.vm;
+    let write = |mark: u8| DiskWriteOp {
+        disk: 0,
+        first_sector: mark.into(),
+        data: vec![mark; SECTOR].into(),
+        flush: true,
+    };
+    ask!(&mut client, &vm.id, DiskWrite(write(1)));
+    drop(client);
+    daemon.kill_hard()?;
+    daemon.start_again().await?;
+    let mut client = daemon.client().await?;
+    let now = client.vm(&vm.id).await?;
+    ensure!(now.networks == vm.networks && now.networks[0].link.contains(&tap.name), "{now:?}");
+    ask!(&mut client, &vm.id, DiskWrite(write(2)));
+    // They are its own still.
+    ensure!(tap.take().is_err(), "another can have its TAP");
+    let other = CreateVmRequest { networks: Vec::new(), ..request() };
+    let said = expect_status("its disk", client.boot(other.clone()).await, &[Code::FailedPrecondition])?;
+    ensure!(said.contains("persist.raw"), "{said}");
+    client.delete_vm(&vm.id).await?;
+    drop(tap.take().context("its TAP is not free after its end")?);
+    let heir = client.boot(other).await?.vm;
+    let read = ask!(&mut client, &heir.id, DiskRead(DiskReadOp { disk: 0, first_sector: 1, sectors: 2 }));
+    ensure!(read.data[..] == [vec![1; SECTOR], vec![2; SECTOR]].concat(), "what was written is not there");
+    Ok(())
 }
 
 async fn orphans_end(stage: Stage) -> anyhow::Result<()> {

@@ -43,6 +43,8 @@ pub enum Need {
     FreeBsdAgent,
     /// The wish for a long run.
     FreeBsdSoak,
+    /// Control groups with the controllers memory and cpu that this user may make groups in.
+    Limits,
     /// A Firecracker to compare with.
     Firecracker,
     /// A QEMU to compare with.
@@ -71,6 +73,7 @@ impl Need {
             Need::PythonGrpc => python_grpc().clone(),
             Need::FreeBsdAgent => freebsd_agent().map(|_| ()),
             Need::FreeBsdSoak => freebsd_soak().map(|_| ()),
+            Need::Limits => coldspark::fleet::cgroup::look().map(drop),
             Need::Firecracker => firecracker().map(|_| ()),
             Need::Qemu => qemu().map(|_| ()),
             Need::FreeBsdNetwork => {

@@ -275,6 +275,20 @@ async fn expect_pc(console: &mut Console, machine: Machine) -> anyhow::Result<()
     Ok(())
 }
 
+/// How often ACPI's event 0 came, and whether the kernel listens to it.
+const GENERATION_EVENT: &str = "echo $(cat /sys/firmware/acpi/interrupts/gpe00)";
+
+/// ACPI tells a clone that it is one: the device of the generation id is there, and its event came.
+async fn expect_other_generation(console: &mut Console) -> anyhow::Result<()> {
+    let device = shell(console, "cat /sys/bus/acpi/devices/CLDS0001:00/path").await?;
+    ensure!(device == "\\_SB_.VGEN", "{device}");
+    // It is handled in the background.
+    let until = "until grep -q ' [1-9]' /sys/firmware/acpi/interrupts/gpe00; do sleep 0.1; done";
+    let told = shell(console, &format!("{until}; {GENERATION_EVENT}")).await?;
+    ensure!(told.starts_with("1 ") && told.contains(" enabled"), "{told}");
+    Ok(())
+}
+
 async fn road(stage: Stage, protocol: BootProtocol, machine: Machine) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
@@ -288,6 +302,11 @@ async fn road(stage: Stage, protocol: BootProtocol, machine: Machine) -> anyhow:
     shell(&mut source, "echo remembered >/tmp/note").await?;
     if machine.is_pc() {
         expect_pc(&mut source, machine).await?;
+        let told = shell(&mut source, GENERATION_EVENT).await?;
+        ensure!(
+            told.starts_with("0 "),
+            "a machine that was never cloned is told of another generation: {told}"
+        );
     }
     write_sector(&mut source, 8, "before").await?;
     expect_look(&mut source, "remembered", "sector 9").await?;
@@ -311,6 +330,7 @@ async fn road(stage: Stage, protocol: BootProtocol, machine: Machine) -> anyhow:
         expect_look(&mut console, "remembered", "sector 9").await.with_context(which)?;
         if machine.is_pc() {
             expect_pc(&mut console, machine).await.with_context(which)?;
+            expect_other_generation(&mut console).await.with_context(which)?;
         }
         let now = uptime(&mut console).await.with_context(which)?;
         ensure!(now > uptime_before, "{}: uptime went from {uptime_before} to {now}", which());

@@ -22,6 +22,7 @@
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `watch` | the profile of a boot, and what is told of one that hangs |
 //! | `bench` | each kind of bench runs and tells its figures |
+//! | `limits` | memory and processor time that a VM may take of its host |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `seeing` | metrics: what is counted, who may read it |
@@ -52,6 +53,7 @@ mod functions;
 mod host;
 mod identity;
 mod images;
+mod limits;
 mod linux;
 mod load;
 mod many_cpus;
@@ -100,6 +102,7 @@ fn main() -> ExitCode {
         pools::trials(),
         functions::trials(),
         seeing::trials(),
+        limits::trials(),
         load::trials(),
         bench::trials(),
         freebsd::trials(),

@@ -15,7 +15,7 @@ const DESCRIPTORS_MIN: u64 = 4096;
 const TASKS_MIN: u64 = 1024;
 
 pub fn check() -> Vec<Finding> {
-    let mut findings = vec![userfault(), memory(), huge_pages(), descriptors(), locked_memory()];
+    let mut findings = vec![userfault(), memory(), huge_pages(), descriptors(), locked_memory(), limits()];
     findings.extend(cgroup());
     findings
 }
@@ -113,6 +113,19 @@ fn locked_memory() -> Finding {
         bytes => units::bytes(bytes),
     };
     Finding::ok("locked memory", format!("{found} (nothing is locked by default)"))
+}
+
+/// For `--memory-limit` and `--cpu-limit`.
+fn limits() -> Finding {
+    const NAME: &str = "limits of VMs";
+    match crate::fleet::cgroup::look() {
+        Ok(version) => Finding::ok(NAME, format!("memory and CPU, by control groups of {version}")),
+        Err(why) => Finding::warn(
+            NAME,
+            format!("not here ({why}): --memory-limit and --cpu-limit are refused"),
+            "run the service as root, or give it a control group of its own (systemd: Delegate=cpu memory and DelegateSubgroup=service)",
+        ),
+    }
 }
 
 fn cgroup() -> Vec<Finding> {

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::api::proto;
+use crate::cli::limits::LimitArguments;
 use crate::cli::output;
 use crate::cli::{SocketArgument, units};
 
@@ -129,6 +130,8 @@ pub struct Arguments {
     #[arg(long = "net", value_name = "LINK", value_parser = super::network::parse_interface)]
     nets: Vec<proto::NetworkInterface>,
     #[command(flatten)]
+    limits: LimitArguments,
+    #[command(flatten)]
     ready: ReadyArguments,
     /// Seconds to wait for the ready point
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
@@ -226,6 +229,7 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
         networks: arguments.nets.clone(),
+        limits: arguments.limits.limits(),
         ready_timeout_ms: arguments.timeout.saturating_mul(1000),
         on_reset: match arguments.on_reset {
             OnReset::Restart => proto::OnReset::Restart,

@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
+use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
 use super::{SocketArgument, units};
@@ -47,6 +48,8 @@ pub enum Command {
         /// A link for the guest's next network interface: tap=NAME[,netns=NAME] or down; interfaces left over have none
         #[arg(long = "net", value_name = "LINK", value_parser = network::parse_interface)]
         nets: Vec<proto::NetworkInterface>,
+        #[command(flatten)]
+        limits: LimitArguments,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -221,7 +224,18 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Exec(arguments) => return exec::exec(arguments).await,
         Command::Cp(arguments) => exec::copy(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
-        Command::Clone { socket, snapshot, count, memory_mode, identity, name, nets, json, steps } => {
+        Command::Clone {
+            socket,
+            snapshot,
+            count,
+            memory_mode,
+            identity,
+            name,
+            nets,
+            limits,
+            json,
+            steps,
+        } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
@@ -229,6 +243,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 identity: identity.number(),
                 name,
                 networks: nets,
+                limits: limits.limits(),
                 first_call: None,
                 request_id: String::new(),
             };

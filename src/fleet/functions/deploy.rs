@@ -11,6 +11,7 @@ use super::{function::Look, remove_snapshot};
 use crate::agent::End;
 use crate::agent::streams::Pipe;
 use crate::fleet::boot::{CreateVm, Progress, ReadyPoint};
+use crate::fleet::cgroup::Limits;
 use crate::fleet::clones::CloneVm;
 use crate::fleet::error::FleetError;
 use crate::fleet::events::{Change, Event, Kind};
@@ -67,6 +68,7 @@ impl Fleet {
     ) -> Result<Look, FleetError> {
         id::check_name("a function", &request.name)?;
         request.settings.check()?;
+        self.check_limits(request.settings.limits).await?;
         let _changing = self.functions.changing.lock().await;
         {
             let table = self.functions.lock();
@@ -121,6 +123,7 @@ impl Fleet {
                     managed: true,
                     name: None,
                     networks: Vec::new(),
+                    limits: Limits::default(),
                     first_call: None,
                 };
                 let vms = self.clone_for_now(clone).await?.vms;
@@ -167,6 +170,7 @@ impl Fleet {
             ready_timeout: READY_TIMEOUT_DEFAULT,
             disks: Vec::new(),
             networks: Vec::new(),
+            limits: Limits::default(),
             restart_on_reset: false,
             profile: false,
         };

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::streams::{Opening, What};
+use crate::fleet::cgroup::Limits;
 use crate::fleet::error::FleetError;
 use crate::fleet::pools::settings as pool;
 use crate::fleet::pools::settings::Mode;
@@ -78,6 +79,8 @@ pub struct Settings {
     pub idle_ttl: Duration,
     pub mode: Mode,
     pub memory_mode: MemoryMode,
+    /// Of each of its VMs.
+    pub limits: Limits,
 }
 
 impl Default for Settings {
@@ -93,6 +96,7 @@ impl Default for Settings {
             idle_ttl: pool::IDLE_TTL_DEFAULT,
             mode: Mode::Shell,
             memory_mode: MemoryMode::Mapped,
+            limits: Limits::default(),
         }
     }
 }
@@ -126,6 +130,7 @@ impl Settings {
             idle_ttl: self.idle_ttl,
             memory_mode: self.memory_mode,
             managed: true,
+            limits: self.limits,
         }
     }
 }
@@ -160,6 +165,8 @@ pub struct Stored {
     idle_ttl_ms: u64,
     mode: Mode,
     userfault: bool,
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    limits: Limits,
 }
 
 fn ms(time: Duration) -> u64 {
@@ -181,6 +188,7 @@ impl Stored {
             idle_ttl_ms: ms(settings.idle_ttl),
             mode: settings.mode,
             userfault: settings.memory_mode == MemoryMode::Userfault,
+            limits: settings.limits,
         }
     }
 
@@ -204,6 +212,7 @@ impl Stored {
             idle_ttl: Duration::from_millis(self.idle_ttl_ms),
             mode: self.mode,
             memory_mode: if self.userfault { MemoryMode::Userfault } else { MemoryMode::Mapped },
+            limits: self.limits,
         }
     }
 }

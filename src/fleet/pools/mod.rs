@@ -27,6 +27,7 @@ use stock::{Look, Ready};
 
 use super::Fleet;
 use super::boot::{micros, step};
+use super::cgroup::Limits;
 use super::clones::{FirstCall, Place, answer};
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
@@ -75,6 +76,7 @@ pub struct ChangePool {
     pub idle_ttl: Option<std::time::Duration>,
     pub memory_mode: Option<MemoryMode>,
     pub managed: Option<bool>,
+    pub limits: Option<Limits>,
 }
 
 /// One that somebody asks a pool for.
@@ -203,6 +205,7 @@ impl Fleet {
         let CreatePool { name, settings } = request;
         id::check_name("a pool", &name)?;
         settings.check(self.registry.vms_max())?;
+        self.check_limits(settings.limits).await?;
         let settings = self.resolve(settings).await?;
         let _changing = self.pools.changing.lock().await;
         {
@@ -235,8 +238,10 @@ impl Fleet {
             idle_ttl: change.idle_ttl.unwrap_or(old.idle_ttl),
             memory_mode: change.memory_mode.unwrap_or(old.memory_mode),
             managed: change.managed.unwrap_or(old.managed),
+            limits: change.limits.unwrap_or(old.limits),
         };
         settings.check(self.registry.vms_max())?;
+        self.check_limits(settings.limits).await?;
         let settings = self.resolve(settings).await?;
         self.write_pool(name, &settings).await?;
         pool.change(settings);

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fleet::cgroup::Limits;
 use crate::fleet::clones::{CloneVm, FirstCall};
 use crate::fleet::error::FleetError;
 use crate::worker::protocol::MemoryMode;
@@ -47,6 +48,8 @@ pub struct Settings {
     pub memory_mode: MemoryMode,
     /// Give each its own identity through the agent.
     pub managed: bool,
+    /// Of each VM.
+    pub limits: Limits,
 }
 
 impl Default for Settings {
@@ -59,6 +62,7 @@ impl Default for Settings {
             idle_ttl: IDLE_TTL_DEFAULT,
             memory_mode: MemoryMode::Mapped,
             managed: true,
+            limits: Limits::default(),
         }
     }
 }
@@ -73,6 +77,7 @@ impl Settings {
             managed: self.managed,
             name: None,
             networks: Vec::new(),
+            limits: self.limits,
             first_call,
         }
     }
@@ -80,6 +85,7 @@ impl Settings {
     /// Refuses what cannot be kept.
     pub fn check(&self, vms_max: usize) -> Result<(), FleetError> {
         let refuse = |text: String| Err(FleetError::Invalid(text));
+        self.limits.check()?;
         let vms_max = u32::try_from(vms_max).unwrap_or(u32::MAX);
         if self.max == 0 || self.max > vms_max {
             return refuse(format!("a pool of at most {} VMs; this service allows 1 to {vms_max}", self.max));
@@ -116,6 +122,8 @@ pub struct Stored {
     idle_ttl_ms: u64,
     userfault: bool,
     managed: bool,
+    #[serde(default, skip_serializing_if = "Limits::is_none")]
+    limits: Limits,
 }
 
 impl Stored {
@@ -129,6 +137,7 @@ impl Stored {
             idle_ttl_ms: u64::try_from(settings.idle_ttl.as_millis()).unwrap_or(u64::MAX),
             userfault: settings.memory_mode == MemoryMode::Userfault,
             managed: settings.managed,
+            limits: settings.limits,
         }
     }
 
@@ -149,6 +158,7 @@ impl Stored {
             idle_ttl: Duration::from_millis(self.idle_ttl_ms),
             memory_mode: if self.userfault { MemoryMode::Userfault } else { MemoryMode::Mapped },
             managed: self.managed,
+            limits: self.limits,
         }
     }
 }
@@ -166,6 +176,7 @@ mod tests {
             idle_ttl: Duration::from_millis(1500),
             memory_mode: MemoryMode::Userfault,
             managed: true,
+            limits: Limits { memory_bytes: Some(64 << 20), cpu_millis: None },
         }
     }
 

@@ -68,6 +68,11 @@ impl Section for super::pc::PcState {
     const VERSION: u16 = 1;
 }
 
+impl Section for super::pc::EventState {
+    const TAG: &'static str = "events";
+    const VERSION: u16 = 1;
+}
+
 impl Section for super::pc::VirtioPciState {
     const TAG: &'static str = "virtio-pci";
     const VERSION: u16 = 1;

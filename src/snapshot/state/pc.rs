@@ -24,6 +24,13 @@ pub struct PowerState {
     pub timer_ticks: u32,
 }
 
+/// ACPI's general-purpose events. A section of its own: snapshots of machines without them do not have it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventState {
+    pub status: u8,
+    pub enable: u8,
+}
+
 /// The PCI half of a virtio function; the rest is its `TransportState`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VirtioPciState {

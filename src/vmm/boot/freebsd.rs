@@ -13,6 +13,7 @@ use super::error::BootError;
 use super::layout::{self, MapEntry, STACK_TOP};
 use super::words::Environment;
 use super::{BootInput, Entry, Hardware, MmioSlot, ModuleKind};
+use crate::vmm::random;
 use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::paging;
 
@@ -160,20 +161,9 @@ fn memory_disk<'a>(input: &BootInput<'a>) -> Result<Option<(&'a std::fs::File, u
     }
 }
 
-/// Fresh random bytes, from getrandom(2): no file is opened by path in a jailed worker.
 fn random_bytes() -> Result<[u8; ENTROPY_BYTES], BootError> {
     let mut bytes = [0u8; ENTROPY_BYTES];
-    // At most 256 at a time come whole, whatever signals arrive.
-    for part in bytes.chunks_mut(256) {
-        // SAFETY: the pointer and the length are those of a slice that lives through the call.
-        let got = unsafe { libc::getrandom(part.as_mut_ptr().cast(), part.len(), 0) };
-        if usize::try_from(got) != Ok(part.len()) {
-            return Err(BootError::Read {
-                what: "host's random numbers",
-                source: std::io::Error::last_os_error(),
-            });
-        }
-    }
+    random::fill(&mut bytes).map_err(|source| BootError::Read { what: "host's random numbers", source })?;
     Ok(bytes)
 }
 

@@ -1,26 +1,30 @@
-//! ACPI's fixed hardware of the machine kind with ACPI: power button, sleep control and PM timer.
+//! ACPI's fixed hardware of the machine kind with ACPI: power button, sleep control, PM timer, and one general-purpose event.
 //!
 //! | ports | register |
 //! |---|---|
 //! | 0x600, 0x602 | PM1a status (write 1 to clear) and enable |
 //! | 0x604 | PM1a control: S5 ends the VM as powered off |
 //! | 0x608 | PM timer, 32 bits of 3.579545 MHz |
+//! | 0x60c, 0x60d | status (write 1 to clear) and enable of the general-purpose event block: event 0 says that the machine is another one |
 //!
 //! The machine is always in ACPI mode (no SMI command), the SCI is level-triggered. A press of the power button sets
 //! its status bit; the kernel (`acpi_button` in FreeBSD: `hw.acpi.power_button_state` S5 means a clean shutdown) does
 //! the rest. The timer's overflow raises nothing: kernels that read 32 bits of it do not ask for that.
 //!
-//! Facts: ACPI 6.4, 4.8.3 (PM1 registers, PM timer), 4.8.2.2 (power button).
+//! Event 0 is raised in a clone, whose generation id (`crate::vmm::x86::acpi`) was renewed before: drivers (FreeBSD's `vmgenc`, Linux's
+//! `vmgenid`) mix it into their random numbers.
+//!
+//! Facts: ACPI 6.4, 4.8.4.1 (general-purpose events), 4.8.3 (PM1 registers, PM timer), 4.8.2.2 (power button).
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::snapshot::state::pc::PowerState;
+use crate::snapshot::state::pc::{EventState, PowerState};
 use crate::vmm::irq::Level;
 
 /// First port, and how many.
 pub const PORTS_START: u16 = 0x600;
-pub const PORTS: u16 = 12;
+pub const PORTS: u16 = 14;
 /// Ports of the registers, as the FADT tells them.
 pub const PM1_EVENT: u16 = PORTS_START;
 pub const PM1_EVENT_BYTES: u8 = 4;
@@ -28,6 +32,10 @@ pub const PM1_CONTROL: u16 = PORTS_START + 4;
 pub const PM1_CONTROL_BYTES: u8 = 2;
 pub const PM_TIMER: u16 = PORTS_START + 8;
 pub const PM_TIMER_BYTES: u8 = 4;
+pub const EVENTS_BLOCK: u16 = PORTS_START + 12;
+pub const EVENTS_BLOCK_BYTES: u8 = 2;
+/// The general-purpose event that says that the generation id has changed; there is no other.
+pub const GENERATION_EVENT: u8 = 0;
 /// The interrupt, and its I/O APIC pin.
 pub const SCI: u8 = 9;
 /// What `\_S5` says is to be written as sleep type.
@@ -45,10 +53,14 @@ const SLEEP_TYPE: u16 = 7 << SLEEP_TYPE_SHIFT;
 const SLEEP_ENABLE: u16 = 1 << 13;
 const CONTROL_WRITABLE: u16 = BUS_MASTER_RELOAD | SLEEP_TYPE;
 
+const GENERATION_BIT: u8 = 1 << GENERATION_EVENT;
+
 struct Registers {
     status: u16,
     enable: u16,
     control: u16,
+    /// Of the general-purpose events.
+    events: EventState,
     /// The timer stood at `ticks` at `since`.
     ticks: u32,
     since: Instant,
@@ -62,7 +74,14 @@ pub struct Power {
 
 impl Power {
     pub fn new(sci: Box<dyn Level>) -> Self {
-        let registers = Registers { status: 0, enable: 0, control: 0, ticks: 0, since: Instant::now() };
+        let registers = Registers {
+            status: 0,
+            enable: 0,
+            control: 0,
+            events: EventState::default(),
+            ticks: 0,
+            since: Instant::now(),
+        };
         Power { registers: Mutex::new(registers), sci }
     }
 
@@ -78,6 +97,13 @@ impl Power {
         r.enable & POWER_BUTTON != 0
     }
 
+    /// The generation id has changed. It is kept until the guest hears it.
+    pub fn tell_generation(&self) {
+        let mut r = self.lock();
+        r.events.status |= GENERATION_BIT;
+        self.update(&r);
+    }
+
     /// A guest `in`; false: not one of these ports.
     pub fn port_read(&self, port: u16, data: &mut [u8]) -> bool {
         let Some(offset) = port.checked_sub(PORTS_START).filter(|offset| *offset < PORTS) else {
@@ -88,7 +114,8 @@ impl Power {
         for (at, value) in [(0, r.status), (2, r.enable), (4, r.control | SCI_ENABLED)] {
             image[at..at + 2].copy_from_slice(&value.to_le_bytes());
         }
-        image[8..].copy_from_slice(&r.timer().to_le_bytes());
+        image[8..12].copy_from_slice(&r.timer().to_le_bytes());
+        image[12..].copy_from_slice(&[r.events.status, r.events.enable]);
         super::super::virtio::read_space(&image, offset.into(), data);
         true
     }
@@ -112,6 +139,8 @@ impl Power {
                     off |= value & SLEEP_ENABLE != 0
                         && r.control & SLEEP_TYPE == u16::from(SLEEP_TYPE_S5) << SLEEP_TYPE_SHIFT;
                 }
+                12 => r.events.status &= !data[index],
+                13 => r.events.enable = data[index] & GENERATION_BIT,
                 _ => {}
             }
         }
@@ -120,7 +149,7 @@ impl Power {
     }
 
     fn update(&self, r: &Registers) {
-        self.sci.set(r.status & r.enable & EVENTS != 0);
+        self.sci.set(r.status & r.enable & EVENTS != 0 || r.events.status & r.events.enable != 0);
     }
 
     pub fn save(&self) -> PowerState {
@@ -128,13 +157,21 @@ impl Power {
         PowerState { status: r.status, enable: r.enable, control: r.control, timer_ticks: r.timer() }
     }
 
+    pub fn save_events(&self) -> EventState {
+        self.lock().events
+    }
+
     /// Takes on a saved state; bits that no guest could have set are dropped. The timer goes on where it was.
-    pub fn restore(&self, state: &PowerState) {
+    pub fn restore(&self, state: &PowerState, events: EventState) {
         let mut r = self.lock();
         *r = Registers {
             status: state.status & EVENTS,
             enable: state.enable & EVENTS,
             control: state.control & CONTROL_WRITABLE,
+            events: EventState {
+                status: events.status & GENERATION_BIT,
+                enable: events.enable & GENERATION_BIT,
+            },
             ticks: state.timer_ticks,
             since: Instant::now(),
         };
@@ -206,9 +243,27 @@ mod tests {
     }
 
     #[test]
+    fn another_generation_is_told_until_it_is_heard() {
+        let (power, sci) = power();
+        power.tell_generation();
+        assert!(!sci.load(Ordering::SeqCst), "nobody listens yet");
+        let saved = power.save_events();
+        power.restore(&power.save(), saved);
+        assert_eq!(power.port_write(EVENTS_BLOCK + 1, &[0xff]), Some(false));
+        assert!(sci.load(Ordering::SeqCst), "it was kept");
+        assert_eq!(word(&power, EVENTS_BLOCK), 0x0101);
+        power.port_write(EVENTS_BLOCK, &[1]);
+        assert!(!sci.load(Ordering::SeqCst));
+        assert_eq!(word(&power, EVENTS_BLOCK), 0x0100);
+    }
+
+    #[test]
     fn the_timer_runs_on_from_a_saved_state() {
         let (power, _) = power();
-        power.restore(&PowerState { status: 0, enable: 0, control: 0, timer_ticks: u32::MAX - 5 });
+        power.restore(
+            &PowerState { status: 0, enable: 0, control: 0, timer_ticks: u32::MAX - 5 },
+            EventState::default(),
+        );
         let first = power.save().timer_ticks;
         assert!(first.wrapping_sub(u32::MAX - 5) < 1 << 30, "forwards, over the end too");
         while power.save().timer_ticks == first {}
@@ -218,10 +273,10 @@ mod tests {
         #[test]
         fn any_access_and_any_saved_state_is_safe(
             writes in prop::collection::vec((0u16..0x20, prop::collection::vec(any::<u8>(), 1..5)), 0..60),
-            saved in any::<(u16, u16, u16, u32)>(),
+            saved in any::<(u16, u16, u16, u32, u8, u8)>(),
         ) {
             let (power, sci) = power();
-            power.restore(&PowerState { status: saved.0, enable: saved.1, control: saved.2, timer_ticks: saved.3 });
+            power.restore(&PowerState { status: saved.0, enable: saved.1, control: saved.2, timer_ticks: saved.3 }, EventState { status: saved.4, enable: saved.5 });
             for (offset, mut data) in writes {
                 let port = PORTS_START - 4 + offset;
                 let ours = (PORTS_START..PORTS_START + PORTS).contains(&port);
@@ -229,7 +284,10 @@ mod tests {
                 prop_assert_eq!(power.port_read(port, &mut data), ours);
                 let state = power.save();
                 prop_assert_eq!(state.enable & !EVENTS, 0);
-                prop_assert_eq!(sci.load(Ordering::SeqCst), state.status & state.enable != 0);
+                let events = power.save_events();
+                prop_assert_eq!(events.enable & !GENERATION_BIT, 0);
+                let raised = state.status & state.enable != 0 || events.status & events.enable != 0;
+                prop_assert_eq!(sci.load(Ordering::SeqCst), raised);
             }
         }
     }

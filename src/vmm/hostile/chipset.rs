@@ -229,7 +229,7 @@ impl Machine {
     fn restore_chipset(&self, (chipset, pc): &(ChipsetState, Option<PcState>)) -> bool {
         self.bus.chipset.restore(chipset).unwrap();
         let (Some(here), Some(saved)) = (&self.bus.pc, pc) else { return true };
-        here.power.restore(&saved.power);
+        here.power.restore(&saved.power, Default::default());
         here.pci.restore(saved.config_address, &saved.bridge).is_ok()
     }
 }

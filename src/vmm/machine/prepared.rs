@@ -8,15 +8,16 @@ use super::{Frame, Machine, MachineError, NETWORKS_MAX, NetworkPart, Parts, VCPU
 use crate::snapshot::state::chipset::ChipsetState;
 use crate::snapshot::state::file::StateFile;
 use crate::snapshot::state::machine::MachineState;
-use crate::snapshot::state::pc::{PcState, VirtioPciState};
+use crate::snapshot::state::pc::{EventState, PcState, VirtioPciState};
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::snapshot::state::virtio::TransportState;
-use crate::vmm::boot::Hardware;
+use crate::vmm::boot::{BootError, Hardware};
 use crate::vmm::bus::{Pc, lock};
 use crate::vmm::host::Host;
 use crate::vmm::shell::Shell;
 use crate::vmm::vcpu_state;
 use crate::vmm::virtio::net::link::Link;
+use crate::vmm::x86::acpi;
 
 /// A machine that is set to a saved state, but for what time has a hold on. It may wait for as long as one likes.
 pub struct Prepared {
@@ -83,7 +84,11 @@ impl Prepared {
             Some(bus) => {
                 let transports = transports.collect::<Result<_, _>>()?;
                 let functions = (0..).take(machine.devices.len()).map(|slot| state.get(slot));
-                Some(SavedPc { bus, functions: functions.collect::<Result<_, _>>()?, transports })
+                let events = state.get_if_there(0)?;
+                if events.is_some() {
+                    acpi::renew_generation(&frame.bus.memory).map_err(BootError::from)?;
+                }
+                Some(SavedPc { bus, functions: functions.collect::<Result<_, _>>()?, transports, events })
             }
             None => {
                 // Behind a window nothing is raised by this.
@@ -126,6 +131,8 @@ struct SavedPc {
     bus: PcState,
     functions: Vec<VirtioPciState>,
     transports: Vec<TransportState>,
+    /// `None`: its tables do not tell of any.
+    events: Option<EventState>,
 }
 
 impl SavedPc {
@@ -139,7 +146,10 @@ impl SavedPc {
         here.pci.restore(self.bus.config_address, &self.bus.bridge).map_err(|differs| {
             MachineError::Mismatch(format!("its host bridge is another, at byte {:#x}", differs.0))
         })?;
-        here.power.restore(&self.bus.power);
+        here.power.restore(&self.bus.power, self.events.unwrap_or_default());
+        if self.events.is_some() {
+            here.power.tell_generation();
+        }
         Ok(())
     }
 }

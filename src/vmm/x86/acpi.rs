@@ -20,11 +20,15 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START};
 use crate::vmm::chipset::power;
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::random;
 
 /// First byte of the tables: the RSDP.
 pub const TABLES_START: u64 = 0xe_0000;
 /// End of the room for them.
 pub const TABLES_END: u64 = 0x10_0000;
+/// A PC's generation id, 16 bytes in a page of their own: random, and others in each clone.
+pub const GENERATION_START: u64 = TABLES_END - 0x1000;
+const GENERATION_BYTES: usize = 16;
 /// Most vCPUs described.
 pub const VCPUS_MAX: u8 = 32;
 /// Most virtio-mmio devices described (their AML names hold two hexadecimal digits).
@@ -77,6 +81,8 @@ pub enum AcpiError {
     TooLarge(usize),
     #[error("ACPI tables cannot be written at {TABLES_START:#x}: give the VM at least 2 MiB of memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
+    #[error("the host has no random numbers: {0}")]
+    Random(std::io::Error),
 }
 
 /// One virtio-mmio window.
@@ -98,7 +104,20 @@ pub fn write(memory: &GuestMemory, vcpus: u8, devices: &[MmioDevice]) -> Result<
 /// Writes the tables of a PC for `vcpus` CPUs (APIC ids 0..vcpus) and one I/O APIC with id `vcpus`. Returns the RSDP's
 /// address.
 pub fn write_pc(memory: &GuestMemory, vcpus: u8) -> Result<u64, AcpiError> {
-    put(memory, &build_pc(vcpus)?)
+    let tables = build_pc(vcpus)?;
+    if tables.len() as u64 > GENERATION_START - TABLES_START {
+        return Err(AcpiError::TooLarge(tables.len()));
+    }
+    renew_generation(memory)?;
+    put(memory, &tables)
+}
+
+/// Gives a PC another generation id.
+pub fn renew_generation(memory: &GuestMemory) -> Result<(), AcpiError> {
+    let mut id = [0; GENERATION_BYTES];
+    random::fill(&mut id).map_err(AcpiError::Random)?;
+    memory.write_slice(&id, GuestAddress(GENERATION_START))?;
+    Ok(())
 }
 
 fn put(memory: &GuestMemory, tables: &[u8]) -> Result<u64, AcpiError> {
@@ -250,6 +269,7 @@ fn fadt_pc(facs: u64, dsdt: u64) -> Vec<u8> {
         (56, 148, 88, power::PM1_EVENT, power::PM1_EVENT_BYTES),
         (64, 172, 89, power::PM1_CONTROL, power::PM1_CONTROL_BYTES),
         (76, 208, 91, power::PM_TIMER, power::PM_TIMER_BYTES),
+        (80, 220, 92, power::EVENTS_BLOCK, power::EVENTS_BLOCK_BYTES),
     ] {
         fadt.put(offset, &u32::from(port).to_le_bytes());
         fadt.put(length_offset, &[bytes]);
@@ -385,7 +405,8 @@ mod tests {
         assert_eq!([&fadt[..4], &madt[..4], &mcfg[..4]], [b"FACP", b"APIC", b"MCFG"]);
         assert_eq!(u32_at(fadt, 112) & flag::HARDWARE_REDUCED, 0);
         assert_eq!(u32_at(fadt, 56), 0x600);
-        assert_eq!((u32_at(fadt, 64), u32_at(fadt, 76)), (0x604, 0x608));
+        assert_eq!((u32_at(fadt, 64), u32_at(fadt, 76), u32_at(fadt, 80)), (0x604, 0x608, 0x60c));
+        assert_eq!(fadt[92], 2, "a byte of status, a byte of enable");
         assert_eq!(u64_at(fadt, 176), 0x604, "as a generic address");
         assert_eq!(u32_at(fadt, 48), 0, "no SMI command");
         let facs = u64::from(u32_at(fadt, 36));
@@ -442,6 +463,16 @@ mod tests {
             }
             assert_eq!(seen, devices.iter().map(|d| (d.address as u32, d.line)).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn each_machine_has_a_generation_of_its_own() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let id = || memory.read_obj::<[u8; GENERATION_BYTES]>(GuestAddress(GENERATION_START)).unwrap();
+        write_pc(&memory, VCPUS_MAX).unwrap();
+        let first = id();
+        renew_generation(&memory).unwrap();
+        assert!(first != [0; 16] && id() != first);
     }
 
     #[test]

@@ -9,7 +9,6 @@
 #[cfg(test)]
 mod tests;
 
-use std::io;
 use std::os::fd::RawFd;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -20,6 +19,7 @@ use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice};
 use crate::snapshot::codec;
 use crate::snapshot::state::virtio::RngState;
 use crate::vmm::memory::GuestMemory;
+use crate::vmm::random;
 
 /// Most bytes given for one request; the driver sees how many it got and asks again.
 const REQUEST_BYTES_MAX: u64 = 64 << 10;
@@ -83,7 +83,7 @@ impl VirtioDevice for Rng {
             while given < wanted {
                 let part = (wanted - given).min(buffer.len() as u64);
                 let Some(part) = buffer.get_mut(..part as usize) else { break };
-                fill_random(part).map_err(DeviceError::Random)?;
+                random::fill(part).map_err(DeviceError::Random)?;
                 chain.write(given, part)?;
                 given += part.len() as u64;
             }
@@ -110,22 +110,4 @@ impl VirtioDevice for Rng {
             codec::decode(bytes).map_err(|source| DeviceError::Codec { device: self.name(), source })?;
         Ok(())
     }
-}
-
-/// Fills `buffer`, at most 256 bytes at a time as getrandom(2) asks for, so that no signal cuts it short.
-fn fill_random(buffer: &mut [u8]) -> io::Result<()> {
-    for part in buffer.chunks_mut(256) {
-        loop {
-            // SAFETY: the pointer and length are those of `part`, which is writable and lives through the call.
-            let got = unsafe { libc::getrandom(part.as_mut_ptr().cast(), part.len(), 0) };
-            if got == part.len() as isize {
-                break;
-            }
-            let error = io::Error::last_os_error();
-            if got < 0 && error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
-            }
-        }
-    }
-    Ok(())
 }

@@ -5,11 +5,11 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package,
-    PackageBuilder, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    Notify, Package, PackageBuilder, Path, ResourceTemplate, Scope,
 };
 
-use super::{AcpiError, MmioDevice};
+use super::{AcpiError, GENERATION_START, MmioDevice};
 use crate::vmm::chipset::pci::{
     ECAM_BYTES, ECAM_START, IO_END, IO_START, MEMORY_END, MEMORY_START, SLOTS, intx_pin,
 };
@@ -79,8 +79,34 @@ pub fn pc() -> Vec<u8> {
     let ecam = Memory32Fixed::new(true, ECAM_START as u32, ECAM_BYTES as u32);
     let block = IO::new(power::PORTS_START, power::PORTS_START, 1, power::PORTS as u8);
     scope.extend(device("MBRD", &EISAName::new("PNP0C02"), 0, &[], vec![&ecam, &block]));
+    scope.extend(generation());
     aml.extend(Scope::raw("\\_SB_".into(), scope));
+    aml.extend(generation_event());
     aml
+}
+
+/// The generation id: where it is, for drivers that know it by this compatible id.
+fn generation() -> Vec<u8> {
+    let (low, high) = (GENERATION_START as u32, (GENERATION_START >> 32) as u32);
+    let place = Package::new(vec![&low, &high]);
+    let names = [
+        Name::new("_HID".into(), &"CLDS0001"),
+        Name::new("_CID".into(), &"VM_Gen_Counter"),
+        Name::new("_DDN".into(), &"VM_Gen_Counter"),
+        Name::new("ADDR".into(), &place),
+    ];
+    bytes(&Device::new("VGEN".into(), names.iter().map(|name| name as &dyn Aml).collect()))
+}
+
+/// `Scope(\_GPE) { Method(_E00) { Notify(\_SB.VGEN, 0x80) } }`: what event 0 leads to.
+fn generation_event() -> Vec<u8> {
+    /// Status changed.
+    const CHANGED: u8 = 0x80;
+    let device = Path::new("\\_SB_.VGEN");
+    let notify = Notify::new(&device, &CHANGED);
+    let name = format!("_E{:02X}", power::GENERATION_EVENT);
+    let method = Method::new(name.as_str().into(), 0, false, vec![&notify]);
+    Scope::raw("\\_GPE".into(), bytes(&method))
 }
 
 fn host_bridge() -> Vec<u8> {
@@ -118,6 +144,11 @@ mod tests {
         // Package(4) {0x0001ffff, 0, 0, 17}
         let route = b"\x12\x0b\x04\x0c\xff\xff\x01\x00\0\0\x0a\x11";
         assert!(aml.windows(route.len()).any(|window| window == route));
+        // Notify(\\_SB.VGEN, 0x80), and the id's address as a package of two halves.
+        let notify = b"\x86\\\x2e_SB_VGEN\x0a\x80";
+        assert!(aml.windows(notify.len()).any(|window| window == notify));
+        let place = b"ADDR\x12\x08\x02\x0c\x00\xf0\x0f\x00\x00";
+        assert!(aml.windows(place.len()).any(|window| window == place));
         let routes = aml.windows(5).filter(|window| window[0] == 0x0c && window[1..3] == [0xff; 2]);
         assert_eq!(routes.count(), SLOTS - 1);
     }

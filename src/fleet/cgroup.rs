@@ -1,0 +1,497 @@
+//! What a VM may take of its host: a control group for each VM that has a limit, named like the VM, in a group of this service's data folder.
+//!
+//! Both versions are used as they are found: of version 2 the part of the tree in which this service is (systemd: `Delegate=cpu memory`), of
+//! version 1 the trees of `memory` and `cpu`. A VM's worker is moved into its group before it has any memory of its guest, so that what the guest
+//! writes is counted there; pages that clones share are counted where they were read first, if at all.
+//!
+//! Facts: Linux's `Documentation/admin-guide/cgroup-v2.rst` ("No Internal Process Constraint", "Delegation") and `cgroup-v1/memory.rst`.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use super::error::FleetError;
+
+/// Least memory limit: a worker itself takes some MiB.
+pub const MEMORY_LIMIT_MIN: u64 = 16 << 20;
+/// Limits of processor time, in thousandths of a CPU: the least that the kernel takes, and more than any host has.
+pub const CPU_MILLIS_MIN: u32 = 10;
+pub const CPU_MILLIS_MAX: u32 = 1024 * 1000;
+/// Microseconds in which the processor time is given out (the kernel's usual).
+const PERIOD_US: u64 = 100_000;
+/// The group below its own in which the service and its workers without limits are.
+const LEAF: &str = "service";
+/// Longest file that is read.
+const TEXT_BYTES_MAX: usize = 1 << 20;
+
+/// What a VM may take; `None`: as much as there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of memory that only this VM has: what its guest has written, and what its worker needs.
+    pub memory_bytes: Option<u64>,
+    /// Thousandths of a CPU, over all its vCPUs and devices.
+    pub cpu_millis: Option<u32>,
+}
+
+impl Limits {
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Refuses what no group can be told.
+    pub fn check(&self) -> Result<(), FleetError> {
+        if let Some(bytes) = self.memory_bytes.filter(|bytes| *bytes < MEMORY_LIMIT_MIN) {
+            return Err(FleetError::Invalid(format!(
+                "a memory limit of {bytes} bytes; the least is {} MiB",
+                MEMORY_LIMIT_MIN >> 20
+            )));
+        }
+        if let Some(millis) =
+            self.cpu_millis.filter(|millis| !(CPU_MILLIS_MIN..=CPU_MILLIS_MAX).contains(millis))
+        {
+            return Err(FleetError::Invalid(format!(
+                "a CPU limit of {millis} thousandths; give {CPU_MILLIS_MIN} to {CPU_MILLIS_MAX} (1000 is one CPU)"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Where groups are made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Places {
+    /// The group that is this service's to divide.
+    Unified { own: PathBuf },
+    /// The groups that this service is in, of the controllers `memory` and `cpu`.
+    Split { memory: PathBuf, cpu: PathBuf },
+}
+
+/// Makes groups. Looks where when the first one is wanted.
+#[derive(Debug)]
+pub struct Cgroups {
+    /// Of the group that holds the VMs' groups.
+    name: String,
+    places: Mutex<Option<Places>>,
+}
+
+/// A VM's group; removed when this is dropped, which has to be after the end of its processes.
+#[derive(Debug)]
+pub struct Group {
+    folders: Vec<PathBuf>,
+    /// In which `oom_kill` counts processes that were killed because the memory was up.
+    kills: PathBuf,
+    pub limits: Limits,
+}
+
+impl Cgroups {
+    /// Of a service with this data folder: two of them are not in each other's way.
+    pub fn new(data_dir: &Path) -> Arc<Self> {
+        let place = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        let hash = blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex();
+        Arc::new(Self { name: format!("coldspark-{}", &hash[..16]), places: Mutex::default() })
+    }
+
+    /// Makes a group with these limits and moves the process into it. Blocks for as long as the kernel takes.
+    pub fn make(&self, vm: &str, limits: Limits, pid: u32) -> Result<Group, FleetError> {
+        let places = self.places()?;
+        let group = self.group(&places, vm, limits);
+        let made = group.set_up(&places, &limits).and_then(|()| group.take(pid));
+        // What is there already goes with `group`.
+        made.map_err(|(path, source)| FleetError::Io {
+            what: format!("cannot limit the VM: {}", path.display()),
+            source,
+        })?;
+        Ok(group)
+    }
+
+    /// The group of a VM that an earlier service has started, if it has one.
+    pub fn find(&self, vm: &str, limits: Limits) -> Option<Group> {
+        if limits.is_none() {
+            return None;
+        }
+        let places = self.known()?;
+        let group = self.group(&places, vm, limits);
+        group.folders.iter().any(|folder| folder.exists()).then_some(group)
+    }
+
+    /// Removes the groups that no VM needs any more.
+    pub fn sweep(&self, living: &HashSet<String>) {
+        let Some(places) = self.known() else { return };
+        for top in self.tops(&places) {
+            for entry in fs::read_dir(&top).into_iter().flatten().flatten() {
+                let is_group = entry.file_type().is_ok_and(|kind| kind.is_dir());
+                if is_group && entry.file_name().to_str().is_none_or(|name| !living.contains(name)) {
+                    remove(&entry.path());
+                }
+            }
+        }
+    }
+
+    /// Removes what holds the VMs' groups, if there are none.
+    pub fn close(&self) {
+        let kept = self.places.lock().unwrap_or_else(PoisonError::into_inner).take();
+        kept.or_else(|| self.known())
+            .iter()
+            .flat_map(|places| self.tops(places))
+            .for_each(|top| remove(&top));
+    }
+
+    /// Where groups can be made; says what is missing otherwise.
+    pub fn check(&self) -> Result<&'static str, FleetError> {
+        match self.places()? {
+            Places::Unified { .. } => Ok("version 2"),
+            Places::Split { .. } => Ok("version 1"),
+        }
+    }
+
+    /// Without making anything: `None` also where there was never a limit.
+    fn known(&self) -> Option<Places> {
+        let found = find_places().ok()?;
+        self.tops(&found).iter().any(|top| top.exists()).then_some(found)
+    }
+
+    fn places(&self) -> Result<Places, FleetError> {
+        let mut kept = self.places.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(places) = &*kept {
+            return Ok(places.clone());
+        }
+        let places = find_places().and_then(|places| {
+            prepare(&places, &self.tops(&places))?;
+            Ok(places)
+        });
+        let places = places.map_err(FleetError::NoLimits)?;
+        Ok(kept.insert(places).clone())
+    }
+
+    fn tops(&self, places: &Places) -> Vec<PathBuf> {
+        match places {
+            Places::Unified { own, .. } => vec![own.join(&self.name)],
+            Places::Split { memory, cpu } => vec![memory.join(&self.name), cpu.join(&self.name)],
+        }
+    }
+
+    fn group(&self, places: &Places, vm: &str, limits: Limits) -> Group {
+        let folders: Vec<PathBuf> = self.tops(places).iter().map(|top| top.join(vm)).collect();
+        let file = match places {
+            Places::Unified { .. } => "memory.events",
+            Places::Split { .. } => "memory.oom_control",
+        };
+        let kills = folders.first().map(|folder| folder.join(file)).unwrap_or_default();
+        Group { folders, kills, limits }
+    }
+}
+
+/// What was to be written or made, and why it could not be.
+type Failed = (PathBuf, io::Error);
+
+impl Group {
+    /// What it has come to its end of, if the kernel killed its process for want of memory.
+    pub fn ran_out(&self) -> Option<String> {
+        let text = read(&self.kills).ok()?;
+        let kills: u64 = text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())?;
+        (kills > 0).then(|| match self.limits.memory_bytes {
+            Some(bytes) => format!("it needed more memory than its limit of {} MiB", bytes >> 20),
+            None => "it needed more memory than its limit".to_owned(),
+        })
+    }
+
+    /// It stays when this is gone, for the next service.
+    pub fn leave(mut self) {
+        self.folders.clear();
+    }
+
+    fn set_up(&self, places: &Places, limits: &Limits) -> Result<(), Failed> {
+        for folder in &self.folders {
+            make(folder)?;
+        }
+        let [memory, cpu] = match &self.folders[..] {
+            [both] => [both, both],
+            [memory, cpu, ..] => [memory, cpu],
+            [] => return Ok(()),
+        };
+        let unified = matches!(places, Places::Unified { .. });
+        if let Some(bytes) = limits.memory_bytes {
+            let bytes = bytes.to_string();
+            if unified {
+                write(&memory.join("memory.max"), &bytes)?;
+                // Its memory is not to go on growing in the swap; a kernel without swap has no such file.
+                optional(write(&memory.join("memory.swap.max"), "0"))?;
+            } else {
+                write(&memory.join("memory.limit_in_bytes"), &bytes)?;
+                optional(write(&memory.join("memory.memsw.limit_in_bytes"), &bytes))?;
+            }
+        }
+        if let Some(millis) = limits.cpu_millis {
+            let quota = u64::from(millis) * PERIOD_US / 1000;
+            if unified {
+                write(&cpu.join("cpu.max"), &format!("{quota} {PERIOD_US}"))?;
+            } else {
+                write(&cpu.join("cpu.cfs_period_us"), &PERIOD_US.to_string())?;
+                write(&cpu.join("cpu.cfs_quota_us"), &quota.to_string())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take(&self, pid: u32) -> Result<(), Failed> {
+        self.folders.iter().try_for_each(|folder| write(&folder.join("cgroup.procs"), &pid.to_string()))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.folders.iter().for_each(|folder| remove(folder));
+    }
+}
+
+/// One that is busy is somebody's yet.
+fn remove(folder: &Path) {
+    match fs::remove_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::debug!(folder = %folder.display(), %error, "a control group cannot be removed yet");
+        }
+        _ => {}
+    }
+}
+
+fn make(folder: &Path) -> Result<(), Failed> {
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err((folder.to_owned(), error)),
+        _ => Ok(()),
+    }
+}
+
+/// A file that the kernel has made: this makes none.
+fn write(path: &Path, text: &str) -> Result<(), Failed> {
+    let written = fs::OpenOptions::new().write(true).open(path).and_then(|mut file| {
+        // In one piece, as the kernel wants it.
+        io::Write::write_all(&mut file, text.as_bytes())
+    });
+    written.map_err(|error| (path.to_owned(), error))
+}
+
+fn optional(result: Result<(), Failed>) -> Result<(), Failed> {
+    match result {
+        Err((_, error)) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    let text = fs::read_to_string(path)?;
+    match text.len() <= TEXT_BYTES_MAX {
+        true => Ok(text),
+        false => Err(io::Error::other("it is too long")),
+    }
+}
+
+/// Which version this process could use; says what is missing otherwise. Changes nothing.
+pub fn look() -> Result<&'static str, String> {
+    let (version, folders) = match find_places()? {
+        Places::Unified { own } => ("version 2", vec![own]),
+        Places::Split { memory, cpu } => ("version 1", vec![memory, cpu]),
+    };
+    for folder in folders {
+        rustix::fs::access(&folder, rustix::fs::Access::WRITE_OK).map_err(|error| {
+            format!("no groups can be made in {}: {}", folder.display(), io::Error::from(error))
+        })?;
+    }
+    Ok(version)
+}
+
+fn find_places() -> Result<Places, String> {
+    let text = |path: &str| read(Path::new(path)).map_err(|error| format!("{path}: {error}"));
+    let places = places_of(&text("/proc/self/cgroup")?, &text("/proc/self/mountinfo")?)?;
+    if let Places::Unified { own, .. } = &places {
+        let controllers = read(&own.join("cgroup.controllers")).unwrap_or_default();
+        for needed in ["memory", "cpu"] {
+            if !controllers.split_whitespace().any(|controller| controller == needed) {
+                return Err(format!("{} has no controller {needed}", own.display()));
+            }
+        }
+    }
+    Ok(places)
+}
+
+/// Where this process is, by proc(5)'s `/proc/PID/cgroup` and `mountinfo`.
+fn places_of(groups: &str, mounts: &str) -> Result<Places, String> {
+    // "36 35 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory": root, place, then behind the dash type and options.
+    let mounted = |wanted: &dyn Fn(&str, &str) -> bool| {
+        mounts.lines().find_map(|line| {
+            let (first, second) = line.split_once(" - ")?;
+            let mut first = first.split(' ').skip(3);
+            let (root, place) = (first.next()?, first.next()?);
+            let mut second = second.split(' ');
+            let (kind, options) = (second.next()?, second.nth(1)?);
+            wanted(kind, options).then(|| (root.to_owned(), PathBuf::from(place)))
+        })
+    };
+    // "4:memory:/some/group", "0::/system.slice/coldspark.service".
+    let group = |wanted: &dyn Fn(&str) -> bool| {
+        groups.lines().find_map(|line| {
+            let (_, rest) = line.split_once(':')?;
+            let (controllers, path) = rest.split_once(':')?;
+            wanted(controllers).then(|| path.to_owned())
+        })
+    };
+    let below = |(root, place): (String, PathBuf), path: String| {
+        // A container may see a part of the tree only.
+        let path =
+            path.strip_prefix(root.trim_end_matches('/')).unwrap_or(&path).trim_start_matches('/').to_owned();
+        place.join(path)
+    };
+    let has = |list: &str, wanted: &str| list.split(',').any(|word| word == wanted);
+    let split = |name: &str| {
+        let mount = mounted(&|kind, options| kind == "cgroup" && has(options, name))?;
+        Some(below(mount, group(&|controllers| has(controllers, name))?))
+    };
+    if let (Some(memory), Some(cpu)) = (split("memory"), split("cpu")) {
+        return Ok(Places::Split { memory, cpu });
+    }
+    let mount = mounted(&|kind, _| kind == "cgroup2").ok_or("no control groups are mounted")?;
+    let path = group(&str::is_empty).ok_or("this service is in no control group")?;
+    let own = below(mount, path);
+    // Where it has moved to itself, or systemd has put it.
+    Ok(Places::Unified {
+        own: own.parent().filter(|_| own.ends_with(LEAF)).map(Path::to_owned).unwrap_or(own),
+    })
+}
+
+/// Makes the groups that hold the VMs' groups.
+fn prepare(places: &Places, tops: &[PathBuf]) -> Result<(), String> {
+    let text = |(path, error): Failed| format!("{}: {error}", path.display());
+    if let Places::Unified { own } = places {
+        // The root has no such file, and may hold processes, too.
+        if own.join("cgroup.events").exists() {
+            step_down(own)?;
+        }
+        write(&own.join("cgroup.subtree_control"), "+memory +cpu").map_err(text)?;
+    }
+    for top in tops {
+        make(top).map_err(text)?;
+        if matches!(places, Places::Unified { .. }) {
+            write(&top.join("cgroup.subtree_control"), "+memory +cpu").map_err(text)?;
+        }
+    }
+    Ok(())
+}
+
+/// A group of version 2 that has groups with controllers can hold no process itself: this service and its workers move into one below. They
+/// move nobody else.
+fn step_down(own: &Path) -> Result<(), String> {
+    let ours = program("self");
+    let leaf = own.join(LEAF);
+    let procs = own.join("cgroup.procs");
+    // Workers may be started meanwhile.
+    for _ in 0..8 {
+        let text = read(&procs).map_err(|error| format!("{}: {error}", procs.display()))?;
+        if text.trim().is_empty() {
+            return Ok(());
+        }
+        if std::env::var_os("INVOCATION_ID").is_some() {
+            // systemd could start the service no more after a crash: it puts it where then no process may be.
+            return Err(format!("{} needs DelegateSubgroup={LEAF} in its unit (systemd 254)", own.display()));
+        }
+        make(&leaf).map_err(|(path, error)| format!("{}: {error}", path.display()))?;
+        for pid in text.split_whitespace() {
+            if program(pid).is_some() && program(pid) != ours {
+                return Err(format!(
+                    "process {pid} is in the control group {}, too; start the service in one of its own (systemd: Delegate=cpu memory)",
+                    own.display()
+                ));
+            }
+            match write(&leaf.join("cgroup.procs"), pid) {
+                // It has ended.
+                Err((_, error)) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                other => other.map_err(|(path, error)| format!("{}: {error}", path.display()))?,
+            }
+        }
+    }
+    Err(format!("processes keep coming in the control group {}", own.display()))
+}
+
+/// The program that a process runs; `None`: it is gone, or somebody else's.
+fn program(pid: &str) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "5:memory:/box/1\n2:cpu,cpuacct:/\n1:name=systemd:/\n0::/\n";
+    const V1_MOUNTS: &str = "25 30 0:22 / /proc rw shared:5 - proc proc rw\n\
+        36 35 0:30 / /sys/fs/cgroup/memory rw,relatime shared:1 - cgroup cgroup rw,memory\n\
+        37 35 0:31 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct\n\
+        38 35 0:32 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+
+    #[test]
+    fn both_versions_are_found_where_they_are() {
+        let split =
+            Places::Split { memory: "/sys/fs/cgroup/memory/box/1".into(), cpu: "/sys/fs/cgroup/cpu/".into() };
+        assert_eq!(places_of(V1, V1_MOUNTS).unwrap(), split);
+        let mount = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+        let unified = Places::Unified { own: "/sys/fs/cgroup/system.slice/coldspark.service".into() };
+        assert_eq!(places_of("0::/system.slice/coldspark.service\n", mount).unwrap(), unified);
+        assert_eq!(places_of("0::/system.slice/coldspark.service/service\n", mount).unwrap(), unified);
+        assert_eq!(places_of("0::/\n", mount).unwrap(), Places::Unified { own: "/sys/fs/cgroup/".into() });
+        // A part of the tree, as a container sees it.
+        let part = "29 23 0:26 /docker/1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            places_of("0::/docker/1/x\n", part).unwrap(),
+            Places::Unified { own: "/sys/fs/cgroup/x".into() }
+        );
+        for (groups, mounts) in
+            [("", ""), ("0::/\n", ""), ("", mount), ("x", "- - -"), (V1, "1 2 3 - cgroup")]
+        {
+            assert!(places_of(groups, mounts).is_err(), "{groups:?} {mounts:?}");
+        }
+    }
+
+    #[test]
+    fn limits_that_no_group_takes_are_refused() {
+        assert!(Limits::default().is_none());
+        Limits { memory_bytes: Some(MEMORY_LIMIT_MIN), cpu_millis: Some(CPU_MILLIS_MAX) }.check().unwrap();
+        for wrong in [
+            Limits { memory_bytes: Some(MEMORY_LIMIT_MIN - 1), cpu_millis: None },
+            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MIN - 1) },
+            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MAX + 1) },
+        ] {
+            assert!(wrong.check().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_group_is_set_up_by_the_files_of_its_version_and_tells_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let limits = Limits { memory_bytes: Some(64 << 20), cpu_millis: Some(500) };
+        let cgroups = Cgroups { name: "coldspark-x".into(), places: Mutex::default() };
+        let own = folder.path().to_owned();
+        let places = Places::Unified { own: own.clone() };
+        let at = own.join("coldspark-x/vm-1");
+        fs::create_dir_all(&at).unwrap();
+        for name in ["memory.max", "cpu.max", "cgroup.procs"] {
+            fs::write(at.join(name), "").unwrap();
+        }
+        let group = cgroups.group(&places, "vm-1", limits);
+        group.set_up(&places, &limits).unwrap();
+        group.take(7).unwrap();
+        let said = |name: &str| fs::read_to_string(at.join(name)).unwrap();
+        assert_eq!(
+            (said("memory.max"), said("cpu.max"), said("cgroup.procs")),
+            ("67108864".into(), "50000 100000".into(), "7".into())
+        );
+        assert_eq!(group.ran_out(), None);
+        fs::write(at.join("memory.events"), "low 0\noom 3\noom_kill 1\noom_group_kill 0\n").unwrap();
+        assert_eq!(group.ran_out().unwrap(), "it needed more memory than its limit of 64 MiB");
+        // What the kernel has not made is not made here.
+        let places = Places::Split { memory: own.join("m"), cpu: own.join("c") };
+        let group = cgroups.group(&places, "vm-1", limits);
+        assert!(group.set_up(&places, &limits).is_err());
+    }
+}
