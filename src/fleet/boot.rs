@@ -136,9 +136,10 @@ pub(super) struct Started {
 impl Fleet {
     /// Makes a VM of a shell.
     pub(super) fn start(self: &Arc<Self>, shell: Shell, start: Start) -> Result<Started, FleetError> {
-        let Shell { process, link, events, console, agent, folder, kept, lifeline, .. } = shell;
+        let Shell { process, link, events, console, agent, mut folder, kept, lifeline, .. } = shell;
+        let record = folder.take_record();
         let papers = Papers::new(
-            kept.then(|| folder.path()),
+            kept.then(|| (folder.path(), record)),
             &start.disks,
             start.memory.as_deref(),
             start.again.as_ref(),

@@ -1,19 +1,19 @@
 //! What the next daemon must know of a VM to go on with it: a small file in the VM's folder.
 //!
-//! It is empty until the VM is *settled*: until then the VM is half made, or stands ready in a pool, or runs an invocation whose caller is
+//! It is empty (blanks) until the VM is *settled*: until then the VM is half made, or stands ready in a pool, or runs an invocation whose caller is
 //! known to this daemon only; a daemon that finds it so ends it. Settling is one write into a file that is there, just before the caller
 //! hears of the VM: it has to outlive this process, not the host, so nothing is synced. Later changes replace the file.
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Limits;
-use super::disks::{FrozenFile, RECORD, VmDisk};
+use super::disks::{FrozenFile, RECORD, RECORD_ROOM, VmDisk};
 use super::network::VmNetwork;
 use super::owner::Again;
 use super::snapshots::{hello_from_text, hello_text};
@@ -117,7 +117,7 @@ impl Record {
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(damaged(&error)),
         };
-        if bytes.is_empty() {
+        if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(None);
         }
         let head: Head = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
@@ -186,18 +186,20 @@ struct Kept {
     files: Vec<KnownFile>,
     memory: Option<FileId>,
     again: Option<AgainRecord>,
+    /// The empty record, until the VM is settled.
+    empty: Option<File>,
     settled: bool,
 }
 
 impl Papers {
-    /// Of a VM that is being made; `folder`: its folder, if it can outlive the daemon.
+    /// Of a VM that is being made; `folder`: its folder, if it can outlive the daemon, and the empty record in it.
     pub fn new(
-        folder: Option<&Path>,
+        folder: Option<(&Path, Option<File>)>,
         disks: &[VmDisk],
         memory: Option<&File>,
         again: Option<&Again>,
     ) -> io::Result<Self> {
-        let Some(folder) = folder else { return Ok(Self { path: None, kept: Mutex::default() }) };
+        let Some((folder, empty)) = folder else { return Ok(Self { path: None, kept: Mutex::default() }) };
         let mut files = Vec::with_capacity(disks.len() * 3);
         for disk in disks {
             for frozen in std::iter::once(&disk.base).chain(&disk.layers) {
@@ -221,6 +223,7 @@ impl Papers {
             files,
             memory: memory.map(FileId::of).transpose()?,
             again: again.transpose()?,
+            empty,
             settled: false,
         };
         Ok(Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) })
@@ -233,6 +236,7 @@ impl Papers {
             files: record.files.clone(),
             memory: record.memory,
             again: record.again.clone(),
+            empty: None,
             settled: true,
         };
         Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) }
@@ -251,7 +255,12 @@ impl Vm {
             && !kept.settled
         {
             kept.settled = true;
-            self.written(fs::write(path, self.record(&kept)));
+            let record = self.record(&kept);
+            self.written(match kept.empty.take() {
+                // What it is shorter by are blanks behind it.
+                Some(empty) if record.len() <= RECORD_ROOM => empty.write_all_at(&record, 0),
+                _ => fs::write(path, record),
+            });
         }
     }
 
@@ -343,6 +352,8 @@ impl Vm {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::OpenOptions;
+
     use super::*;
 
     fn file(folder: &Path, name: &str) -> Arc<File> {
@@ -395,7 +406,8 @@ mod tests {
     fn a_worker_gets_back_only_files_that_it_had() {
         let folder = tempfile::tempdir().unwrap();
         let disk = disk(folder.path());
-        let papers = Papers::new(Some(folder.path()), std::slice::from_ref(&disk), None, None).unwrap();
+        let papers =
+            Papers::new(Some((folder.path(), None)), std::slice::from_ref(&disk), None, None).unwrap();
         let record = record(&papers);
         let open = |name: &str| File::open(folder.path().join(name)).unwrap();
         let mut told = vec![disk.spec()];
@@ -422,10 +434,14 @@ mod tests {
         let read = || Record::read(folder.path());
         assert!(matches!(read(), Ok(None)));
         let path = folder.path().join(RECORD);
-        fs::write(&path, "").unwrap();
-        assert!(matches!(read(), Ok(None)));
+        for blanks in [0, RECORD_ROOM] {
+            fs::write(&path, vec![b' '; blanks]).unwrap();
+            assert!(matches!(read(), Ok(None)));
+        }
         let whole = serde_json::to_vec(&record(&Papers::new(None, &[], None, None).unwrap())).unwrap();
-        fs::write(&path, &whole).unwrap();
+        // Written over blanks, as it is when a clone is handed over.
+        OpenOptions::new().write(true).open(&path).unwrap().write_all_at(&whole, 0).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), RECORD_ROOM as u64);
         assert!(matches!(read(), Ok(Some(_))));
         fs::write(&path, &whole[..whole.len() / 2]).unwrap();
         assert!(matches!(read(), Err(Unreadable::Damaged(_))));
