@@ -245,6 +245,8 @@ impl Owner {
             (Some(exit), None) => (Ended::Guest, exit),
             (None, None) => (Ended::Worker, ran_out.unwrap_or_else(|| process.obituary(status))),
         };
+        // Files of the host are free, and their locks are gone, when the end is known.
+        self.disks.retain(|disk| !disk.direct);
         metrics().vm_ended(how);
         tracing::info!(vm = %self.vm.id, reason, "VM ended");
         self.vm.change(|status| {
