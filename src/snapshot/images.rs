@@ -454,6 +454,7 @@ pub struct OpenImage {
 impl Item for Image {
     const KIND: &'static str = KIND;
     const ID_PREFIX: &'static str = ID_PREFIX;
+    const ADVICE: &'static [&'static str] = &[];
 
     fn read(stored: Stored) -> Result<Image, StoreError> {
         let manifest = DOCUMENT.read(&stored, ImageManifest::parse)?;

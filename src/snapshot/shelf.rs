@@ -89,6 +89,9 @@ pub trait Item: Sized {
     /// What its ids begin with.
     const ID_PREFIX: &'static str;
 
+    /// Files beside those that were published, which [`Stored::write_advice`] replaces.
+    const ADVICE: &'static [&'static str];
+
     /// Reads the document in the folder of `stored`, and checks it.
     fn read(stored: Stored) -> Result<Self, StoreError>;
 
@@ -127,7 +130,12 @@ impl<T: Item> Shelf<T> {
         let mut index = Index { whole: BTreeMap::new(), damaged: BTreeMap::new(), reserved: BTreeSet::new() };
         let ids = folder.names()?.into_iter().filter(|name| folder::is_id(T::ID_PREFIX, name));
         for id in ids.take(limits::ENTRIES_MAX) {
-            match T::read(Stored { kind: T::KIND, path: folder.path_of(&id), id: id.clone() }) {
+            let stored = Stored { kind: T::KIND, path: folder.path_of(&id), id: id.clone() };
+            for name in T::ADVICE {
+                // It harms nobody; should it not go now, the next opening tries again.
+                let _ = folder::remove_half_replaced(&stored.path.join(name));
+            }
+            match T::read(stored) {
                 Ok(item) => drop(index.whole.insert(id, Arc::new(item))),
                 Err(error) => drop(index.damaged.insert(id, Arc::new(error))),
             }
@@ -215,7 +223,7 @@ impl<T: Item> Shelf<T> {
         let (id, entry) =
             taken.ok_or_else(|| StoreError::NotFound { kind: T::KIND, key: key.to_string() })?;
         let deleted = self.folder.delete(&id);
-        // Renamed away but not removed is deleted all the same; what is still in its place is still there.
+        // What is still in its place is still there.
         if deleted.is_err() && self.folder.path_of(&id).exists() {
             let mut index = self.index();
             match entry {

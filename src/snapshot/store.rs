@@ -279,6 +279,7 @@ pub struct Snapshot {
 impl Item for Snapshot {
     const KIND: &'static str = KIND;
     const ID_PREFIX: &'static str = SnapshotId::PREFIX;
+    const ADVICE: &'static [&'static str] = &[WORKING_SET_FILE];
 
     fn read(stored: Stored) -> Result<Snapshot, StoreError> {
         let manifest = DOCUMENT.read(&stored, Manifest::parse)?;
