@@ -17,6 +17,7 @@ use coldspark::{
     snapshot::{
         images::{self, DiskSettings, ImageStore, ModuleKind, Part, Ready, Settings},
         manifest::{Cpu, Disk, Facts, Guest, Identity, Memory, Protocol, Region, SnapshotId},
+        signing::{Signing, SigningKey, TrustedKeys},
         store::{self, SnapshotStore},
         working_set::{self, Touched, WorkingSet},
     },
@@ -99,8 +100,8 @@ pub const OPERATIONS: &[Operation] = &[
             Ok(fs::write(path.join(OLD).join("working-set.new"), "half")?)
         },
         begin: |path| {
-            let path = path.to_owned();
-            Ok(Box::new(move || Ok(SnapshotStore::open(&path).map(drop)?)))
+            let (path, signing) = (path.to_owned(), signing()?);
+            Ok(Box::new(move || Ok(SnapshotStore::open(&path, signing.clone()).map(drop)?)))
         },
         open: open_snapshots,
         durable: false,
@@ -110,8 +111,8 @@ pub const OPERATIONS: &[Operation] = &[
         arguments: &[],
         prepare: |_| Ok(()),
         begin: |path| {
-            let path = path.join("data/snapshots");
-            Ok(Box::new(move || Ok(SnapshotStore::open(&path).map(drop)?)))
+            let (path, signing) = (path.join("data/snapshots"), signing()?);
+            Ok(Box::new(move || Ok(SnapshotStore::open(&path, signing.clone()).map(drop)?)))
         },
         open: |path| open_snapshots(&path.join("data/snapshots")),
         durable: false,
@@ -268,8 +269,24 @@ fn tree_of_leftovers(path: &Path) -> anyhow::Result<()> {
 
 // === snapshots ===
 
+/// Signs, and takes only what is signed, so that signatures are tried too.
+fn signing() -> anyhow::Result<Signing> {
+    const SECRET: &str =
+        "ours ed25519-secret:9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60\n";
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("key");
+    let write = |text: &str| -> anyhow::Result<()> {
+        fs::write(&path, text)?;
+        Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?)
+    };
+    write(SECRET)?;
+    let key = SigningKey::read(&path)?;
+    write(&key.trusted_line())?;
+    Ok(Signing { key: Some(Arc::new(key)), trusted: Some(Arc::new(TrustedKeys::read(&path)?)) })
+}
+
 fn snapshots(path: &Path) -> anyhow::Result<Arc<SnapshotStore>> {
-    Ok(Arc::new(SnapshotStore::open(path)?))
+    Ok(Arc::new(SnapshotStore::open(path, signing()?)?))
 }
 
 fn facts(name: &str) -> Facts {
@@ -339,7 +356,7 @@ fn learnt(recordings: u32) -> WorkingSet {
 }
 
 fn open_snapshots(path: &Path) -> anyhow::Result<()> {
-    let store = SnapshotStore::open(path)?;
+    let store = SnapshotStore::open(path, signing()?)?;
     for listed in store.list() {
         match listed {
             store::Listed::Whole(snapshot) => {

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 
 /// Path in the folder, and what is there. Ids that are made at random are called `img-new`, and what tells the moment of its making does not
-/// count; sums of documents are left to the store, which checks them, and of tokens there are only lengths.
+/// count; sums and signatures of documents are left to the store, which checks them, and of tokens there are only lengths.
 pub type Tree = BTreeMap<String, String>;
 
 const RANDOM_PREFIX: &str = "img-";
@@ -36,7 +36,7 @@ fn read_into(tree: &mut Tree, folder: &Path, inside: &str, old: &BTreeSet<String
         }
         let content = fs::read(entry.path()).with_context(|| path.clone())?;
         let what = match name.as_str() {
-            "manifest.b3" | "settings.b3" => "sum".into(),
+            "manifest.b3" | "settings.b3" | "manifest.sig" => "sum".into(),
             "manifest.json" | "settings.json" => document(&content)?,
             "tokens" => tokens(&String::from_utf8_lossy(&content)),
             _ => format!("{} bytes, {}", content.len(), blake3::hash(&content).to_hex()),
