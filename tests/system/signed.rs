@@ -135,7 +135,7 @@ async fn made_and_taken(stage: Stage) -> anyhow::Result<()> {
     clones(&mut client, "signed").await?;
     let vm = client.boot_embedded(MEMORY_BYTES).await?;
     refused("a snapshot", client.snapshot(&vm.id, "nobodys").await, "--sign-key")?;
-    ensure!(client.vm(&vm.id).await?.state() == VmState::Running, "the VM should go on");
+    ensure!(client.vm(&vm.id).await?.state() == vm.state(), "the VM should go on");
 
     // Who trusts somebody else takes none of them.
     let mut client = again(&mut daemon, &["--sign-key", &theirs, "--trusted-keys", &others]).await?;
