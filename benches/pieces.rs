@@ -53,7 +53,8 @@ impl Sample {
         daemon.call(&["vm", "call", "sample", "touch", &FILLED_PAGES.to_string(), "--mode", "fill"]);
         daemon.call(&["vm", "snapshot", "sample", "--name", "sample"]);
         daemon.stop();
-        let store = Arc::new(SnapshotStore::open(&folder.path().join("snapshots")).unwrap());
+        let store =
+            Arc::new(SnapshotStore::open(&folder.path().join("snapshots"), Default::default()).unwrap());
         let [Listed::Whole(snapshot)] = &store.list()[..] else { panic!("no snapshot was made") };
         let (snapshot, open) = (Arc::clone(snapshot), snapshot.open_for_restore().unwrap());
         Sample { store, snapshot, open, _folder: folder }

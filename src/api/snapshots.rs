@@ -10,7 +10,7 @@ use super::proto;
 use super::proto::snapshot_service_server::SnapshotService;
 use crate::fleet::Fleet;
 use crate::fleet::keeping::KeptSoFar;
-use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, WorkingSet};
+use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, Signed, WorkingSet};
 
 /// Most damaged snapshots that a list tells.
 const DAMAGED_MAX: usize = 100;
@@ -81,8 +81,8 @@ impl SnapshotService for Snapshots {
         &self,
         request: Request<proto::VerifySnapshotRequest>,
     ) -> Result<Response<proto::VerifySnapshotResponse>, Status> {
-        let verified_bytes = self.fleet.verify_snapshot(&request.into_inner().snapshot).await?;
-        Ok(Response::new(proto::VerifySnapshotResponse { verified_bytes }))
+        let (verified_bytes, signed) = self.fleet.verify_snapshot(&request.into_inner().snapshot).await?;
+        Ok(Response::new(proto::VerifySnapshotResponse { verified_bytes, signature: signed.map(signature) }))
     }
 }
 
@@ -102,7 +102,16 @@ fn snapshot(snapshot: Described) -> proto::Snapshot {
         cpu_vendor: snapshot.cpu_vendor,
         tsc_khz: snapshot.tsc_khz,
         working_set: Some(working_set(&snapshot.working_set, snapshot.kept)),
+        signature: snapshot.signed.map(signature),
     }
+}
+
+fn signature(signed: Signed) -> proto::Signature {
+    let (key, problem) = match signed.key {
+        Ok(key) => (key, String::new()),
+        Err(problem) => (String::new(), problem),
+    };
+    proto::Signature { key, name: signed.name.unwrap_or_default(), trusted: signed.trusted, problem }
 }
 
 fn working_set(set: &WorkingSet, kept: KeptSoFar) -> proto::WorkingSet {

@@ -324,6 +324,8 @@ fn sample_of(key: &str) -> &'static str {
         "tokens" => "/etc/coldspark/tokens",
         "memory-reserve" => "2G",
         "metrics" => "127.0.0.1:9464",
+        "sign-key" => "/etc/coldspark/signing.key",
+        "trusted-keys" => "/etc/coldspark/trusted-keys",
         "otlp" => "http://127.0.0.1:4318",
         _ => "",
     }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -18,6 +19,7 @@ use crate::api::auth::rules::Rule;
 use crate::api::auth::tls::TlsFiles;
 use crate::api::listen::{Listeners, Port, Socket};
 use crate::api::{scrape, server};
+use crate::fleet::snapshots::signing::{Signing, SigningKey, TrustedKeys};
 use crate::fleet::{Config, Fleet};
 use crate::telemetry::trace::{Collector, Traces};
 
@@ -57,9 +59,34 @@ pub struct Arguments {
     #[arg(long, env = "COLDSPARK_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
     #[command(flatten)]
+    trust: TrustArguments,
+    #[command(flatten)]
     access: AccessArguments,
     #[command(flatten)]
     seeing: SeeingArguments,
+}
+
+/// Which snapshots are used.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Signed snapshots")]
+struct TrustArguments {
+    /// Sign snapshots with the key of this file (`coldspark snapshot key new`)
+    #[arg(long, env = "COLDSPARK_SIGN_KEY", value_name = "FILE")]
+    sign_key: Option<PathBuf>,
+    /// Use only snapshots that were signed by a key of this file, of lines `NAME ed25519:KEY`, and compare all their bytes before the first use
+    #[arg(long, env = "COLDSPARK_TRUSTED_KEYS", value_name = "FILE")]
+    trusted_keys: Option<PathBuf>,
+}
+
+impl TrustArguments {
+    fn signing(&self) -> anyhow::Result<Signing> {
+        let key = self.sign_key.as_deref().map(SigningKey::read).transpose();
+        let trusted = self.trusted_keys.as_deref().map(TrustedKeys::read).transpose();
+        Ok(Signing {
+            key: key.context("--sign-key")?.map(Arc::new),
+            trusted: trusted.context("--trusted-keys")?.map(Arc::new),
+        })
+    }
 }
 
 /// What it tells of itself.
@@ -158,6 +185,7 @@ impl Arguments {
     /// Whether the settings go together, and the files that they name can be used.
     pub fn check(&self) -> anyhow::Result<()> {
         Guard::new(self.access.policy()?)?;
+        self.trust.signing()?;
         self.seeing.check()
     }
 }
@@ -230,6 +258,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
     let guard = Guard::new(arguments.access.policy()?)?;
+    let signing = arguments.trust.signing()?;
     let socket = Socket::bind_for(&path, guard.socket_for()).await?;
     let port = arguments.access.port().await?;
     let metrics = arguments.seeing.endpoint().await?;
@@ -243,8 +272,12 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         memory_reserve: arguments.memory_reserve,
         refill_share: arguments.refill_share,
         orphan_time: Some(Duration::from_secs(arguments.orphan_time)).filter(|time| !time.is_zero()),
+        signing,
         ..Config::new(".")
     };
+    if let Err(problem) = config.signing.check_own() {
+        tracing::warn!(problem, "no snapshots can be made here: they would not be trusted here");
+    }
     let fleet = Fleet::open(config)?;
     fleet.begin().await;
     tracing::info!(socket = %path.display(), data_dir = %arguments.data_dir.display(), "serving");

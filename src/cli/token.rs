@@ -1,8 +1,5 @@
 //! `coldspark token`: bearer tokens for callers from other hosts.
 
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::SystemTime;
@@ -42,9 +39,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     let made = tokens::make(role, &name, days, SystemTime::now()).map_err(anyhow::Error::msg)?;
     match append {
         Some(path) => {
-            let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
-            file.and_then(|mut file| writeln!(file, "{}", made.line))
-                .with_context(|| format!("cannot write {}", path.display()))?;
+            tokens::append(&path, &made.line).with_context(|| format!("cannot write {}", path.display()))?;
             output::line(&made.token)?;
         }
         None => {

@@ -158,7 +158,7 @@ impl FleetError {
                 Cause::NotFound => Kind::NotFound,
                 Cause::AlreadyExists => Kind::AlreadyExists,
                 Cause::Damaged => Kind::DataLoss,
-                Cause::Unsupported | Cause::WrongState => Kind::FailedPrecondition,
+                Cause::Unsupported | Cause::WrongState | Cause::NotTrusted => Kind::FailedPrecondition,
                 Cause::Exhausted => Kind::ResourceExhausted,
                 Cause::Internal => Kind::Internal,
             },

@@ -111,6 +111,8 @@ pub struct Config {
     pub memory_reserve: Option<u64>,
     /// How long VMs outlive this daemon when it is killed, waiting for the next one; `None`: they end with it.
     pub orphan_time: Option<Duration>,
+    /// What snapshots are signed with, and whose may be used.
+    pub signing: snapshots::signing::Signing,
     pub worker: WorkerProgram,
 }
 
@@ -125,6 +127,7 @@ impl Config {
             refill_share: 50,
             memory_reserve: None,
             orphan_time: None,
+            signing: Default::default(),
             worker: WorkerProgram::default(),
         }
     }
@@ -161,7 +164,8 @@ impl Fleet {
         let lock = lock(&vms_dir)?;
         // Before this one makes any itself.
         let left = leftovers(&vms_dir);
-        let snapshots = Snapshots::open(&config.data_dir.join("snapshots"), config.working_sets)?;
+        let folder = config.data_dir.join("snapshots");
+        let snapshots = Snapshots::open(&folder, config.working_sets, config.signing)?;
         let images = Images::open(&config.data_dir.join("images"))?;
         let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
         let functions = Functions::open(config.data_dir.join("functions"))?;

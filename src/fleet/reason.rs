@@ -85,6 +85,7 @@ fn cause_reason(cause: Cause) -> &'static str {
         Cause::NotFound => "NOT_FOUND",
         Cause::AlreadyExists => "NAME_TAKEN",
         Cause::Damaged => "DATA_DAMAGED",
+        Cause::NotTrusted => "SNAPSHOT_NOT_TRUSTED",
         Cause::Unsupported => "UNSUPPORTED",
         Cause::WrongState => "WRONG_STATE",
         Cause::Exhausted => "HOST_EXHAUSTED",

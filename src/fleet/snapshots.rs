@@ -20,6 +20,8 @@ use crate::snapshot::manifest::{
     Cpu, Facts, Guest, HostFacts, Identity, Memory, Network, Protocol, Refusal, Region, SnapshotId,
 };
 use crate::snapshot::memory::pager::PagerSource;
+pub use crate::snapshot::signing;
+use crate::snapshot::signing::{Signature, Signing};
 use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
 pub use crate::snapshot::working_set::WorkingSet;
 use crate::telemetry::metrics;
@@ -73,9 +75,36 @@ pub struct Described {
     pub disks: u32,
     pub cpu_vendor: String,
     pub tsc_khz: u32,
+    /// `None`: it is not signed.
+    pub signed: Option<Signed>,
     pub working_set: WorkingSet,
     /// The working set in the page cache.
     pub kept: KeptSoFar,
+}
+
+/// A snapshot's signature, as far as this service knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signed {
+    /// Whose it is; `Err`: why it is nobody's.
+    pub key: Result<String, String>,
+    /// What the key is called here.
+    pub name: Option<String>,
+    /// It is one of the trusted keys.
+    pub trusted: bool,
+}
+
+impl Signed {
+    fn of(signature: &Signature, signing: &Signing) -> Option<Self> {
+        match signature {
+            Signature::None => None,
+            Signature::Wrong(problem) => Some(Self { key: Err(problem.clone()), name: None, trusted: false }),
+            Signature::By(key) => Some(Self {
+                key: Ok(key.to_string()),
+                name: signing.name_of(*key).map(str::to_owned),
+                trusted: signing.trusted.as_ref().is_some_and(|trusted| trusted.name_of(*key).is_some()),
+            }),
+        }
+    }
 }
 
 /// What is in the store.
@@ -230,7 +259,7 @@ fn protocol(protocol: Protocol) -> BootProtocol {
 }
 
 /// Reads sizes from the disk.
-fn describe(snapshot: &Snapshot) -> Result<Described, FleetError> {
+fn describe(snapshot: &Snapshot, signing: &Signing) -> Result<Described, FleetError> {
     let manifest = snapshot.manifest();
     let facts = &manifest.facts;
     Ok(Described {
@@ -247,6 +276,7 @@ fn describe(snapshot: &Snapshot) -> Result<Described, FleetError> {
         disks: u32::try_from(facts.disks.len()).unwrap_or(u32::MAX),
         cpu_vendor: facts.cpu.vendor.clone(),
         tsc_khz: facts.cpu.tsc_khz,
+        signed: Signed::of(snapshot.signature(), signing),
         // One that cannot be read is learnt anew.
         working_set: snapshot.working_set().unwrap_or_default(),
         kept: KeptSoFar::default(),
@@ -294,8 +324,8 @@ pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
 }
 
 impl Snapshots {
-    pub fn open(path: &Path, working_sets: bool) -> Result<Self, FleetError> {
-        let store = Arc::new(SnapshotStore::open(path)?);
+    pub fn open(path: &Path, working_sets: bool, signing: Signing) -> Result<Self, FleetError> {
+        let store = Arc::new(SnapshotStore::open(path, signing)?);
         Ok(Self { store, sources: Mutex::new(HashMap::new()), working_sets })
     }
 
@@ -427,6 +457,7 @@ impl Fleet {
     ) -> Result<(Described, Arc<Source>), FleetError> {
         let FrozenVm { mut draft, frozen, disks } = frozen;
         let (vm, working_sets) = (Arc::clone(vm), self.snapshots.working_sets);
+        let store = Arc::clone(&self.snapshots.store);
         blocking(move || {
             let lines = link_into(&mut draft, &disks)?;
             let facts = facts(&vm, &frozen, name, function, lines)?;
@@ -434,7 +465,7 @@ impl Fleet {
             let snapshot = draft.publish(facts)?;
             let source = Arc::new(Source::open(&snapshot, working_sets)?);
             source.fold();
-            Ok((describe(&snapshot)?, source))
+            Ok((describe(&snapshot, store.signing())?, source))
         })
         .await?
     }
@@ -447,7 +478,9 @@ impl Fleet {
             for listed in store.list() {
                 match listed {
                     // One that is deleted just now has no sizes any more.
-                    Listed::Whole(snapshot) => listing.whole.extend(describe(&snapshot).ok()),
+                    Listed::Whole(snapshot) => {
+                        listing.whole.extend(describe(&snapshot, store.signing()).ok())
+                    }
                     Listed::Damaged { id, problem } => listing.damaged.push((id.to_string(), problem)),
                 }
             }
@@ -464,7 +497,8 @@ impl Fleet {
     /// One snapshot, by id or name.
     pub async fn snapshot(&self, id_or_name: &str) -> Result<Described, FleetError> {
         let snapshot = self.snapshots.store.get(id_or_name)?;
-        let mut described = blocking(move || describe(&snapshot)).await??;
+        let store = Arc::clone(&self.snapshots.store);
+        let mut described = blocking(move || describe(&snapshot, store.signing())).await??;
         described.kept = self.snapshots.kept(&described.id);
         Ok(described)
     }
@@ -489,10 +523,12 @@ impl Fleet {
         Ok(())
     }
 
-    /// Reads and compares all of a snapshot; gives the bytes read.
-    pub async fn verify_snapshot(&self, id_or_name: &str) -> Result<u64, FleetError> {
+    /// Reads and compares all of a snapshot; gives the bytes read, and who has signed it.
+    pub async fn verify_snapshot(&self, id_or_name: &str) -> Result<(u64, Option<Signed>), FleetError> {
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
-        Ok(blocking(move || store.verify(&key)).await??.bytes)
+        let signing = store.signing().clone();
+        let (verified, signature) = blocking(move || store.verify(&key)).await??;
+        Ok((verified.bytes, Signed::of(&signature, &signing)))
     }
 }
 

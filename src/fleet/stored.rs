@@ -1,6 +1,10 @@
 //! What the service is told to keep (pools, functions) and must know again when it begins anew: one small JSON file each.
+//!
+//! A change is on the disk when it comes back, or has failed and is undone: what a caller was told had failed must not come to life at the
+//! next start. Killed in the middle, it is the one or the other; `tests/crash` tries every moment.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -12,6 +16,8 @@ use crate::snapshot::folder::{self, FileError};
 
 /// Longest file.
 const FILE_BYTES_MAX: u64 = 256 << 10;
+/// Extension of a file that is being removed.
+const GONE: &str = "gone";
 
 /// A folder of such files. Each is named after the thing that it holds.
 #[derive(Debug)]
@@ -33,10 +39,27 @@ fn failed(error: FileError) -> FleetError {
 }
 
 impl Files {
+    /// Makes the folder if need be, and removes what a crash has left half made.
     pub fn open(path: PathBuf, what: &'static str) -> Result<Self, FleetError> {
         fs::create_dir_all(&path)
             .map_err(FleetError::io(format!("cannot make the folder {}", path.display())))?;
-        Ok(Self { path, what })
+        let files = Self { path, what };
+        for entry in fs::read_dir(&files.path).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if files.is_leftover(&path)
+                && let Err(error) = fs::remove_file(&path)
+            {
+                tracing::warn!(%error, path = %path.display(), "left by a crash, and cannot be removed");
+            }
+        }
+        Ok(files)
+    }
+
+    fn is_leftover(&self, path: &Path) -> bool {
+        let extension = path.extension().and_then(|extension| extension.to_str());
+        let stem = path.file_stem().and_then(|stem| stem.to_str());
+        matches!(extension, Some(folder::REPLACEMENT | GONE))
+            && stem.is_some_and(|stem| id::check_name(self.what, stem).is_ok())
     }
 
     fn file(&self, name: &str) -> PathBuf {
@@ -44,18 +67,48 @@ impl Files {
     }
 
     /// Writes a thing's file, in the place of an older one. It is on the disk when this comes back.
+    ///
+    /// # Errors
+    /// Then all is as it was before.
     pub fn write(&self, name: &str, thing: &impl Serialize) -> Result<(), FleetError> {
         let text =
             serde_json::to_vec_pretty(thing).map_err(|error| FleetError::Internal(error.to_string()))?;
-        folder::replace_small(&self.file(name), &text)
-            .and_then(|()| folder::sync_folder(&self.path))
-            .map_err(failed)
+        let path = self.file(name);
+        let before = folder::read_small(&path, FILE_BYTES_MAX);
+        folder::replace_small(&path, &text).map_err(failed)?;
+        folder::sync_folder(&self.path).map_err(|error| {
+            let undone = match before {
+                Ok(Some(bytes)) => folder::replace_small(&path, &bytes),
+                Err(before) if before.source.kind() == io::ErrorKind::NotFound => {
+                    fs::remove_file(&path).map_err(folder::failed(&path, "removed"))
+                }
+                // What was there could not be used.
+                Ok(None) | Err(_) => Ok(()),
+            };
+            if let Err(error) = undone {
+                tracing::error!(%error, "a change that has failed could not be undone: the next start will find it");
+            }
+            failed(error)
+        })
     }
 
+    /// Removes a thing's file.
+    ///
+    /// # Errors
+    /// Then it is still there.
     pub fn remove(&self, name: &str) -> Result<(), FleetError> {
         let path = self.file(name);
-        fs::remove_file(&path).map_err(FleetError::io(format!("cannot remove {}", path.display())))?;
-        folder::sync_folder(&self.path).map_err(failed)
+        let gone = path.with_extension(GONE);
+        fs::rename(&path, &gone).map_err(FleetError::io(format!("cannot remove {}", path.display())))?;
+        if let Err(error) = folder::sync_folder(&self.path) {
+            if let Err(error) = fs::rename(&gone, &path) {
+                tracing::error!(%error, path = %path.display(), "a removal that has failed could not be undone");
+            }
+            return Err(failed(error));
+        }
+        // Should it not go now, the next start removes it.
+        let _ = fs::remove_file(&gone);
+        Ok(())
     }
 
     /// All of them, by name. A file that is damaged, or that `check` refuses, is left as it is, and told.
@@ -121,12 +174,19 @@ mod tests {
         ] {
             fs::write(folder.path().join(format!("{name}.json")), content).unwrap();
         }
-        // One that a crash left on its way, and another's.
-        fs::write(folder.path().join("good.new"), "").unwrap();
+        // Another's.
         fs::write(folder.path().join("notes.txt"), "").unwrap();
         let found = files.read_all(even);
         assert_eq!(found.things, [("good".to_owned(), 2)]);
         assert_eq!(found.problems.len(), 5, "{:?}", found.problems);
         assert!(folder.path().join("empty.json").exists());
+
+        // What a crash left goes, and what is not ours stays.
+        for name in ["good.new", "even.gone", "Notes.new"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        Files::open(folder.path().to_owned(), "a pool").unwrap();
+        let left = |name: &str| folder.path().join(name).exists();
+        assert_eq!(["good.new", "even.gone", "Notes.new", "notes.txt"].map(left), [false, false, true, true]);
     }
 }

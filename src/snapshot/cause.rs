@@ -18,6 +18,8 @@ pub enum Cause {
     Unsupported,
     /// Out of disk, memory or descriptors: make room and try again.
     Exhausted,
+    /// Whole, but by nobody that is trusted.
+    NotTrusted,
     /// Not now: somebody else has it.
     WrongState,
     /// A failure of the system underneath.

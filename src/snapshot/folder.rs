@@ -20,6 +20,8 @@ use std::{
 const ID_DIGITS: usize = 12;
 const TEMPORARY: &str = ".tmp-";
 const TRASH: &str = ".trash-";
+/// Extension of a small file that is to replace another.
+pub const REPLACEMENT: &str = "new";
 
 /// A failed step on a file: which, what, why.
 #[derive(Debug, thiserror::Error)]
@@ -102,11 +104,15 @@ impl Folder {
         }
         let handle = File::open(path).map_err(failed(path, "opened"))?;
         let folder = Folder { path: path.to_path_buf(), handle, _lock: lock };
-        for name in folder.names()? {
-            if name.starts_with(TEMPORARY) || name.starts_with(TRASH) {
-                let leftover = folder.path.join(name);
-                remove_all(&leftover).map_err(failed(&leftover, "removed"))?;
-            }
+        let mut leftovers = folder.names()?;
+        leftovers.retain(|name| name.starts_with(TEMPORARY) || name.starts_with(TRASH));
+        if !leftovers.is_empty() {
+            // Their renaming may be in memory only: a loss of power must not bring a name back whose files have gone.
+            folder.sync()?;
+        }
+        for name in leftovers {
+            let leftover = folder.path.join(name);
+            remove_all(&leftover).map_err(failed(&leftover, "removed"))?;
         }
         Ok(folder)
     }
@@ -138,29 +144,38 @@ impl Folder {
     /// Makes `temporary` the published thing `id`, durably. Its files must have been synced.
     ///
     /// # Errors
-    /// Then it is not there, also if it was the last sync that failed.
+    /// Then it is not there, also if it was the last sync that failed. Only a disk that does not let it be renamed back either leaves it, and
+    /// whole: the next `open` finds it.
     pub fn publish(&self, mut temporary: Temporary, id: &str) -> Result<(), FileError> {
         let to = self.path_of(id);
         sync_folder(&temporary.path)?;
         rename_new(&temporary.path, &to).map_err(failed(&to, "published"))?;
-        if let Err(error) = self.sync() {
-            // Back under its temporary name; if that fails too, its owner removes the files where they are.
-            if fs::rename(&to, &temporary.path).is_err() {
-                temporary.path = to;
-            }
-            return Err(error);
+        let synced = self.sync();
+        if synced.is_err() && fs::rename(&to, &temporary.path).is_ok() {
+            return synced;
         }
+        // Never removed file by file under its published name: a crash in the middle would leave a damaged one.
         temporary.published = true;
-        Ok(())
+        synced
     }
 
     /// Takes a published thing away, and then removes its files. Whoever has them open keeps them.
+    ///
+    /// # Errors
+    /// Then it is still there; unless the disk does not let it be renamed back either.
     pub fn delete(&self, id: &str) -> Result<(), FileError> {
         let (from, trash) = (self.path_of(id), self.path.join(format!("{TRASH}{id}")));
         fs::rename(&from, &trash).map_err(failed(&from, "deleted"))?;
-        self.sync()?;
-        // From here on it is gone; should this fail, the next `open` does the rest.
-        remove_all(&trash).map_err(failed(&trash, "removed"))
+        if let Err(error) = self.sync() {
+            // Nothing more can be done where this fails too: the next `open` removes it.
+            let _ = fs::rename(&trash, &from);
+            return Err(error);
+        }
+        // From here on it is gone, whatever becomes of its files.
+        if let Err(error) = remove_all(&trash) {
+            tracing::warn!(%error, path = %trash.display(), "what was deleted still takes room: the next start removes it");
+        }
+        Ok(())
     }
 
     fn sync(&self) -> Result<(), FileError> {
@@ -240,8 +255,10 @@ pub fn read_small(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, FileEr
 
 /// Puts a small file in the place of another, or of none: whoever reads it sees the old one or the new one. After a crash it is one of them too,
 /// but which is not known: the folder is not synced.
+///
+/// It is made beside it, with the extension `new`; one that a crash has left goes with [`remove_half_replaced`].
 pub fn replace_small(path: &Path, content: &[u8]) -> Result<(), FileError> {
-    let new = path.with_extension("new");
+    let new = path.with_extension(REPLACEMENT);
     let write = || -> io::Result<()> {
         // One that a crash left is written over.
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
@@ -249,7 +266,17 @@ pub fn replace_small(path: &Path, content: &[u8]) -> Result<(), FileError> {
         file.sync_all()?;
         fs::rename(&new, path)
     };
-    write().map_err(failed(path, "written"))
+    write().map_err(|error| {
+        // What cannot be removed now is written over by the next, or removed at the next start.
+        let _ = fs::remove_file(&new);
+        failed(path, "written")(error)
+    })
+}
+
+/// Removes what a crash in [`replace_small`] has left beside `path`, if there is anything.
+pub fn remove_half_replaced(path: &Path) -> Result<(), FileError> {
+    let new = path.with_extension(REPLACEMENT);
+    remove_all(&new).map_err(failed(&new, "removed"))
 }
 
 /// Starts writing a file's pages to the disk without waiting, so that a later fsync finds little to do.

@@ -273,7 +273,7 @@ impl ImageStore {
     /// Opens, and if need be creates, the store in `path`, and removes what a crash left half-made. One damaged image does
     /// not keep the others from being used.
     pub fn open(path: &Path) -> Result<ImageStore, StoreError> {
-        Ok(ImageStore { shelf: Arc::new(Shelf::open(path)?) })
+        Ok(ImageStore { shelf: Arc::new(Shelf::open(path, &())?) })
     }
 
     /// Everything in the store, by id; damaged ones last.
@@ -303,7 +303,7 @@ impl ImageStore {
     /// Reads every file of an image and holds it against its sum. The error names the first that is damaged.
     pub fn verify(&self, name_or_id: &str) -> Result<Verified, StoreError> {
         let image = self.get(name_or_id)?;
-        Image::read(image.stored.clone())?;
+        Image::read(image.stored.clone(), &())?;
         image.stored.verify(&image.manifest.files)
     }
 
@@ -453,9 +453,11 @@ pub struct OpenImage {
 
 impl Item for Image {
     const KIND: &'static str = KIND;
+    type With = ();
     const ID_PREFIX: &'static str = ID_PREFIX;
+    const ADVICE: &'static [&'static str] = &[];
 
-    fn read(stored: Stored) -> Result<Image, StoreError> {
+    fn read(stored: Stored, (): &()) -> Result<Image, StoreError> {
         let manifest = DOCUMENT.read(&stored, ImageManifest::parse)?;
         match manifest.id == stored.id() {
             true => Ok(Image::new(stored, manifest)),

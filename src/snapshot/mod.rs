@@ -8,6 +8,7 @@
 //! | [`state`] | the machine state: plain, versioned structs |
 //! | [`store`] | the folder of published snapshots: begin, publish, open, verify, delete |
 //! | [`images`] | the folder of images that can be cold-booted |
+//! | [`signing`] | who made a snapshot: signatures of manifests, and which are trusted |
 //! | [`sums`] | BLAKE3 sums of whole and of sparse files |
 //! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
 //! | [`working_set`] | what clones touch of the memory first |
@@ -25,6 +26,7 @@ pub mod limits;
 pub mod manifest;
 pub mod memory;
 mod shelf;
+pub mod signing;
 pub mod state;
 pub mod store;
 pub mod sums;

@@ -39,6 +39,14 @@ pub enum StoreError {
     Damaged { kind: &'static str, id: String, path: String, problem: String },
     #[error("{kind} {id} cannot be read: {source}")]
     Format { kind: &'static str, id: String, source: ManifestError },
+    #[error(
+        "the {kind} {id} is not trusted: {problem}; have it signed by somebody who is, or trust its key (--trusted-keys)"
+    )]
+    NotTrusted { kind: &'static str, id: String, problem: String },
+    #[error(
+        "the {kind} would not be trusted: {problem}; serve with --sign-key and a key that is one of --trusted-keys"
+    )]
+    NoTrustedKey { kind: &'static str, problem: String },
     #[error("the {kind} is refused: {source}")]
     Refused { kind: &'static str, source: ManifestError },
     #[error("the {kind} is refused: {problem}")]
@@ -60,6 +68,7 @@ impl StoreError {
             StoreError::Damaged { .. } => Cause::Damaged,
             StoreError::Format { source, .. } => source.cause(),
             StoreError::Refused { .. } | StoreError::Content { .. } => Cause::InvalidInput,
+            StoreError::NotTrusted { .. } | StoreError::NoTrustedKey { .. } => Cause::NotTrusted,
             StoreError::Unusable(error) => error.cause(),
         }
     }
@@ -86,11 +95,16 @@ pub struct Verified {
 pub trait Item: Sized {
     /// "snapshot"
     const KIND: &'static str;
+    /// What its store knows and reading needs.
+    type With;
     /// What its ids begin with.
     const ID_PREFIX: &'static str;
 
+    /// Files beside those that were published, which [`Stored::write_advice`] replaces.
+    const ADVICE: &'static [&'static str];
+
     /// Reads the document in the folder of `stored`, and checks it.
-    fn read(stored: Stored) -> Result<Self, StoreError>;
+    fn read(stored: Stored, with: &Self::With) -> Result<Self, StoreError>;
 
     /// Its name, if it has one.
     fn name(&self) -> Option<&str>;
@@ -122,12 +136,17 @@ enum Entry<T> {
 
 impl<T: Item> Shelf<T> {
     /// Opens the folder (see [`Folder::open`]) and reads what is in it.
-    pub fn open(path: &Path) -> Result<Shelf<T>, StoreError> {
+    pub fn open(path: &Path, with: &T::With) -> Result<Shelf<T>, StoreError> {
         let folder = Folder::open(path)?;
         let mut index = Index { whole: BTreeMap::new(), damaged: BTreeMap::new(), reserved: BTreeSet::new() };
         let ids = folder.names()?.into_iter().filter(|name| folder::is_id(T::ID_PREFIX, name));
         for id in ids.take(limits::ENTRIES_MAX) {
-            match T::read(Stored { kind: T::KIND, path: folder.path_of(&id), id: id.clone() }) {
+            let stored = Stored { kind: T::KIND, path: folder.path_of(&id), id: id.clone() };
+            for name in T::ADVICE {
+                // It harms nobody; should it not go now, the next opening tries again.
+                let _ = folder::remove_half_replaced(&stored.path.join(name));
+            }
+            match T::read(stored, with) {
                 Ok(item) => drop(index.whole.insert(id, Arc::new(item))),
                 Err(error) => drop(index.damaged.insert(id, Arc::new(error))),
             }
@@ -215,7 +234,7 @@ impl<T: Item> Shelf<T> {
         let (id, entry) =
             taken.ok_or_else(|| StoreError::NotFound { kind: T::KIND, key: key.to_string() })?;
         let deleted = self.folder.delete(&id);
-        // Renamed away but not removed is deleted all the same; what is still in its place is still there.
+        // What is still in its place is still there.
         if deleted.is_err() && self.folder.path_of(&id).exists() {
             let mut index = self.index();
             match entry {
@@ -322,7 +341,7 @@ impl Stored {
         Ok(Verified { files: entries.len(), bytes })
     }
 
-    /// Reads a small file that is not part of what was published. `None`: there is none.
+    /// Reads a small file that no document lists. `None`: there is none.
     pub fn read_advice(&self, name: &str, bytes_max: u64) -> Result<Option<Vec<u8>>, StoreError> {
         match folder::read_small(&self.path.join(name), bytes_max) {
             Ok(Some(bytes)) => Ok(Some(bytes)),

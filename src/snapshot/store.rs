@@ -30,6 +30,7 @@ use super::{
         pager::{PagerError, PagerSource},
     },
     shelf::{Document, Item, Shelf, Stored, entry_of},
+    signing::{SIGNATURE_FILE, SIGNATURE_FILE_BYTES_MAX, Signature, Signing},
     sums::SumKind,
     transfer,
     working_set::{self, Run, WorkingSet},
@@ -52,6 +53,7 @@ const WORKING_SET_FILE: &str = "working-set.bin";
 #[derive(Debug)]
 pub struct SnapshotStore {
     shelf: Arc<Shelf<Snapshot>>,
+    signing: Signing,
 }
 
 // === impl SnapshotStore ===
@@ -59,8 +61,15 @@ pub struct SnapshotStore {
 impl SnapshotStore {
     /// Opens, and if need be creates, the store in `path`, removes what a crash left half-made, and reads the
     /// manifests. One that is damaged does not keep the others from being used: see [`SnapshotStore::list`].
-    pub fn open(path: &Path) -> Result<SnapshotStore, StoreError> {
-        Ok(SnapshotStore { shelf: Arc::new(Shelf::open(path)?) })
+    ///
+    /// `signing`: what it signs with, and whose snapshots may be used; others are listed, and can be verified and deleted.
+    pub fn open(path: &Path, signing: Signing) -> Result<SnapshotStore, StoreError> {
+        Ok(SnapshotStore { shelf: Arc::new(Shelf::open(path, &signing)?), signing })
+    }
+
+    /// How it signs, and whom it trusts.
+    pub fn signing(&self) -> &Signing {
+        &self.signing
     }
 
     /// Everything in the store, by id; damaged ones last.
@@ -79,20 +88,30 @@ impl SnapshotStore {
     }
 
     /// Begins a snapshot. `id` is usually [`SnapshotId::random`].
+    ///
+    /// # Errors
+    /// Also where it could not be used afterwards, as nobody who is trusted would have signed it.
     pub fn begin(self: &Arc<Self>, id: SnapshotId) -> Result<Draft, StoreError> {
+        let own = self.signing.check_own();
+        own.map_err(|problem| StoreError::NoTrustedKey { kind: KIND, problem })?;
         let temporary = self.shelf.begin(id.as_str())?;
         temporary.create_folder(DISKS_FOLDER)?;
         let state = temporary.create_file(STATE_FILE)?;
         let memory = temporary.create_file(MEMORY_FILE)?;
-        Ok(Draft { shelf: Arc::clone(&self.shelf), id, temporary, state, memory, disks: BTreeMap::new() })
+        let (shelf, signing) = (Arc::clone(&self.shelf), self.signing.clone());
+        Ok(Draft { shelf, signing, id, temporary, state, memory, disks: BTreeMap::new() })
     }
 
-    /// Reads every file of a snapshot and holds it against its sum. The error names the first that is damaged.
-    pub fn verify(&self, id_or_name: &str) -> Result<Verified, StoreError> {
+    /// Reads every file of a snapshot and holds it against its sum, and the manifest against its signature. The error names the first that is
+    /// damaged. Who has signed it is told, and whoever it is, is not an error.
+    pub fn verify(&self, id_or_name: &str) -> Result<(Verified, Signature), StoreError> {
         let snapshot = self.get(id_or_name)?;
         // The manifest too: from disk, not from memory.
-        Snapshot::read(snapshot.stored.clone())?;
-        snapshot.stored.verify(&snapshot.manifest.files)
+        let on_disk = Snapshot::read(snapshot.stored.clone(), &self.signing)?;
+        if let Signature::Wrong(problem) = &on_disk.signature {
+            return Err(on_disk.stored.damaged(SIGNATURE_FILE, problem.as_str()));
+        }
+        Ok((snapshot.stored.verify(&snapshot.manifest.files)?, on_disk.signature))
     }
 
     /// Deletes a snapshot, whole or damaged; returns its id. Clones that run from it are not disturbed: their files
@@ -108,6 +127,7 @@ impl SnapshotStore {
 #[derive(Debug)]
 pub struct Draft {
     shelf: Arc<Shelf<Snapshot>>,
+    signing: Signing,
     id: SnapshotId,
     temporary: Temporary,
     state: File,
@@ -218,8 +238,18 @@ impl Draft {
         }
         folder::sync_folder(&disks)?;
         DOCUMENT.write(&self.temporary, &json)?;
-        let Draft { shelf, id, temporary, .. } = self;
-        shelf.publish(temporary, id.as_str(), |stored| Snapshot::new(stored, manifest))
+        let Draft { shelf, signing, id, temporary, .. } = self;
+        let signature = match &signing.key {
+            Some(key) => {
+                temporary.write_file(SIGNATURE_FILE, key.sign(&json).as_bytes())?;
+                Signature::By(key.public())
+            }
+            None => Signature::None,
+        };
+        shelf.publish(temporary, id.as_str(), |stored| {
+            // Its sums were formed a moment ago.
+            Snapshot { summed: true, ..Snapshot::new(stored, manifest, signature, signing) }
+        })
     }
 
     /// Lengths before sums: the worker that wrote the files is not trusted, and summing an endless hole would take
@@ -273,17 +303,30 @@ impl Draft {
 pub struct Snapshot {
     stored: Stored,
     manifest: Arc<Manifest>,
+    signature: Signature,
+    signing: Signing,
+    /// By this process, when it was published.
+    summed: bool,
     opened: Mutex<Option<Arc<OpenSnapshot>>>,
 }
 
 impl Item for Snapshot {
     const KIND: &'static str = KIND;
+    type With = Signing;
     const ID_PREFIX: &'static str = SnapshotId::PREFIX;
+    const ADVICE: &'static [&'static str] = &[WORKING_SET_FILE];
 
-    fn read(stored: Stored) -> Result<Snapshot, StoreError> {
-        let manifest = DOCUMENT.read(&stored, Manifest::parse)?;
+    fn read(stored: Stored, signing: &Signing) -> Result<Snapshot, StoreError> {
+        let line = stored.read_advice(SIGNATURE_FILE, SIGNATURE_FILE_BYTES_MAX);
+        // One that cannot be read is a wrong one: without a policy it keeps nobody from using the snapshot.
+        let line = line.unwrap_or_else(|error| Some(error.to_string().into_bytes()));
+        let mut signature = Signature::None;
+        let manifest = DOCUMENT.read(&stored, |json| {
+            signature = Signature::judge(line.as_deref(), json);
+            Manifest::parse(json)
+        })?;
         match manifest.id.as_str() == stored.id() {
-            true => Ok(Snapshot::new(stored, manifest)),
+            true => Ok(Snapshot::new(stored, manifest, signature, signing.clone())),
             false => Err(stored.damaged(DOCUMENT.file, format!("it is the manifest of {}", manifest.id))),
         }
     }
@@ -294,8 +337,14 @@ impl Item for Snapshot {
 }
 
 impl Snapshot {
-    fn new(stored: Stored, manifest: Manifest) -> Snapshot {
-        Snapshot { stored, manifest: Arc::new(manifest), opened: Mutex::new(None) }
+    fn new(stored: Stored, manifest: Manifest, signature: Signature, signing: Signing) -> Snapshot {
+        let manifest = Arc::new(manifest);
+        Snapshot { stored, manifest, signature, signing, summed: false, opened: Mutex::new(None) }
+    }
+
+    /// Who has signed it.
+    pub fn signature(&self) -> &Signature {
+        &self.signature
     }
 
     /// The id.
@@ -320,6 +369,9 @@ impl Snapshot {
 
     /// The snapshot's files. The first call opens them and checks their lengths, and the sum of the state; every further
     /// one hands out the same, so that a clone opens nothing by path and checks nothing twice.
+    ///
+    /// Where only signed snapshots are taken, the first call also checks the signature, before it opens anything, and then all sums: what is
+    /// signed are the sums, and a signature that vouches for memory that nobody compared would vouch for nothing. That reads all of it.
     pub fn open_for_restore(&self) -> Result<Arc<OpenSnapshot>, StoreError> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = &*opened {
@@ -359,11 +411,21 @@ impl Snapshot {
         let entry = |path: &str| {
             self.manifest.file(path).ok_or_else(|| self.stored.damaged(path, "the manifest does not list it"))
         };
-        let state_entry = entry(STATE_FILE)?;
-        let state = self.stored.open(state_entry)?;
-        self.stored.check_sum(&state, state_entry)?;
-        let memory = Arc::new(self.stored.open(entry(MEMORY_FILE)?)?);
-        let disk_file = |name: &String| self.stored.open(entry(&manifest::disk_path(name))?);
+        let trusted = self.signing.check(&self.signature);
+        let id = || self.manifest.id.to_string();
+        trusted.map_err(|problem| StoreError::NotTrusted { kind: KIND, id: id(), problem })?;
+        // The same open files are compared and used.
+        let check_all = self.signing.trusted.is_some() && !self.summed;
+        let open = |entry: &FileEntry| -> Result<File, StoreError> {
+            let file = self.stored.open(entry)?;
+            if check_all || entry.path == STATE_FILE {
+                self.stored.check_sum(&file, entry)?;
+            }
+            Ok(file)
+        };
+        let state = open(entry(STATE_FILE)?)?;
+        let memory = Arc::new(open(entry(MEMORY_FILE)?)?);
+        let disk_file = |name: &String| open(entry(&manifest::disk_path(name))?);
         let mut disks = Vec::with_capacity(self.manifest.facts.disks.len());
         for disk in &self.manifest.facts.disks {
             let layers = disk.layers.iter().map(disk_file).collect::<Result<_, _>>()?;

@@ -31,7 +31,9 @@ pub fn descriptors(message: &str) -> Fault {
 
 fn of_cause(cause: Cause) -> FaultKind {
     match cause {
-        Cause::InvalidInput | Cause::NotFound | Cause::AlreadyExists => FaultKind::InvalidInput,
+        Cause::InvalidInput | Cause::NotFound | Cause::AlreadyExists | Cause::NotTrusted => {
+            FaultKind::InvalidInput
+        }
         Cause::Damaged => FaultKind::Damaged,
         Cause::Unsupported => FaultKind::Unsupported,
         Cause::Exhausted => FaultKind::Exhausted,

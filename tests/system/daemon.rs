@@ -98,6 +98,11 @@ impl Daemon {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
     }
 
+    /// Further arguments from its next start on.
+    pub fn set_arguments(&mut self, arguments: Vec<String>) {
+        self.arguments = arguments;
+    }
+
     /// Starts the daemon again on the same data and socket.
     pub async fn start_again(&mut self) -> anyhow::Result<()> {
         self.start_unready()?;

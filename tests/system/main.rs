@@ -18,6 +18,7 @@
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
 //! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
+//! | `signed` | signed snapshots: made, taken, refused |
 //! | `disks` | disks by path: what survives a killed VM, locks, several at once |
 //! | `images` | images from disks as people have them: partitioned, compressed, the kernel inside; broken ones |
 //! | `watch` | the profile of a boot, and what is told of one that hangs |
@@ -62,6 +63,7 @@ mod network;
 mod pools;
 mod seeing;
 mod serial;
+mod signed;
 mod soak;
 mod stock_client;
 mod tap;
@@ -93,6 +95,7 @@ fn main() -> ExitCode {
         bad_input::trials(),
         many_cpus::trials(),
         serial::trials(),
+        signed::trials(),
         disks::trials(),
         watch::trials(),
         images::trials(),

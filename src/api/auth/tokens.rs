@@ -3,8 +3,9 @@
 //! One token a line: `role name blake3-of-token [until=YYYY-MM-DD]`; empty lines and those that begin with `#` are skipped.
 //! A token is 256 random bits, so a plain digest of it cannot be turned round, and needs no salt.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -166,6 +167,34 @@ pub fn make(role: Role, name: &str, days: Option<u32>, now: SystemTime) -> Resul
         line += &format!(" until={}", date_of(today + u64::from(days) + 1));
     }
     Ok(Made { token, line })
+}
+
+/// Adds a line to a token file, which is made if need be. It is on the disk when this comes back.
+///
+/// # Errors
+/// Then the file is as long as it was: half a line would make the service refuse the whole file.
+pub fn append(path: &Path, line: &str) -> io::Result<()> {
+    let mut file = OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)?;
+    // Two at once do not mix, and none takes back what the other has added.
+    file.lock()?;
+    let bytes = file.metadata()?.len();
+    let mut last = [b'\n'];
+    if let Some(at) = bytes.checked_sub(1) {
+        file.read_exact_at(&mut last, at)?;
+    }
+    // An editor may have left the last line without its end. In one call: a kill leaves all of it, or nothing.
+    let text = if last == *b"\n" { format!("{line}\n") } else { format!("\n{line}\n") };
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    if written.is_err() {
+        file.set_len(bytes)?;
+    }
+    written?;
+    match path.parent().filter(|_| bytes == 0) {
+        // It may be new.
+        Some(folder) if folder.as_os_str().is_empty() => File::open(".")?.sync_all(),
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
 }
 
 /// Days since 1970-01-01 of `YYYY-MM-DD` (proleptic Gregorian, as Howard Hinnant's days_from_civil).

@@ -7,10 +7,14 @@ use std::{
 };
 
 use super::*;
-use crate::snapshot::{cause::Cause, sums::Sum};
+use crate::snapshot::{
+    cause::Cause,
+    signing::{self, SigningKey},
+    sums::Sum,
+};
 
 fn open(path: &Path) -> Arc<SnapshotStore> {
-    Arc::new(SnapshotStore::open(path).unwrap())
+    Arc::new(SnapshotStore::open(path, Signing::default()).unwrap())
 }
 
 /// Facts of the sample manifest, under another name.
@@ -73,7 +77,8 @@ fn a_published_snapshot_is_found_opened_and_verified_also_by_the_next_daemon() {
         assert_eq!((open.disks.len(), open.disks[0].layers.len()), (1, 2));
         assert_eq!(Extents::of_file(&open.memory).unwrap().data_bytes(), 4096);
         assert_eq!(open.fold(&[], u64::MAX).unwrap(), 2 << 20);
-        let verified = store.verify("web").unwrap();
+        let (verified, signature) = store.verify("web").unwrap();
+        assert_eq!(signature, Signature::None);
         assert_eq!(verified, Verified { files: 5, bytes: 13 + (8 << 20) + (1 << 20) + 2 * 4096 });
     }
     let store = open(folder.path());
@@ -82,7 +87,10 @@ fn a_published_snapshot_is_found_opened_and_verified_also_by_the_next_daemon() {
 
 /// Another daemon on a copy of the folder, while the first keeps its lock.
 fn copy_of(path: &Path) -> (Arc<SnapshotStore>, PathBuf) {
-    assert!(matches!(SnapshotStore::open(path), Err(StoreError::Open(OpenError::Locked(_)))));
+    assert!(matches!(
+        SnapshotStore::open(path, Signing::default()),
+        Err(StoreError::Open(OpenError::Locked(_)))
+    ));
     let copy = tempfile::tempdir().unwrap().keep();
     assert!(Command::new("cp").arg("-a").arg(path.join(".")).arg(&copy).status().unwrap().success());
     (open(&copy), copy)
@@ -92,7 +100,7 @@ fn copy_of(path: &Path) -> (Arc<SnapshotStore>, PathBuf) {
 fn two_daemons_cannot_share_a_store_but_can_follow_each_other() {
     let folder = tempfile::tempdir().unwrap();
     let first = open(folder.path());
-    let error = SnapshotStore::open(folder.path()).unwrap_err();
+    let error = SnapshotStore::open(folder.path(), Signing::default()).unwrap_err();
     assert_eq!(error.cause(), Cause::WrongState);
     drop(first);
     open(folder.path());
@@ -351,6 +359,98 @@ fn a_manifest_of_another_snapshot_or_format_is_refused() {
     let problem = |id: &str| store.get(id).unwrap_err().to_string();
     assert!(problem(other).contains("manifest of snap-"));
     assert!(problem(id.as_str()).contains("format 7"));
+}
+
+/// A store that signs with the first key, and takes what the others have signed.
+fn open_signing(path: &Path, key: Option<&Arc<SigningKey>>, trusted: &[&SigningKey]) -> Arc<SnapshotStore> {
+    let trusted = (!trusted.is_empty()).then(|| signing::tests::trusting(trusted));
+    Arc::new(SnapshotStore::open(path, Signing { key: key.cloned(), trusted }).unwrap())
+}
+
+#[test]
+fn a_signed_snapshot_is_used_by_those_who_trust_its_key_and_by_those_who_trust_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| Arc::new(signing::tests::key(name)));
+    let id = publish(&open_signing(folder.path(), Some(&ours), &[]), "web").id().clone();
+    assert!(folder.path().join(id.as_str()).join(SIGNATURE_FILE).exists());
+    for trusted in [vec![], vec![&*ours], vec![&*theirs, &*ours]] {
+        let store = open_signing(folder.path(), None, &trusted);
+        let snapshot = store.get("web").unwrap();
+        assert_eq!(snapshot.signature(), &Signature::By(ours.public()));
+        assert_eq!(store.verify("web").unwrap().1, Signature::By(ours.public()));
+        snapshot.open_for_restore().unwrap();
+    }
+    // Others list it, verify it and can delete it.
+    let store = open_signing(folder.path(), None, &[&theirs]);
+    let error = store.get("web").unwrap().open_for_restore().unwrap_err();
+    assert_eq!(error.cause(), Cause::NotTrusted);
+    assert!(error.to_string().contains(&ours.public().to_string()), "{error}");
+    assert_eq!(store.verify("web").unwrap().1, Signature::By(ours.public()));
+    store.delete("web").unwrap();
+}
+
+#[test]
+fn what_is_not_signed_or_signed_wrongly_is_refused_before_any_file_is_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = Arc::new(signing::tests::key("ours"));
+    let signed = publish(&open_signing(folder.path(), Some(&key), &[]), "signed").id().clone();
+    let harms: [(&str, Harm); 5] = [
+        ("not signed", |path| fs::remove_file(path.join(SIGNATURE_FILE)).unwrap()),
+        ("signature is wrong", |path| flip(&path.join(SIGNATURE_FILE), 80)),
+        ("signature is wrong", |path| truncate(&path.join(SIGNATURE_FILE), 40)),
+        ("signature is wrong", |path| truncate(&path.join(SIGNATURE_FILE), 4096)),
+        // Another manifest, whole and with its sum, under the old signature.
+        ("signature is wrong", |path| {
+            let json = fs::read_to_string(path.join(DOCUMENT.file)).unwrap().replace("GENERIC", "GENERlC");
+            fs::write(path.join(DOCUMENT.file), &json).unwrap();
+            let line = format!("{}  {}\n", Sum::of_bytes(json.as_bytes()), DOCUMENT.file);
+            fs::write(path.join(DOCUMENT.sum_file), line).unwrap();
+        }),
+    ];
+    for (at, (problem, harm)) in harms.into_iter().enumerate() {
+        let copy = tempfile::tempdir().unwrap();
+        let from = folder.path().join(signed.as_str());
+        assert!(Command::new("cp").arg("-a").arg(&from).arg(copy.path()).status().unwrap().success());
+        let path = copy.path().join(signed.as_str());
+        harm(&path);
+        // Nothing of it can be opened: if it were tried, the error would be another.
+        fs::remove_file(path.join(STATE_FILE)).unwrap();
+        let store = open_signing(copy.path(), Some(&key), &[&key]);
+        let error = store.get("signed").unwrap().open_for_restore().unwrap_err();
+        assert_eq!(error.cause(), Cause::NotTrusted, "harm {at}: {error}");
+        assert!(error.to_string().contains(problem), "harm {at}: {error}");
+        let verified = store.verify("signed").unwrap_err();
+        assert_eq!(verified.cause(), Cause::Damaged, "harm {at}: {verified}");
+    }
+}
+
+#[test]
+fn with_a_policy_every_byte_is_compared_before_the_first_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = Arc::new(signing::tests::key("ours"));
+    let id = publish(&open_signing(folder.path(), Some(&key), &[&key]), "web").id().clone();
+    let path = folder.path().join(id.as_str());
+    for (file, at) in [("memory.img", 77), ("disks/base.img", 4097), ("disks/layer-1.img", 0)] {
+        flip(&path.join(file), at);
+        let error = open_signing(folder.path(), None, &[&key]).get("web").unwrap().open_for_restore();
+        assert!(error.unwrap_err().to_string().contains(file));
+        // Without it the length is all that is looked at.
+        open(folder.path()).get("web").unwrap().open_for_restore().unwrap();
+        flip(&path.join(file), at);
+    }
+    open_signing(folder.path(), None, &[&key]).get("web").unwrap().open_for_restore().unwrap();
+}
+
+#[test]
+fn a_store_makes_nothing_that_it_would_not_take() {
+    let folder = tempfile::tempdir().unwrap();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| Arc::new(signing::tests::key(name)));
+    for key in [None, Some(&theirs)] {
+        let store = open_signing(folder.path(), key, &[&ours]);
+        assert_eq!(store.begin(SnapshotId::random()).unwrap_err().cause(), Cause::NotTrusted);
+    }
+    let store = open_signing(folder.path(), Some(&ours), &[&ours]);
+    publish(&store, "web").open_for_restore().unwrap();
 }
 
 /// Runs one test of this file in a child process, where `prepare` can change what belongs to a process.
