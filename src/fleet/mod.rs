@@ -18,7 +18,7 @@
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
 //! | [`streams`], [`exec`] | commands and files that the agent has under way |
 //! | [`disks`] | files behind a VM's disks |
-//! | [`network`] | what network interfaces are plugged into |
+//! | [`network`], [`slots`] | what network interfaces are plugged into, and the networks made here |
 //! | [`headroom`] | whether the host has memory for one more |
 //! | [`gauges`], [`sampling`], [`reason`] | what metrics tell: what there is, what clones touch, why something failed |
 //! | [`stored`] | settings that outlive the service |
@@ -60,6 +60,7 @@ pub mod record;
 pub mod registry;
 pub mod sampling;
 pub mod shells;
+pub mod slots;
 pub mod snapshots;
 pub mod stored;
 pub mod streams;
@@ -84,6 +85,8 @@ use process::{Spawner, WorkerProgram};
 use registry::Registry;
 use sampling::Sampling;
 use shells::Shells;
+use slots::Slots;
+use slots::addresses::Plan;
 use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
@@ -111,6 +114,10 @@ pub struct Config {
     pub memory_reserve: Option<u64>,
     /// How long VMs outlive this daemon when it is killed, waiting for the next one; `None`: they end with it.
     pub orphan_time: Option<Duration>,
+    /// Network slots kept ready; 0: none are made.
+    pub networks: usize,
+    /// Which addresses guests and slots have.
+    pub network_plan: Plan,
     pub worker: WorkerProgram,
 }
 
@@ -125,6 +132,8 @@ impl Config {
             refill_share: 50,
             memory_reserve: None,
             orphan_time: None,
+            networks: 0,
+            network_plan: Plan::default(),
             worker: WorkerProgram::default(),
         }
     }
@@ -143,6 +152,7 @@ pub struct Fleet {
     pub(crate) cgroups: Arc<Cgroups>,
     pub(crate) pager: Arc<Pager>,
     pub(crate) events: events::Events,
+    pub(crate) slots: Arc<Slots>,
     sampling: Sampling,
     vms_dir: PathBuf,
     /// What an earlier daemon left in `vms/`, by name.
@@ -165,6 +175,8 @@ impl Fleet {
         let images = Images::open(&config.data_dir.join("images"))?;
         let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
         let functions = Functions::open(config.data_dir.join("functions"))?;
+        let slots = Slots::new(config.networks, config.network_plan, &config.data_dir)?;
+        slots.check()?;
         let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
         let shells =
             Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone(), config.orphan_time);
@@ -179,6 +191,7 @@ impl Fleet {
             cgroups: Cgroups::new(&config.data_dir),
             pager: Arc::new(pager),
             events: events::Events::default(),
+            slots,
             sampling: Sampling::default(),
             vms_dir,
             left: Mutex::new(left),
@@ -193,6 +206,7 @@ impl Fleet {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         self.adopt(left).await;
         self.sweep_groups().await;
+        self.slots.begin().await;
         self.pools.begin(self);
         self.functions.begin(self);
     }
@@ -234,6 +248,7 @@ impl Fleet {
                 vm.ended().await;
             }
         }
+        self.slots.close().await;
     }
 
     /// Ends every VM and waits for their ends.
@@ -249,6 +264,7 @@ impl Fleet {
             self.registry.remove(&vm.id);
         }
         self.cgroups.close();
+        self.slots.close().await;
     }
 }
 
