@@ -223,18 +223,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Exec(arguments) => return exec::exec(arguments).await,
         Command::Cp(arguments) => exec::copy(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
-        Command::Clone {
-            socket,
-            snapshot,
-            count,
-            memory_mode,
-            identity,
-            name,
-            net,
-            limits,
-            json,
-            steps,
-        } => {
+        Command::Clone { socket, snapshot, count, memory_mode, identity, name, net, limits, json, steps } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
