@@ -25,6 +25,7 @@ mod madt;
 mod memory;
 mod mptable;
 mod native;
+mod network;
 mod pvh;
 mod random;
 mod serial;
@@ -95,7 +96,8 @@ extern "C" fn guest_main(boot: u32, first: u32, second: u32) -> ! {
     );
     serial::out8(STATUS_PORT, STATUS_READY);
     let facts = serve::Facts { boot, tsc_khz: timing.tsc_khz, checks, memory_bytes: given.ram_bytes() };
-    let state = serve::State { facts, arena, cpus, random, clock };
+    let network = network::Network::start(&given, devices.net.take());
+    let state = serve::State { facts, arena, cpus, random, clock, network };
     serve::enter(serve::Booted { devices, state: Some(state) })
 }
 

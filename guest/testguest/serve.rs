@@ -7,6 +7,7 @@ use crate::checks::Checks;
 use crate::clock::{Clock, cmos_unix_s};
 use crate::fail;
 use crate::gate::{self, ticks};
+use crate::network::Network;
 use crate::pattern::{Digest, Page};
 use crate::random::Generator;
 use crate::serial::{self, say};
@@ -57,6 +58,7 @@ pub(crate) struct State {
     pub(crate) cpus: Cpus,
     pub(crate) random: Generator,
     pub(crate) clock: Clock,
+    pub(crate) network: Option<Network>,
 }
 
 /// What was found out at boot, for HELLO.
@@ -76,6 +78,7 @@ struct Server {
     tsc_khz: u32,
     memory_bytes: u64,
     streams: Streams,
+    network: Option<Network>,
     generation: [u8; GENERATION_BYTES],
     generations: u64,
     host_name: [u8; HOST_NAME_BYTES_MAX],
@@ -151,6 +154,7 @@ extern "C" fn guest_serve() -> ! {
         tsc_khz: state.facts.tsc_khz,
         memory_bytes: state.facts.memory_bytes,
         streams: Streams::new(),
+        network: state.network,
         generation: [0; GENERATION_BYTES],
         generations: 0,
         host_name: [0; HOST_NAME_BYTES_MAX],
@@ -159,11 +163,7 @@ extern "C" fn guest_serve() -> ! {
     let length = server.hello(&state.facts, &mut Reply::new(&mut long.1[HEADER_BYTES..]));
     send(&mut console, long.1, KIND_HELLO, STATUS_OK, 0, length);
     loop {
-        // Requests come first.
-        while server.streams.is_busy()
-            && !console.has_bytes()
-            && server.streams.step(&mut console, long.1, &mut server.random)
-        {}
+        server.attend(&mut console, long.1);
         let header = receive(&mut console, short.0);
         let length = header.length as usize;
         let request: &mut [u8] = if length <= SHORT_FRAME_BYTES - HEADER_BYTES { short.0 } else { long.0 };
@@ -252,6 +252,26 @@ fn reset() -> ! {
 }
 
 impl Server {
+    /// Does what streams and the network want, until a request comes; requests come first. Comes back without one when there is nothing
+    /// else that could wake it.
+    fn attend(&mut self, console: &mut Console, frame: &mut [u8]) {
+        while !console.has_bytes() {
+            let mut did = false;
+            if let Some(network) = &mut self.network {
+                let second = u64::from(self.tsc_khz).saturating_mul(1000);
+                did |= network.step(&self.host_name[..self.host_name_bytes], second);
+            }
+            if self.streams.is_busy() {
+                did |= self.streams.step(console, frame, &mut self.random, &mut self.network);
+            }
+            match &mut self.network {
+                _ if did => {}
+                Some(network) => network.halt(console),
+                None => return,
+            }
+        }
+    }
+
     fn hello(&mut self, facts: &Facts, out: &mut Reply) -> usize {
         let (found, alive) = (self.cpus.found() as u32, self.cpus.alive() as u32);
         for word in [PROTOCOL_VERSION, AGENT_TEST_GUEST, facts.boot, found, alive, facts.tsc_khz] {

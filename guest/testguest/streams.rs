@@ -12,11 +12,15 @@
 //! | `exit N`, `die N` | ends with that status, by that signal |
 //! | `yes BYTES`, `random BYTES` | so many on stdout |
 //! | `spin MS` | keeps its CPU busy |
+//! | `udp ADDRESS PORT WORDS` | sends its words there, and what comes back on stdout; status 1 after three seconds without an answer |
 //!
 //! A signal ends every command but `trap`. Commands take turns, one frame each, between requests. Files live in memory:
 //! [`FILES`] of [`FILE_BYTES`] each.
 
+use core::net::IpAddr;
+
 use crate::gate::ticks;
+use crate::network::Network;
 use crate::random::Generator;
 use crate::serve::{BAD_PAYLOAD, Refusal, Reply, send};
 use crate::virtio::Console;
@@ -70,6 +74,8 @@ enum Job {
     Yes { left: u64 },
     Random { left: u64 },
     Spin { until: u64 },
+    /// Address, port and words are in the buffer.
+    Udp { until: u64, asked: bool },
     Put { file: usize, name: usize, mode: u32 },
     Get { file: usize, version: u64, at: usize },
 }
@@ -263,7 +269,13 @@ impl Streams {
     }
 
     /// Lets one stream do one thing. False: none can.
-    pub(crate) fn step(&mut self, console: &mut Console, frame: &mut [u8], random: &mut Generator) -> bool {
+    pub(crate) fn step(
+        &mut self,
+        console: &mut Console,
+        frame: &mut [u8],
+        random: &mut Generator,
+        network: &mut Option<Network>,
+    ) -> bool {
         for _ in 0..STREAMS_MAX {
             self.turn = (self.turn + 1) % STREAMS_MAX;
             let index = self.turn;
@@ -271,7 +283,7 @@ impl Streams {
                 continue;
             }
             let mut worker = Worker { console, frame, slot: &mut self.slots[index], files: self.files };
-            match worker.step(random) {
+            match worker.step(random, network) {
                 Step::Waits => {}
                 Step::Did => return true,
                 Step::Ended((how, value, why)) => {
@@ -320,7 +332,7 @@ impl Worker<'_> {
         Step::Did
     }
 
-    fn step(&mut self, random: &mut Generator) -> Step {
+    fn step(&mut self, random: &mut Generator, network: &mut Option<Network>) -> Step {
         if self.slot.ungranted as usize >= WINDOW / 2 {
             let bytes = core::mem::take(&mut self.slot.ungranted);
             self.send(KIND_STREAM_WINDOW, &[&PIPE_STDIN.to_le_bytes(), &bytes.to_le_bytes()]);
@@ -393,6 +405,35 @@ impl Worker<'_> {
             }
             Job::Spin { until } => {
                 if ticks() >= until { Step::Ended(DONE) } else { Step::Did }
+            }
+            Job::Udp { until, asked } => {
+                let Some(network) = network else {
+                    return Step::Ended((END_FAILED, 0, "the test guest has no network"));
+                };
+                if !asked {
+                    let Some((to, port, words)) = destination(&self.slot.bytes[..length]) else {
+                        return Step::Ended((END_FAILED, 0, "udp needs an address, a port and words"));
+                    };
+                    if network.ask(to, port, words) {
+                        self.slot.job = Job::Udp { until, asked: true };
+                        return Step::Did;
+                    }
+                } else if let Some(answer) = network.answer() {
+                    self.slot.length = 0;
+                    self.slot.put(answer);
+                    self.slot.put(b"\n");
+                    let length = self.slot.length;
+                    self.slot.job = Job::Say { pipe: PIPE_STDOUT, at: 0, length, status: 0 };
+                    network.forget();
+                    return Step::Did;
+                }
+                if ticks() < until {
+                    return Step::Waits;
+                }
+                if asked {
+                    network.forget();
+                }
+                Step::Ended((END_EXITED, 1, ""))
             }
             Job::Put { file, name, mode } => {
                 // The name lies at the buffer's front.
@@ -474,6 +515,14 @@ fn command(slot: &mut Slot, files: &[File; FILES], start: &ExecStart, tsc_khz: u
         b"yes" => return Ok(Job::Yes { left: number(first)? }),
         b"random" => return Ok(Job::Random { left: number(first)? }),
         b"die" => return Ok(Job::Die { signal: number(first)? as u32 }),
+        b"udp" => {
+            for (index, word) in words.enumerate() {
+                slot.put(if index > 0 { b" " } else { b"" });
+                slot.put(word);
+            }
+            let until = u64::from(tsc_khz).saturating_mul(3000).saturating_add(ticks());
+            return Ok(Job::Udp { until, asked: false });
+        }
         b"spin" => {
             let until = number(first)?.saturating_mul(tsc_khz.into()).saturating_add(ticks());
             return Ok(Job::Spin { until });
@@ -512,6 +561,15 @@ fn command(slot: &mut Slot, files: &[File; FILES], start: &ExecStart, tsc_khz: u
     }
     *length = slot.length;
     Ok(say)
+}
+
+/// Address, port and words of `udp`.
+fn destination(text: &[u8]) -> Option<(IpAddr, u16, &[u8])> {
+    let mut parts = text.splitn(3, |byte| *byte == b' ');
+    let mut part = || parts.next();
+    let to = core::str::from_utf8(part()?).ok()?.parse().ok()?;
+    let port = core::str::from_utf8(part()?).ok()?.parse().ok()?;
+    Some((to, port, part()?))
 }
 
 fn put(slot: &mut Slot, files: &mut [File; FILES], start: &FileStart) -> Result<Job, Refusal> {

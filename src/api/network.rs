@@ -1,10 +1,15 @@
 //! Network interfaces and a VM's counters as messages and back.
 
+use std::net::IpAddr;
+
+use ipnet::IpNet;
 use tonic::Status;
 
 use super::proto;
 use super::status::invalid;
-use crate::fleet::network::{LinkRequest, MTU_MAX, MTU_MIN, NetworkRequest, VmNetwork};
+use crate::fleet::network::{LinkRequest, MTU_MAX, MTU_MIN, NETWORKS_MAX, NetworkRequest, VmNetwork};
+use crate::fleet::slots::SlotLink;
+use crate::fleet::slots::access::{ALLOW_MAX, Access, Allow, Outbound, PUBLISH_MAX, Publish, Transport};
 use crate::fleet::vm::PagerCounts;
 use crate::fleet::{NetworkStats, Stats};
 
@@ -21,6 +26,10 @@ fn request_in(interface: proto::NetworkInterface) -> Result<NetworkRequest, Stat
         }
         _ if !interface.netns.is_empty() => {
             return Err(invalid("`netns` says where a TAP is; set `tap`, or leave it out"));
+        }
+        Some(Link::Slot(slot)) => {
+            let link = SlotLink { access: access_in(slot)?, place: None, six: false };
+            LinkRequest::Slot(Box::new(link))
         }
         Some(Link::Down(false)) => return Err(invalid("`down` must be true when it is set")),
         Some(Link::Down(true)) | None => LinkRequest::Down,
@@ -43,8 +52,112 @@ fn request_in(interface: proto::NetworkInterface) -> Result<NetworkRequest, Stat
     Ok(NetworkRequest { link, mac, mtu })
 }
 
+fn access_in(slot: proto::SlotLink) -> Result<Access, Status> {
+    if slot.allow.len() > ALLOW_MAX || slot.publish.len() > PUBLISH_MAX {
+        return Err(invalid(format!(
+            "give at most {ALLOW_MAX} entries in `allow`, and {PUBLISH_MAX} in `publish`"
+        )));
+    }
+    let outbound = match proto::Outbound::try_from(slot.outbound) {
+        Ok(proto::Outbound::Unspecified) if slot.allow.is_empty() => Outbound::Public,
+        Ok(proto::Outbound::Unspecified | proto::Outbound::None) => Outbound::Nothing,
+        Ok(proto::Outbound::Public) => Outbound::Public,
+        Ok(proto::Outbound::All) => Outbound::All,
+        Err(_) => return Err(invalid("an unknown `outbound`; it is PUBLIC, ALL or NONE")),
+    };
+    let port = |port: u32| u16::try_from(port).map_err(|_| invalid(format!("port {port}; give 1 to 65535")));
+    let allow = |entry: proto::AllowedDestination| {
+        let port = Some(port(entry.port)?).filter(|port| *port != 0);
+        let network = network_in(&entry.network)?;
+        Ok::<_, Status>(Allow { network, port, transport: transport_in(entry.transport)? })
+    };
+    let publish = |entry: proto::PublishedPort| {
+        Ok::<_, Status>(Publish {
+            host: port(entry.host_port)?,
+            guest: port(entry.guest_port)?,
+            transport: transport_in(entry.transport)?.unwrap_or(Transport::Tcp),
+        })
+    };
+    Ok(Access {
+        outbound,
+        allow: slot.allow.into_iter().map(allow).collect::<Result<_, _>>()?,
+        publish: slot.publish.into_iter().map(publish).collect::<Result<_, _>>()?,
+    })
+}
+
+/// An address alone is a network of one.
+fn network_in(text: &str) -> Result<IpNet, Status> {
+    let one = || text.parse::<IpAddr>().ok().map(IpNet::from);
+    text.parse().ok().or_else(one).ok_or_else(|| {
+        invalid(format!(
+            "{text:?} is no network; write an address, perhaps with a prefix, such as 10.1.0.0/16"
+        ))
+    })
+}
+
+fn transport_in(number: i32) -> Result<Option<Transport>, Status> {
+    match proto::Transport::try_from(number) {
+        Ok(proto::Transport::Unspecified) => Ok(None),
+        Ok(proto::Transport::Tcp) => Ok(Some(Transport::Tcp)),
+        Ok(proto::Transport::Udp) => Ok(Some(Transport::Udp)),
+        Err(_) => Err(invalid("an unknown `transport`; it is TCP or UDP")),
+    }
+}
+
+fn access_out(access: &Access) -> proto::SlotLink {
+    let transport = |transport: Option<Transport>| match transport {
+        None => proto::Transport::Unspecified.into(),
+        Some(Transport::Tcp) => proto::Transport::Tcp.into(),
+        Some(Transport::Udp) => proto::Transport::Udp.into(),
+    };
+    let allow = |entry: &Allow| proto::AllowedDestination {
+        network: entry.network.to_string(),
+        port: entry.port.unwrap_or(0).into(),
+        transport: transport(entry.transport),
+    };
+    let publish = |entry: &Publish| proto::PublishedPort {
+        host_port: entry.host.into(),
+        guest_port: entry.guest.into(),
+        transport: transport(Some(entry.transport)),
+    };
+    proto::SlotLink {
+        outbound: match access.outbound {
+            Outbound::Public => proto::Outbound::Public,
+            Outbound::All => proto::Outbound::All,
+            Outbound::Nothing => proto::Outbound::None,
+        }
+        .into(),
+        allow: access.allow.iter().map(allow).collect(),
+        publish: access.publish.iter().map(publish).collect(),
+    }
+}
+
+/// Whether an interface asks for more of a slot than the public Internet, which is an admin's to give.
+pub fn opens_more(interfaces: &[proto::NetworkInterface]) -> Result<bool, Status> {
+    use proto::network_interface::Link;
+    for interface in interfaces.iter().take(NETWORKS_MAX) {
+        if let Some(Link::Slot(slot)) = &interface.link
+            && access_in(slot.clone())?.goes_beyond_public()
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 pub fn network_out(network: &VmNetwork) -> proto::Network {
+    let slot = match &network.link {
+        LinkRequest::Slot(link) => Some(link),
+        _ => None,
+    };
+    let place = slot.and_then(|slot| Some((slot.place?, slot.six)));
     proto::Network {
+        slot_address: place.map(|(place, _)| place.address4.to_string()).unwrap_or_default(),
+        slot_address6: place
+            .filter(|(_, six)| *six)
+            .map(|(place, _)| place.address6.to_string())
+            .unwrap_or_default(),
+        slot: slot.map(|slot| access_out(&slot.access)),
         link: network.link.text(),
         mac: network.mac.to_vec().into(),
         mtu: network.mtu.unwrap_or(0).into(),
@@ -81,6 +194,49 @@ fn network_stats(stats: &NetworkStats) -> proto::NetworkStats {
 mod tests {
     use super::*;
     use proto::network_interface::Link;
+
+    #[test]
+    fn slots_are_read_and_told() {
+        let read = |slot: proto::SlotLink| {
+            let interface = proto::NetworkInterface { link: Some(Link::Slot(slot)), ..Default::default() };
+            requests_in(vec![interface]).map(|mut requests| match requests.pop().unwrap().link {
+                LinkRequest::Slot(link) => link.access,
+                other => panic!("{other:?}"),
+            })
+        };
+        assert_eq!(read(Default::default()).unwrap(), Access::default());
+        let allow = |network: &str, port, transport: i32| proto::AllowedDestination {
+            network: network.into(),
+            port,
+            transport,
+        };
+        let told = proto::SlotLink {
+            outbound: proto::Outbound::Unspecified.into(),
+            allow: vec![allow("192.0.2.7", 53, 2), allow("2001:db8::/32", 0, 0)],
+            publish: vec![proto::PublishedPort { host_port: 8080, guest_port: 80, transport: 0 }],
+        };
+        let access = read(told.clone()).unwrap();
+        assert_eq!((access.outbound, access.publish[0].transport), (Outbound::Nothing, Transport::Tcp));
+        let out = access_out(&access);
+        assert_eq!((&out.allow[0].network[..], out.outbound), ("192.0.2.7/32", proto::Outbound::None.into()));
+        assert_eq!(read(out).unwrap(), access);
+        let interface = |slot| proto::NetworkInterface { link: Some(Link::Slot(slot)), ..Default::default() };
+        assert!(opens_more(&[interface(told.clone())]).unwrap());
+        assert!(!opens_more(&[interface(proto::SlotLink::default()), Default::default()]).unwrap());
+        for wrong in [
+            proto::SlotLink { outbound: 9, ..told.clone() },
+            proto::SlotLink { allow: vec![allow("192.0.2.7; drop", 0, 0)], ..told.clone() },
+            proto::SlotLink { allow: vec![allow("192.0.2.7", 65_536, 0)], ..told.clone() },
+            proto::SlotLink { allow: vec![allow("192.0.2.7", 1, 3)], ..told.clone() },
+            proto::SlotLink { allow: vec![allow("192.0.2.7", 1, 1); 65], ..told.clone() },
+            proto::SlotLink {
+                publish: vec![proto::PublishedPort { host_port: 70_000, guest_port: 1, transport: 1 }],
+                ..told
+            },
+        ] {
+            assert_eq!(read(wrong).unwrap_err().code(), tonic::Code::InvalidArgument);
+        }
+    }
 
     #[test]
     fn interfaces_are_read_and_wrong_ones_refused() {

@@ -94,6 +94,7 @@ impl VmService for Vms {
         if !request.get_ref().disks.is_empty() {
             admins_only(&request, "a VM with a file of the host as a disk")?;
         }
+        check_slots(&request, &request.get_ref().networks)?;
         let request = create(request.into_inner())?;
         let (events, stream) = mpsc::channel(PROGRESS_MAX);
         let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
@@ -140,6 +141,7 @@ impl VmService for Vms {
         &self,
         request: Request<proto::CloneVmRequest>,
     ) -> Result<Response<proto::CloneVmResponse>, Status> {
+        check_slots(&request, &request.get_ref().networks)?;
         let request = request.into_inner();
         let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
         let response = self.replays.once(&id, &asked, self.make_clones(request)).await?;
@@ -298,6 +300,17 @@ async fn follow(
             () = output.closed() => return,
         }
     }
+}
+
+/// Refuses to callers who are no admins what only these may open.
+fn check_slots<T>(request: &Request<T>, interfaces: &[proto::NetworkInterface]) -> Result<(), Status> {
+    if network::opens_more(interfaces)? {
+        admins_only(
+            request,
+            "a network slot that opens ports of the host, or more than the public Internet,",
+        )?;
+    }
+    Ok(())
 }
 
 fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
+use ipnet::{Ipv4Net, Ipv6Net};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::config::ConfigArgument;
@@ -19,6 +20,7 @@ use crate::api::auth::rules::Rule;
 use crate::api::auth::tls::TlsFiles;
 use crate::api::listen::{Listeners, Port, Socket};
 use crate::api::{scrape, server};
+use crate::fleet::slots::addresses::{self, Plan};
 use crate::fleet::snapshots::signing::{Signing, SigningKey, TrustedKeys};
 use crate::fleet::{Config, Fleet};
 use crate::telemetry::trace::{Collector, Traces};
@@ -61,6 +63,8 @@ pub struct Arguments {
     #[command(flatten)]
     trust: TrustArguments,
     #[command(flatten)]
+    network: NetworkArguments,
+    #[command(flatten)]
     access: AccessArguments,
     #[command(flatten)]
     seeing: SeeingArguments,
@@ -86,6 +90,36 @@ impl TrustArguments {
             key: key.context("--sign-key")?.map(Arc::new),
             trusted: trusted.context("--trusted-keys")?.map(Arc::new),
         })
+    }
+}
+
+/// Networks that it makes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Networks made by the service")]
+struct NetworkArguments {
+    /// Networks kept ready for VMs with `--net auto`, at most 256; 0: none are made. Needs root, or CAP_NET_ADMIN and CAP_SYS_ADMIN, and the
+    /// programs ip (iproute2) and nft (nftables)
+    #[arg(long, env = "COLDSPARK_NETWORKS", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(..=256))]
+    networks: u16,
+    /// The network that every guest believes to be in: its second address is the guest's, the first the gateway's
+    #[arg(long, env = "COLDSPARK_GUEST_NETWORK", value_name = "NETWORK", default_value = addresses::GUESTS4)]
+    guest_network: Ipv4Net,
+    /// The same of IPv6
+    #[arg(long, env = "COLDSPARK_GUEST_NETWORK6", value_name = "NETWORK", default_value = addresses::GUESTS6)]
+    guest_network6: Ipv6Net,
+    /// The network out of which each VM gets an address by which this host reaches it: private, and nobody else's on this host; four
+    /// addresses for each VM
+    #[arg(long, env = "COLDSPARK_SLOT_NETWORK", value_name = "NETWORK", default_value = addresses::SLOTS4)]
+    slot_network: Ipv4Net,
+    /// The same of IPv6
+    #[arg(long, env = "COLDSPARK_SLOT_NETWORK6", value_name = "NETWORK", default_value = addresses::SLOTS6)]
+    slot_network6: Ipv6Net,
+}
+
+impl NetworkArguments {
+    fn plan(&self) -> anyhow::Result<Plan> {
+        Plan::new(self.guest_network, self.guest_network6, self.slot_network, self.slot_network6)
+            .map_err(anyhow::Error::msg)
     }
 }
 
@@ -186,6 +220,7 @@ impl Arguments {
     pub fn check(&self) -> anyhow::Result<()> {
         Guard::new(self.access.policy()?)?;
         self.trust.signing()?;
+        self.network.plan()?;
         self.seeing.check()
     }
 }
@@ -271,6 +306,8 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         vms_max: arguments.vms_max,
         memory_reserve: arguments.memory_reserve,
         refill_share: arguments.refill_share,
+        networks: arguments.network.networks.into(),
+        network_plan: arguments.network.plan()?,
         orphan_time: Some(Duration::from_secs(arguments.orphan_time)).filter(|time| !time.is_zero()),
         signing,
         ..Config::new(".")

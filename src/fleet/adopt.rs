@@ -28,9 +28,11 @@ use super::disks::VmFolder;
 use super::error::FleetError;
 use super::limits::{COMMANDS_MAX, DISKS_MAX, FREEZE_TIMEOUT, LAYERS_MAX};
 use super::link::Link;
+use super::network::LinkRequest;
 use super::owner::{Again, Ears, Faults, Owner};
 use super::process::Process;
 use super::record::{FileId, Papers, Record, Unreadable};
+use super::slots::Lease;
 use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use crate::snapshot::memory::pager::PagerSource;
@@ -57,6 +59,9 @@ enum Fate {
     Left,
 }
 
+/// A folder, the record in it, and the network slot that it tells of.
+type Found = (VmFolder, Result<Option<Record>, Unreadable>, Option<Lease>);
+
 /// A worker that has let this daemon in.
 struct Let {
     channel: AsyncChannel,
@@ -72,23 +77,26 @@ impl Fleet {
         if left.is_empty() {
             return;
         }
-        let mut found: Vec<(VmFolder, Result<Option<Record>, Unreadable>)> = left
+        // With their slots, before others are taken down.
+        let mut found: Vec<Found> = left
             .into_iter()
             .map(|id| {
                 let folder = VmFolder::reopen(&self.vms_dir, &id);
                 let record = Record::read(folder.path());
-                (folder, record)
+                let slot =
+                    record.as_ref().ok().and_then(Option::as_ref).and_then(|record| self.slot_of(record));
+                (folder, record, slot)
             })
             .collect();
         // In the order in which they were made.
-        found.sort_by_key(|(_, record)| match record {
+        found.sort_by_key(|(_, record, _)| match record {
             Ok(Some(record)) => (record.created_unix_ms, record.number),
             _ => (u64::MAX, u64::MAX),
         });
         let mut under_way = JoinSet::new();
-        for (folder, record) in found {
+        for (folder, record, slot) in found {
             let (fleet, number) = (Arc::clone(self), self.registry.next_number());
-            under_way.spawn(async move { fleet.adopt_one(folder, record, number).await });
+            under_way.spawn(async move { fleet.adopt_one(folder, record, slot, number).await });
         }
         let mut fates = Vec::new();
         let all = async {
@@ -116,6 +124,7 @@ impl Fleet {
         self: Arc<Self>,
         mut folder: VmFolder,
         record: Result<Option<Record>, Unreadable>,
+        mut slot: Option<Lease>,
         number: u64,
     ) -> Fate {
         let id = folder.id();
@@ -131,6 +140,9 @@ impl Fleet {
             Err(error) => {
                 tracing::error!(vm = %id, %error, "a VM of an earlier service cannot be reached, and is left as it is");
                 folder.leave();
+                if let Some(slot) = slot {
+                    slot.leave();
+                }
                 return Fate::Left;
             }
         };
@@ -138,22 +150,24 @@ impl Fleet {
             Ok(Some(record)) => {
                 let talk = tokio::time::timeout(FREEZE_TIMEOUT, enter(door)).await;
                 match talk.unwrap_or_else(|_| Err("it does not answer".to_owned())) {
-                    Ok(Some(inside)) => match self.take_in(ward, inside, folder, record, number).await {
-                        Ok(()) => return Fate::Adopted,
-                        Err((ward, folder, problem)) => {
-                            return ended(ward, folder, Fate::Lost, &problem).await;
+                    Ok(Some(inside)) => {
+                        match self.take_in(ward, inside, folder, record, &mut slot, number).await {
+                            Ok(()) => return Fate::Adopted,
+                            Err((ward, folder, problem)) => {
+                                return ended(ward, folder, Fate::Lost, &problem).await;
+                            }
                         }
-                    },
+                    }
                     Ok(None) => {
                         let problem =
                             format!("its worker speaks another control protocol than {CONTROL_VERSION}");
-                        return left(ward, folder, &problem);
+                        return left(ward, folder, slot, &problem);
                     }
                     Err(problem) => (Fate::Lost, problem),
                 }
             }
             Ok(None) => (Fate::HalfMade, "it was half made, or nobody's".to_owned()),
-            Err(other @ Unreadable::OtherVersion(_)) => return left(ward, folder, &other.to_string()),
+            Err(other @ Unreadable::OtherVersion(_)) => return left(ward, folder, slot, &other.to_string()),
             Err(problem) => (Fate::Lost, problem.to_string()),
         };
         ended(ward, folder, fate, &problem).await
@@ -166,6 +180,7 @@ impl Fleet {
         inside: Let,
         folder: VmFolder,
         record: Record,
+        slot: &mut Option<Lease>,
         number: u64,
     ) -> Result<(), (Ward, VmFolder, String)> {
         let Let { channel, adopted, mut fds, files } = inside;
@@ -253,6 +268,7 @@ impl Fleet {
             agent_gone: false,
             disks,
             folder,
+            slot: slot.take(),
             again,
             restarts: VecDeque::new(),
             panics: 0,
@@ -264,6 +280,15 @@ impl Fleet {
         tracing::info!(vm = %vm.id, pid = vm.process.pid(), "taken over from an earlier service");
         tokio::spawn(owner.run());
         Ok(())
+    }
+
+    /// The network slot that it has.
+    fn slot_of(&self, record: &Record) -> Option<Lease> {
+        let link = record.networks.iter().find_map(|network| match &network.link {
+            LinkRequest::Slot(link) => Some(link),
+            _ => None,
+        });
+        self.slots.resume(link?)
     }
 
     /// What answers its page faults, if it wants that: `fds` are then the userfaultfd and the memory file, of which the latter is taken.
@@ -380,7 +405,7 @@ async fn enter(door: OwnedFd) -> Result<Option<Let>, String> {
 }
 
 /// Leaves it to a service of its own version; when it has ended, its folder goes.
-fn left(ward: Ward, mut folder: VmFolder, problem: &str) -> Fate {
+fn left(ward: Ward, mut folder: VmFolder, slot: Option<Lease>, problem: &str) -> Fate {
     tracing::error!(
         vm = %folder.id(),
         pid = ward.pid(),
@@ -394,6 +419,7 @@ fn left(ward: Ward, mut folder: VmFolder, problem: &str) -> Fate {
             // Nobody else works in it as long as this service lives.
             let _ = fs::remove_dir_all(path);
         }
+        drop(slot);
     });
     Fate::Left
 }

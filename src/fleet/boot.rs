@@ -27,6 +27,7 @@ use super::profile::{Profile, Profiler, phase_name};
 use super::record::Papers;
 use super::registry::Guard;
 use super::shells::Shell;
+use super::slots::Lease;
 use super::snapshots::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id, watchdog};
@@ -120,6 +121,8 @@ pub(super) struct Start {
     pub networks: Vec<VmNetwork>,
     /// What it may take, if it has limits; its worker is in it.
     pub group: Option<Group>,
+    /// If one of them is a slot.
+    pub slot: Option<Lease>,
     pub again: Option<Again>,
 }
 
@@ -201,6 +204,7 @@ impl Fleet {
             disks: start.disks,
             folder,
             group: start.group,
+            slot: start.slot,
             again: start.again,
             restarts: VecDeque::new(),
             panics: 0,
@@ -255,8 +259,9 @@ impl Fleet {
             disks.extend(opened?);
         }
         plan.spec.disks = disks.iter().map(VmDisk::spec).collect();
-        let networks = network::plan(&request.networks, &folder.id())?;
-        let links = network::open(&networks).await?;
+        let mut networks = network::plan(&request.networks, &folder.id())?;
+        let (links, slot) = network::open(&self.slots, &mut networks).await?;
+        self.slots.refill();
         plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
         profiler.reached("image and disks open");
         shell.folder = folder;
@@ -287,6 +292,7 @@ impl Fleet {
                 faults: None,
                 networks,
                 group,
+                slot,
                 again: request.restart_on_reset.then(|| Again {
                     spec: plan.spec.clone(),
                     kernel: Arc::clone(&bootable.kernel),

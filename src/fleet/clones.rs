@@ -149,7 +149,8 @@ impl Fleet {
         arrived: Instant,
     ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
         let mut clock = Clock::new(arrived);
-        let links = network::open(&networks).await?;
+        let (links, slot) = network::open(&self.slots, &mut networks).await?;
+        let has_slot = slot.is_some();
         // One that needs neither the pager nor a link may have been made ahead.
         let plain =
             request.memory_mode == MemoryMode::Mapped && links.iter().all(|link| link.kind == LinkKind::Down);
@@ -201,6 +202,7 @@ impl Fleet {
                 faults,
                 networks,
                 group,
+                slot,
                 again: None,
             },
         )?;
@@ -291,6 +293,9 @@ impl Fleet {
             status.start_us = start_us;
             status.steps = clock.steps;
         });
+        if has_slot {
+            self.slots.refill();
+        }
         source.keeping.used();
         let mode = mode(request.memory_mode);
         metrics().restored(source.label(), mode, arrived.elapsed());

@@ -39,7 +39,7 @@ pub async fn ask(vm: &Vm, generation: [u8; 16], name: Option<&str>) -> Result<As
         name: name.or(vm.name()).unwrap_or(&vm.id).to_owned(),
         macs: (0..)
             .zip(&vm.networks)
-            .filter(|(_, network)| network.link != LinkRequest::Down)
+            .filter(|(_, network)| matches!(network.link, LinkRequest::Tap { .. }))
             .map(|(interface, network)| (interface, network.mac))
             .collect(),
     });

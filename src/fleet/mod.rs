@@ -18,7 +18,7 @@
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
 //! | [`streams`], [`exec`] | commands and files that the agent has under way |
 //! | [`disks`] | files behind a VM's disks |
-//! | [`network`] | what network interfaces are plugged into |
+//! | [`network`], [`slots`] | what network interfaces are plugged into, and the networks made here |
 //! | [`headroom`] | whether the host has memory for one more |
 //! | [`gauges`], [`sampling`], [`reason`] | what metrics tell: what there is, what clones touch, why something failed |
 //! | [`stored`] | settings that outlive the service |
@@ -60,6 +60,7 @@ pub mod record;
 pub mod registry;
 pub mod sampling;
 pub mod shells;
+pub mod slots;
 pub mod snapshots;
 pub mod stored;
 pub mod streams;
@@ -84,6 +85,8 @@ use process::{Spawner, WorkerProgram};
 use registry::Registry;
 use sampling::Sampling;
 use shells::Shells;
+use slots::Slots;
+use slots::addresses::Plan;
 use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
@@ -113,6 +116,10 @@ pub struct Config {
     pub orphan_time: Option<Duration>,
     /// What snapshots are signed with, and whose may be used.
     pub signing: snapshots::signing::Signing,
+    /// Network slots kept ready; 0: none are made.
+    pub networks: usize,
+    /// Which addresses guests and slots have.
+    pub network_plan: Plan,
     pub worker: WorkerProgram,
 }
 
@@ -128,6 +135,8 @@ impl Config {
             memory_reserve: None,
             orphan_time: None,
             signing: Default::default(),
+            networks: 0,
+            network_plan: Plan::default(),
             worker: WorkerProgram::default(),
         }
     }
@@ -146,6 +155,7 @@ pub struct Fleet {
     pub(crate) cgroups: Arc<Cgroups>,
     pub(crate) pager: Arc<Pager>,
     pub(crate) events: events::Events,
+    pub(crate) slots: Arc<Slots>,
     sampling: Sampling,
     vms_dir: PathBuf,
     /// What an earlier daemon left in `vms/`, by name.
@@ -169,6 +179,8 @@ impl Fleet {
         let images = Images::open(&config.data_dir.join("images"))?;
         let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
         let functions = Functions::open(config.data_dir.join("functions"))?;
+        let slots = Slots::new(config.networks, config.network_plan, &config.data_dir)?;
+        slots.check()?;
         let pager = Pager::start(PAGER_THREADS).map_err(|error| FleetError::Internal(error.to_string()))?;
         let shells =
             Shells::start(Spawner::start(config.worker)?, config.shells, vms_dir.clone(), config.orphan_time);
@@ -183,6 +195,7 @@ impl Fleet {
             cgroups: Cgroups::new(&config.data_dir),
             pager: Arc::new(pager),
             events: events::Events::default(),
+            slots,
             sampling: Sampling::default(),
             vms_dir,
             left: Mutex::new(left),
@@ -197,6 +210,7 @@ impl Fleet {
         let left = std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner));
         self.adopt(left).await;
         self.sweep_groups().await;
+        self.slots.begin().await;
         self.pools.begin(self);
         self.functions.begin(self);
     }
@@ -238,6 +252,7 @@ impl Fleet {
                 vm.ended().await;
             }
         }
+        self.slots.close().await;
     }
 
     /// Ends every VM and waits for their ends.
@@ -253,6 +268,7 @@ impl Fleet {
             self.registry.remove(&vm.id);
         }
         self.cgroups.close();
+        self.slots.close().await;
     }
 }
 

@@ -1,7 +1,8 @@
 //! What the network interfaces of VMs are plugged into: the daemon opens TAPs and hands them to workers.
 //!
-//! A TAP is made by the host's administrator, never here: an interface that does not exist is an error, although
-//! TUNSETIFF would make one. The daemon keeps no descriptor of it: a TAP is free again when its VM has ended.
+//! A TAP that is asked for by name is made by the host's administrator, never here: an interface that does not exist is an error, although
+//! TUNSETIFF would make one. The daemon keeps no descriptor of it: a TAP is free again when its VM has ended. Those that the service makes itself
+//! are in [`super::slots`].
 //!
 //! A TAP may be in a network namespace of the host, so that clones with the same addresses run side by side. A thread of its own
 //! enters the namespace, opens the TAP there and ends: no thread that serves anything else is ever in another namespace.
@@ -15,12 +16,16 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::error::{FleetError, Kind};
+use super::slots::error::SlotError;
+use super::slots::{Lease, SlotLink, Slots};
 use super::snapshots::blocking;
-use crate::worker::protocol::{LinkKind, NETWORKS_MAX, NetworkSpec};
+pub use crate::worker::protocol::NETWORKS_MAX;
+use crate::worker::protocol::{LinkKind, NetworkSpec};
 
 /// Bytes of `struct virtio_net_hdr` with the number of buffers, as workers expect it on a TAP.
 const HEADER_BYTES: libc::c_int = 12;
@@ -29,7 +34,7 @@ pub const MTU_MIN: u16 = 68;
 pub const MTU_MAX: u16 = 65_521;
 
 /// Where `ip netns add` keeps the network namespaces that have names.
-const NETNS_FOLDER: &str = "/run/netns";
+pub(super) const NETNS_FOLDER: &str = "/run/netns";
 /// Longest name of a namespace: that of a file.
 const NETNS_NAME_MAX: usize = 255;
 
@@ -96,6 +101,8 @@ pub enum NetworkError {
     Netns { name: String, call: &'static str, source: io::Error },
     #[error("in network namespace {netns}: {source}")]
     Within { netns: String, source: Box<NetworkError> },
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     #[error("TAP {name}: {call}: {source}")]
     Tap { name: String, call: &'static str, source: io::Error },
 }
@@ -117,6 +124,7 @@ impl NetworkError {
             | Self::TooManyLinks { .. } => Kind::InvalidArgument,
             Self::Missing(_) | Self::NetnsMissing(_) => Kind::NotFound,
             Self::Within { source, .. } => source.kind(),
+            Self::Slot(error) => error.kind(),
             Self::Taken(_) | Self::NotATap(_) => Kind::FailedPrecondition,
             Self::Forbidden(_) | Self::NetnsForbidden => Kind::PermissionDenied,
             Self::NoTun(source) if source.kind() == io::ErrorKind::PermissionDenied => Kind::PermissionDenied,
@@ -141,6 +149,8 @@ pub enum LinkRequest {
     },
     /// Nothing: the guest sees an interface whose link is down.
     Down,
+    /// A network slot of the service's ([`super::slots`]).
+    Slot(Box<SlotLink>),
 }
 
 /// An interface that was asked for.
@@ -176,6 +186,10 @@ impl LinkRequest {
             Self::Tap { name, netns: None } => format!("TAP {name}"),
             Self::Tap { name, netns: Some(netns) } => format!("TAP {name} in network namespace {netns}"),
             Self::Down => "no link".to_owned(),
+            Self::Slot(link) => match &link.place {
+                Some(place) => format!("network slot {} at {}", place.number, place.address4),
+                None => "network slot".to_owned(),
+            },
         }
     }
 
@@ -186,21 +200,18 @@ impl LinkRequest {
                 netns.as_deref().map_or(Ok(()), check_netns_name)
             }
             Self::Down => Ok(()),
+            Self::Slot(link) => Ok(link.access.check()?),
         }
     }
 
-    /// Opens it. Waits for the host's network configuration to be free for a moment.
-    pub fn open(&self) -> Result<OpenLink, NetworkError> {
-        match self {
-            Self::Tap { name, netns } => {
-                let fd = match netns {
-                    None => open_tap(name)?,
-                    Some(netns) => within(netns, || open_tap(name))?,
-                };
-                Ok(OpenLink { kind: LinkKind::Tap, fd: Some(fd) })
-            }
-            Self::Down => Ok(OpenLink { kind: LinkKind::Down, fd: None }),
-        }
+    /// Opens it, if that is to be done now. Waits for the host's network configuration to be free for a moment.
+    fn open(&self) -> Result<OpenLink, NetworkError> {
+        let fd = match self {
+            Self::Tap { name, netns: None } => open_tap(name)?,
+            Self::Tap { name, netns: Some(netns) } => within(netns, || open_tap(name))?,
+            Self::Down | Self::Slot(_) => return Ok(OpenLink { kind: LinkKind::Down, fd: None }),
+        };
+        Ok(OpenLink { kind: LinkKind::Tap, fd: Some(fd) })
     }
 }
 
@@ -211,14 +222,28 @@ impl OpenLink {
     }
 }
 
-/// Opens the links of a VM, all or none.
-pub async fn open(networks: &[VmNetwork]) -> Result<Vec<OpenLink>, FleetError> {
-    if networks.iter().all(|network| network.link == LinkRequest::Down) {
-        return Ok(networks.iter().map(|_| OpenLink { kind: LinkKind::Down, fd: None }).collect());
+/// Opens the links of a VM, all or none. A slot is taken out of the pool; it is given up when the lease is dropped.
+pub async fn open(
+    slots: &Arc<Slots>,
+    networks: &mut [VmNetwork],
+) -> Result<(Vec<OpenLink>, Option<Lease>), FleetError> {
+    let mut opened: Vec<OpenLink> =
+        match networks.iter().any(|network| matches!(network.link, LinkRequest::Tap { .. })) {
+            false => networks.iter().map(|_| OpenLink { kind: LinkKind::Down, fd: None }).collect(),
+            true => {
+                let links: Vec<LinkRequest> = networks.iter().map(|network| network.link.clone()).collect();
+                blocking(move || links.iter().map(LinkRequest::open).collect::<Result<_, _>>()).await??
+            }
+        };
+    let mut lease = None;
+    for (network, opened) in networks.iter_mut().zip(&mut opened) {
+        if let LinkRequest::Slot(link) = &mut network.link {
+            let (taken, tap) = slots.take(link).await?;
+            *opened = OpenLink { kind: LinkKind::Tap, fd: Some(tap) };
+            lease = Some(taken);
+        }
     }
-    let links: Vec<LinkRequest> = networks.iter().map(|network| network.link.clone()).collect();
-    let opened = blocking(move || links.iter().map(LinkRequest::open).collect::<Result<_, _>>()).await?;
-    Ok(opened?)
+    Ok((opened, lease))
 }
 
 impl VmNetwork {
@@ -260,6 +285,9 @@ pub fn plan_clones(
             return Err(NetworkError::CloneMtu);
         }
         let Some(mac) = request.mac else { continue };
+        if matches!(request.link, LinkRequest::Slot(_)) {
+            return Err(SlotError::CloneMac.into());
+        }
         if !can_be_told || request.link == LinkRequest::Down {
             return Err(NetworkError::CloneMac);
         }
@@ -271,8 +299,12 @@ pub fn plan_clones(
     if requests.len() > has.len() {
         return Err(NetworkError::TooManyLinks { given: requests.len(), has: has.len() });
     }
-    if count > 1 && requests.iter().any(|request| request.link != LinkRequest::Down) {
+    if count > 1 && requests.iter().any(|request| matches!(request.link, LinkRequest::Tap { .. })) {
         return Err(NetworkError::Shared { count });
+    }
+    let publishes = |request: &NetworkRequest| matches!(&request.link, LinkRequest::Slot(link) if !link.access.publish.is_empty());
+    if count > 1 && requests.iter().any(publishes) {
+        return Err(SlotError::PublishedByMany { count }.into());
     }
     let asked = requests.iter().map(|request| (request.link.clone(), request.mac));
     let asked = asked.chain(std::iter::repeat((LinkRequest::Down, None)));
@@ -284,11 +316,11 @@ pub fn plan_clones(
     Ok(has.iter().zip(asked).map(network).collect())
 }
 
-/// Gives each interface of a clone that is plugged in, and was not given an address by its caller, one of its own: `has` is what
-/// the snapshot's guest has.
+/// Gives each interface of a clone that is plugged into a TAP, and was not given an address by its caller, one of its own: `has` is what
+/// the snapshot's guest has. In a slot a guest is alone, and keeps what it has.
 pub fn own_addresses(networks: &mut [VmNetwork], has: &[VmNetwork], vm_id: &str) {
     for (index, (network, has)) in networks.iter_mut().zip(has).enumerate() {
-        if network.link != LinkRequest::Down && network.mac == has.mac {
+        if matches!(network.link, LinkRequest::Tap { .. }) && network.mac == has.mac {
             network.mac = derived_mac(vm_id, index);
         }
     }
@@ -304,6 +336,10 @@ fn check_mac(mac: [u8; 6]) -> Result<(), NetworkError> {
 fn check_links(requests: &[NetworkRequest]) -> Result<(), NetworkError> {
     if requests.len() > NETWORKS_MAX {
         return Err(NetworkError::TooMany(requests.len()));
+    }
+    let slots = requests.iter().filter(|request| matches!(request.link, LinkRequest::Slot(_))).count();
+    if slots > 1 {
+        return Err(SlotError::Several(slots).into());
     }
     for (index, request) in requests.iter().enumerate() {
         request.link.check()?;
@@ -335,7 +371,7 @@ fn check_netns_name(name: &str) -> Result<(), NetworkError> {
 
 /// Runs `work` on a thread of its own that is in the network namespace `netns`, and waits for it. (A TAP belongs to the
 /// namespace in which `/dev/net/tun` was opened; its descriptor then works anywhere.)
-fn within<T: Send>(
+pub(super) fn within<T: Send>(
     netns: &str,
     work: impl FnOnce() -> Result<T, NetworkError> + Send,
 ) -> Result<T, NetworkError> {
@@ -397,7 +433,7 @@ pub fn mac_from_text(text: &str) -> Option<[u8; 6]> {
     bytes.try_into().ok()
 }
 
-fn open_tap(name: &str) -> Result<OwnedFd, NetworkError> {
+pub(super) fn open_tap(name: &str) -> Result<OwnedFd, NetworkError> {
     let named = CString::new(name).map_err(|_| NetworkError::Name(name.to_owned()))?;
     // SAFETY: a string that ends in zero and lives through the call.
     if unsafe { libc::if_nametoindex(named.as_ptr()) } == 0 {

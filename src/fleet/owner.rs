@@ -23,6 +23,7 @@ use super::kernel_words::KernelWords;
 use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN};
 use super::link::{Events, Link};
 use super::shells::Socket;
+use super::slots::Lease;
 use super::vm::{Command, FrozenVm, State, Vm};
 use super::watchdog;
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
@@ -55,6 +56,8 @@ pub struct Owner {
     pub folder: VmFolder,
     /// If it has limits.
     pub group: Option<Group>,
+    /// Its network slot, if it has one.
+    pub slot: Option<Lease>,
     /// How to boot it again; `None`: a reset is its end.
     pub again: Option<Again>,
     /// When it was booted again, the last few.
@@ -220,6 +223,9 @@ impl Owner {
             group.leave();
         }
         self.folder.leave();
+        if let Some(slot) = self.slot.take() {
+            slot.leave();
+        }
         self.vm.process.release().await;
         let _ = answer.send(Ok(()));
     }
@@ -248,6 +254,8 @@ impl Owner {
         // Files of the host are free, and their locks are gone, when the end is known.
         self.disks.retain(|disk| !disk.direct);
         metrics().vm_ended(how);
+        // Whoever hears of the end can have its ports.
+        drop(self.slot.take());
         tracing::info!(vm = %self.vm.id, reason, "VM ended");
         self.vm.change(|status| {
             status.state = State::Exited;

@@ -1,6 +1,7 @@
 //! Failures for programs, and for metrics: names and what they are about. The names stay as they are when sentences change.
 
 use super::error::FleetError;
+use super::network::NetworkError;
 use crate::snapshot::cause::Cause;
 use crate::worker::protocol::FaultKind;
 
@@ -31,6 +32,7 @@ impl FleetError {
             Self::ExecTimeout(_) => "COMMAND_TIMEOUT",
             Self::StreamLost(_) => "STREAM_LOST",
             Self::Agent(_) => "AGENT_REFUSED",
+            Self::Network(NetworkError::Slot(error)) => error.reason(),
             Self::Network(_) => "NETWORK",
             Self::Fault(fault) => match fault.kind {
                 FaultKind::InvalidInput => "INVALID_REQUEST",
@@ -72,10 +74,14 @@ impl FleetError {
 
     /// Whether the same request may succeed a moment later, with nothing changed by the caller.
     pub fn passes(&self) -> bool {
-        matches!(
-            self,
-            Self::FunctionBusy { .. } | Self::PoolFull { .. } | Self::AgentBusy | Self::LittleMemory { .. }
-        )
+        match self {
+            Self::FunctionBusy { .. }
+            | Self::PoolFull { .. }
+            | Self::AgentBusy
+            | Self::LittleMemory { .. } => true,
+            Self::Network(NetworkError::Slot(error)) => error.passes(),
+            _ => false,
+        }
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Daemon {
     starts: u32,
     /// Further arguments.
     arguments: Vec<String>,
+    /// The network namespace that it runs in; none: this one.
+    netns: Option<String>,
     /// Processes that a killed daemon left running.
     orphans: Vec<Process>,
 }
@@ -43,13 +45,21 @@ impl Daemon {
         let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
         let data = folder.path().join("data");
         fs::create_dir(&data)?;
-        Self::start_in(stage, folder, data, arguments.to_vec()).await
+        Self::start_in(stage, folder, data, arguments.to_vec(), None).await
+    }
+
+    /// The same, in a network namespace of this host.
+    pub async fn start_inside(stage: &Stage, netns: &str, arguments: &[String]) -> anyhow::Result<Daemon> {
+        let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
+        let data = folder.path().join("data");
+        fs::create_dir(&data)?;
+        Self::start_in(stage, folder, data, arguments.to_vec(), Some(netns.to_owned())).await
     }
 
     /// Starts one on a data folder that is there.
     pub async fn start_at(stage: &Stage, data: &Path) -> anyhow::Result<Daemon> {
         let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
-        Self::start_in(stage, folder, data.to_path_buf(), Vec::new()).await
+        Self::start_in(stage, folder, data.to_path_buf(), Vec::new(), None).await
     }
 
     async fn start_in(
@@ -57,10 +67,12 @@ impl Daemon {
         folder: tempfile::TempDir,
         data: PathBuf,
         arguments: Vec<String>,
+        netns: Option<String>,
     ) -> anyhow::Result<Daemon> {
         let logs = stage.logs.clone();
-        let child = spawn(&socket(&folder), &data, &arguments, &log_file(&logs, 1))?;
-        let mut daemon = Daemon { child, data, folder, logs, starts: 1, arguments, orphans: Vec::new() };
+        let child = spawn(netns.as_deref(), &socket(&folder), &data, &arguments, &log_file(&logs, 1))?;
+        let mut daemon =
+            Daemon { child, data, folder, logs, starts: 1, arguments, netns, orphans: Vec::new() };
         daemon.wait_until_ready().await?;
         Ok(daemon)
     }
@@ -112,8 +124,9 @@ impl Daemon {
     /// The same, without waiting for anything.
     pub fn start_unready(&mut self) -> anyhow::Result<()> {
         self.starts += 1;
-        self.child =
-            spawn(&socket(&self.folder), &self.data, &self.arguments, &log_file(&self.logs, self.starts))?;
+        let log = log_file(&self.logs, self.starts);
+        let netns = self.netns.as_deref();
+        self.child = spawn(netns, &socket(&self.folder), &self.data, &self.arguments, &log)?;
         Ok(())
     }
 
@@ -223,10 +236,25 @@ fn log_file(logs: &Path, start: u32) -> PathBuf {
     logs.join(format!("daemon-{start}.log"))
 }
 
-fn spawn(socket: &Path, data: &Path, arguments: &[String], log: &Path) -> anyhow::Result<Child> {
+fn spawn(
+    netns: Option<&str>,
+    socket: &Path,
+    data: &Path,
+    arguments: &[String],
+    log: &Path,
+) -> anyhow::Result<Child> {
     let log = File::create(log)?;
     let program = program();
-    Command::new(&program)
+    let mut command = match netns {
+        None => Command::new(&program),
+        // It becomes the program, and has its number.
+        Some(netns) => {
+            let mut command = Command::new("nsenter");
+            command.arg(format!("--net=/run/netns/{netns}")).arg(&program);
+            command
+        }
+    };
+    command
         .arg("serve")
         .arg("--socket")
         .arg(socket)

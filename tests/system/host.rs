@@ -29,6 +29,8 @@ pub enum Need {
     Tap,
     /// Permission to make a network namespace, and iproute2.
     Netns,
+    /// The same, and nftables and nsenter.
+    Slots,
     /// A FreeBSD kernel and disk of the user's.
     FreeBsd,
     /// One like GENERIC, without virtio_mmio; and the disk.
@@ -68,6 +70,7 @@ impl Need {
             Need::LinuxGuest => linux_guest().map(|_| ()),
             Need::Tap => tap().clone(),
             Need::Netns => netns().clone(),
+            Need::Slots => slots().clone(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::PythonGrpc => python_grpc().clone(),
@@ -201,6 +204,14 @@ fn tap() -> &'static Result<(), String> {
 fn netns() -> &'static Result<(), String> {
     static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
     FOUND.get_or_init(crate::netns::available)
+}
+
+fn slots() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        netns().clone()?;
+        crate::slots::available()
+    })
 }
 
 fn is_root() -> bool {

@@ -26,6 +26,7 @@
 //! | `limits` | memory and processor time that a VM may take of its host |
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
+//! | `slots` | networks that the service makes: who reaches whom, and that nothing is left |
 //! | `seeing` | metrics: what is counted, who may read it |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
@@ -64,6 +65,7 @@ mod pools;
 mod seeing;
 mod serial;
 mod signed;
+mod slots;
 mod soak;
 mod stock_client;
 mod tap;
@@ -102,6 +104,7 @@ fn main() -> ExitCode {
         linux::trials(),
         network::trials(),
         netns::trials(),
+        slots::trials(),
         pools::trials(),
         functions::trials(),
         seeing::trials(),

@@ -91,6 +91,16 @@ impl Console {
         self.current.is_some() || self.receive.has_used()
     }
 
+    /// Whether bytes have come; if not, those that come interrupt.
+    pub(crate) fn is_due(&mut self) -> bool {
+        self.current.is_some() || self.receive.is_due()
+    }
+
+    /// After a halt.
+    pub(crate) fn woken(&mut self) {
+        self.receive.woken();
+    }
+
     /// Sends bytes; returns when the device has taken them.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Failure> {
         for piece in bytes.chunks(PIECE_BYTES) {

@@ -4,10 +4,12 @@
 mod block;
 mod console;
 mod mmio;
+mod net;
 mod queue;
 
 pub(crate) use block::Block;
 pub(crate) use console::Console;
+pub(crate) use net::{FRAME_BYTES, Net};
 
 use crate::checks::{Checks, check};
 use crate::fail;
@@ -20,11 +22,13 @@ use queue::{Queue, Rings};
 
 pub(crate) const DISKS_MAX: usize = 8;
 const NAME: &[u8] = b"virtio_mmio.device";
+const ID_NET: u32 = 1;
 const ID_BLOCK: u32 = 2;
 const ID_CONSOLE: u32 = 3;
 const ID_RNG: u32 = 4;
 
-static mut RINGS: [Rings; DISKS_MAX + 1] = [const { Rings::new() }; DISKS_MAX + 1];
+/// Of disks, the generator, and the network interface, which has two.
+static mut RINGS: [Rings; DISKS_MAX + 3] = [const { Rings::new() }; DISKS_MAX + 3];
 
 unsafe extern "C" {
     /// The console's, in the page that every request touches.
@@ -36,6 +40,8 @@ pub(crate) struct Devices {
     disks: usize,
     pub(crate) console: Option<Console>,
     rng: Option<Queue>,
+    /// The first one, if the settings give it an address.
+    pub(crate) net: Option<Net>,
 }
 
 /// Why a device does not do what was asked.
@@ -53,7 +59,7 @@ pub(crate) enum Failure {
 
 /// Finds and starts every device that the settings name. One that does not start ends the guest.
 pub(crate) fn find(given: &Given, checks: &mut Checks) -> Devices {
-    let mut devices = Devices { blocks: [const { None }; DISKS_MAX], disks: 0, console: None, rng: None };
+    let mut devices = Devices { blocks: [const { None }; DISKS_MAX], disks: 0, console: None, rng: None, net: None };
     // SAFETY: called once; each ring goes to one queue.
     let (mut rings, mut of_console) =
         unsafe { ((&mut *(&raw mut RINGS)).iter_mut(), (&mut *(&raw mut console_rings)).iter_mut()) };
@@ -80,6 +86,13 @@ pub(crate) fn find(given: &Given, checks: &mut Checks) -> Devices {
                     check!(checks, "virtio.console", true, "at {base:#x}, line {line}");
                     devices.console = Some(console);
                 }),
+            ID_NET if devices.net.is_none() && given.value("coldspark.ip").is_some() => {
+                let (receive, transmit) = (ring(), ring());
+                Net::start(device, receive, transmit).map(|net| {
+                    say!("ok     virtio.net at {base:#x}, line {line}");
+                    devices.net = Some(net);
+                })
+            }
             ID_RNG if devices.rng.is_none() => {
                 device.start(0, |device| device.queue(0, ring())).map(|queue| {
                     devices.rng = Some(queue);

@@ -230,6 +230,21 @@ impl Queue {
         }
     }
 
+    /// Whether something was used; if not, what is used from now on interrupts. For halts that several queues may end.
+    pub(super) fn is_due(&mut self) -> bool {
+        self.want_interrupts(true);
+        if self.has_used() {
+            return true;
+        }
+        self.acknowledge();
+        self.has_used()
+    }
+
+    /// After such a halt: this device may have ended it.
+    pub(super) fn woken(&mut self) {
+        self.unacknowledged = true;
+    }
+
     /// Once for each halt that may have been ended by the device, and after the answer: it costs an exit.
     fn acknowledge(&mut self) {
         if core::mem::take(&mut self.unacknowledged) {

@@ -6,6 +6,7 @@ use userfaultfd::UffdBuilder;
 
 use super::Finding;
 use crate::cli::units;
+use crate::fleet::slots::tools;
 
 /// Less than this and a few guests fill it.
 const MEMORY_BYTES_MIN: u64 = 1 << 30;
@@ -15,7 +16,8 @@ const DESCRIPTORS_MIN: u64 = 4096;
 const TASKS_MIN: u64 = 1024;
 
 pub fn check() -> Vec<Finding> {
-    let mut findings = vec![userfault(), memory(), huge_pages(), descriptors(), locked_memory(), limits()];
+    let mut findings =
+        vec![userfault(), memory(), huge_pages(), descriptors(), locked_memory(), networks(), limits()];
     findings.extend(cgroup());
     findings
 }
@@ -124,6 +126,30 @@ fn limits() -> Finding {
             NAME,
             format!("not here ({why}): --memory-limit and --cpu-limit are refused"),
             "run the service as root, or give it a control group of its own (systemd: Delegate=cpu memory and DelegateSubgroup=service)",
+        ),
+    }
+}
+
+fn networks() -> Finding {
+    const NAME: &str = "networks";
+    let missing: Vec<&str> =
+        ["ip", "nft"].into_iter().filter(|program| tools::find(program).is_none()).collect();
+    if !missing.is_empty() {
+        return Finding::warn(
+            NAME,
+            format!("no program {}: `serve --networks` and `--net auto` do not work", missing.join(" and ")),
+            "apt install iproute2 nftables; only needed for networks that the service makes",
+        );
+    }
+    match read("/proc/sys/net/ipv4/ip_forward").as_deref() {
+        Some("1") => Finding::ok(
+            NAME,
+            "ip and nft are there, and the host forwards: `serve --networks N` works as root",
+        ),
+        _ => Finding::warn(
+            NAME,
+            "ip and nft are there, but the host does not forward: guests with `--net auto` reach nothing beyond it",
+            "sysctl -w net.ipv4.ip_forward=1, and for IPv6 net.ipv6.conf.all.forwarding=1; only needed for `serve --networks`",
         ),
     }
 }

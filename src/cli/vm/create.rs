@@ -126,9 +126,8 @@ pub struct Arguments {
     /// guest's writes go into the file, otherwise they end with the VM
     #[arg(long = "disk", value_name = "path=FILE[,ro|,persist]", value_parser = disk_file)]
     disks: Vec<proto::DiskFile>,
-    /// A network interface: tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400] or down; may be given 4 times
-    #[arg(long = "net", value_name = "LINK", value_parser = super::network::parse_interface)]
-    nets: Vec<proto::NetworkInterface>,
+    #[command(flatten)]
+    net: super::network::NetArguments,
     #[command(flatten)]
     limits: LimitArguments,
     #[command(flatten)]
@@ -154,7 +153,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     use proto::create_vm_event::Event;
     let mut client = arguments.socket.connect().await?.vms;
     let quiet = arguments.quiet || arguments.json;
-    let mut events = client.create_vm(request(&arguments)).await?.into_inner();
+    let mut events = client.create_vm(request(&arguments)?).await?.into_inner();
     let (mut ready, mut profile) = (None, None);
     // Console bytes are shown as they are, so notes begin on a line of their own.
     let mut line_open = false;
@@ -191,6 +190,10 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             output::json(&value)?;
         }
         false => {
+            let addresses = super::network::slot_addresses(&vm);
+            if !addresses.is_empty() {
+                output::note(&format!("[coldspark] reached by {}", addresses.join(" and ")));
+            }
             // Beside the id, which scripts take from stdout.
             if let Some(profile) = &profile {
                 output::note(super::profile::table(profile).trim_end());
@@ -214,9 +217,9 @@ pub fn disk_file(text: &str) -> Result<proto::DiskFile, String> {
     Ok(proto::DiskFile { path, mode: mode.into() })
 }
 
-fn request(arguments: &Arguments) -> proto::CreateVmRequest {
+fn request(arguments: &Arguments) -> anyhow::Result<proto::CreateVmRequest> {
     use proto::create_vm_request::Source;
-    proto::CreateVmRequest {
+    Ok(proto::CreateVmRequest {
         source: Some(match &arguments.image {
             Some(image) => Source::Image(image.clone()),
             None => Source::Embedded(true),
@@ -228,7 +231,7 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         hardware: arguments.hardware.number(),
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
-        networks: arguments.nets.clone(),
+        networks: arguments.net.interfaces()?,
         limits: arguments.limits.limits(),
         ready_timeout_ms: arguments.timeout.saturating_mul(1000),
         on_reset: match arguments.on_reset {
@@ -238,5 +241,5 @@ fn request(arguments: &Arguments) -> proto::CreateVmRequest {
         .into(),
         disks: arguments.disks.clone(),
         profile: arguments.profile,
-    }
+    })
 }

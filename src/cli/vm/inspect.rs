@@ -7,8 +7,9 @@ use crate::cli::SocketArgument;
 use crate::cli::output;
 
 pub async fn run(socket: &SocketArgument, vm: String, as_json: bool) -> anyhow::Result<()> {
-    let request = proto::InspectVmRequest { vm };
-    let seen = socket.connect().await?.vms.inspect_vm(request).await?.into_inner();
+    let mut client = socket.connect().await?.vms;
+    let seen = client.inspect_vm(proto::InspectVmRequest { vm: vm.clone() }).await?.into_inner();
+    let networks = client.get_vm(proto::GetVmRequest { vm }).await?.into_inner().networks;
     if as_json {
         // 64-bit registers as text: a JSON number would lose digits in some readers.
         let vcpu = |vcpu: &proto::VcpuLook| {
@@ -32,11 +33,17 @@ pub async fn run(socket: &SocketArgument, vm: String, as_json: bool) -> anyhow::
         output::json(&json!({
             "vcpus": seen.vcpus.iter().map(vcpu).collect::<Vec<_>>(),
             "console": seen.console,
+            "networks": networks.iter().map(super::network::value).collect::<Vec<_>>(),
         }))?;
         return Ok(());
     }
     for vcpu in &seen.vcpus {
         output::line(&vcpu.line)?;
+    }
+    for (index, network) in networks.iter().enumerate() {
+        let six = network.slot_address6.as_str();
+        let six = if six.is_empty() { String::new() } else { format!(" and {six}") };
+        output::line(&format!("interface {index}: {}{six}", network.link))?;
     }
     output::line(&seen.console)?;
     Ok(())

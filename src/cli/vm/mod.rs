@@ -45,9 +45,8 @@ pub enum Command {
         /// Name; several get -0, -1, ... added
         #[arg(long, default_value = "")]
         name: String,
-        /// A link for the guest's next network interface: tap=NAME[,netns=NAME] or down; interfaces left over have none
-        #[arg(long = "net", value_name = "LINK", value_parser = network::parse_interface)]
-        nets: Vec<proto::NetworkInterface>,
+        #[command(flatten)]
+        net: Box<network::NetArguments>,
         #[command(flatten)]
         limits: LimitArguments,
         /// Print JSON
@@ -224,25 +223,14 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Exec(arguments) => return exec::exec(arguments).await,
         Command::Cp(arguments) => exec::copy(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
-        Command::Clone {
-            socket,
-            snapshot,
-            count,
-            memory_mode,
-            identity,
-            name,
-            nets,
-            limits,
-            json,
-            steps,
-        } => {
+        Command::Clone { socket, snapshot, count, memory_mode, identity, name, net, limits, json, steps } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
                 memory_mode: memory_mode.number(),
                 identity: identity.number(),
                 name,
-                networks: nets,
+                networks: net.interfaces()?,
                 limits: limits.limits(),
                 first_call: None,
                 request_id: String::new(),
@@ -252,7 +240,9 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
             } else {
                 for vm in &vms {
-                    output::line(&format!("{}  {}", vm.id, units::us(vm.start_us)))?;
+                    let reached: String =
+                        network::slot_addresses(vm).iter().map(|address| format!("  {address}")).collect();
+                    output::line(&format!("{}  {}{reached}", vm.id, units::us(vm.start_us)))?;
                     if steps {
                         print_steps(vm)?;
                     }
