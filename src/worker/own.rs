@@ -10,7 +10,7 @@ use super::protocol::Fault;
 use crate::snapshot::memory::image::{ImageError, PageMap};
 
 /// Longest text of smaps_rollup.
-const ROLLUP_BYTES_MAX: usize = 16 << 10;
+const ROLLUP_BYTES_MAX: usize = 2 << 10;
 
 /// See the module.
 pub struct Own {
@@ -33,7 +33,7 @@ impl Own {
 
     /// Memory of this process that nobody shares.
     pub fn private_dirty(&self) -> Option<u64> {
-        let mut bytes = vec![0; ROLLUP_BYTES_MAX];
+        let mut bytes = [0; ROLLUP_BYTES_MAX];
         let length = self.rollup.as_ref()?.read_at(&mut bytes, 0).ok()?;
         let text = String::from_utf8_lossy(&bytes[..length]);
         let line = text.lines().find(|line| line.starts_with("Private_Dirty:"))?;

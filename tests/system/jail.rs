@@ -302,7 +302,7 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
     check_worker(vm.worker_pid, daemon.pid())?;
     drop(daemon);
 
-    let folder = readable_folder()?;
+    let folder = folder_of_nobody()?;
     let serve = Command::new(folder.path().join("coldspark"))
         .args(["serve", "--jail", "required", "--socket"])
         .arg(folder.path().join("socket"))
@@ -317,11 +317,10 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A folder with the program in it, in which everybody may write.
-fn readable_folder() -> anyhow::Result<tempfile::TempDir> {
-    use std::os::unix::fs::PermissionsExt as _;
+/// A folder of nobody's, with the program in it.
+fn folder_of_nobody() -> anyhow::Result<tempfile::TempDir> {
     let folder = tempfile::Builder::new().prefix("coldspark-").tempdir()?;
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o777))?;
+    std::os::unix::fs::chown(folder.path(), Some(NOBODY), Some(NOBODY))?;
     // By another process: a fork for another trial would have the copy open for writing for a moment, and it could not be started.
     let copied = Command::new("cp").arg(program()).arg(folder.path().join("coldspark")).status()?;
     ensure!(copied.success());
@@ -347,7 +346,7 @@ async fn doctor(_: Stage) -> anyhow::Result<()> {
 
 /// A user who may open /dev/kvm and nothing else: all layers but the uid, by a user namespace; and VMs run.
 async fn without_privileges(_: Stage) -> anyhow::Result<()> {
-    let folder = readable_folder()?;
+    let folder = folder_of_nobody()?;
     let run = |arguments: &str| -> anyhow::Result<Output> {
         // In mounts of its own, so that nobody else finds a /dev/kvm for everybody.
         let script = format!(

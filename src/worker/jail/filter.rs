@@ -270,18 +270,28 @@ pub fn shared() -> Result<BpfProgram, BackendError> {
         .allowed()
 }
 
-/// On top of [`shared`], when a worker's jail closes. `pid`: as this process knows itself.
-pub fn own(pid: u32) -> Result<BpfProgram, BackendError> {
+/// A process number that there is not.
+const NO_PID: u32 = 0x7fff_fffe;
+
+/// On top of [`shared`], when a worker's jail closes: of whichever process, see [`of_process`]. (It is made in the zygote: to make it takes memory, which would be
+/// each worker's own.)
+pub fn own() -> Result<BpfProgram, BackendError> {
     let rest = PRCTL.iter().map(|option| (0, Dword, Ne, u64::from(option.cast_unsigned())));
     let program = List::default()
         .with(BEFORE)
         .when(libc::SYS_clone, &[(0, Qword, MaskedEq(libc::CLONE_THREAD as u64), 0)])?
         .when(libc::SYS_prctl, &rest.collect::<Vec<_>>())?
-        .when(libc::SYS_tgkill, &[(0, Dword, Ne, pid.into())])?
+        .when(libc::SYS_tgkill, &[(0, Dword, Ne, NO_PID.into())])?
         .forbidden()?;
     let refused = PATHS.iter().map(|call| (*call, libc::EACCES));
     // It has its flags in memory, where no filter can look; the C library takes clone(2) then.
     Ok(refusing(refused.chain([(libc::SYS_clone3, libc::ENOSYS)]), program))
+}
+
+/// Makes it the filter of the process that knows itself by this number. `false`: it is none of [`own`].
+pub fn of_process(own: &mut BpfProgram, pid: u32) -> bool {
+    let place = own.iter_mut().find(|step| step.k == NO_PID);
+    place.map(|step| step.k = pid).is_some()
 }
 
 /// On top of both, for a thread.
@@ -329,4 +339,156 @@ fn refusing(calls: impl IntoIterator<Item = (c_long, i32)>, mut program: BpfProg
     whole.append(&mut front);
     whole.append(&mut program);
     whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRAP: u32 = libc::SECCOMP_RET_TRAP;
+    const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+    const X86_64: u32 = 0xc000_003e;
+
+    /// What the kernel would make of a call: runs a program as Documentation/networking/filter.rst says, over `struct seccomp_data`.
+    fn verdict(program: &BpfProgram, architecture: u32, call: c_long, arguments: &[u64]) -> u32 {
+        let word = |offset: u32| match offset {
+            0 => call as u32,
+            4 => architecture,
+            _ => {
+                let (index, high) = ((offset - 16) / 8, !offset.is_multiple_of(8));
+                let value = arguments.get(index as usize).copied().unwrap_or(0);
+                if high { (value >> 32) as u32 } else { value as u32 }
+            }
+        };
+        let (mut at, mut accumulator) = (0, 0u32);
+        loop {
+            let step = &program[at];
+            at += 1;
+            let jump = |yes: bool| usize::from(if yes { step.jt } else { step.jf });
+            match step.code {
+                0x20 => accumulator = word(step.k),
+                0x54 => accumulator &= step.k,
+                0x05 => at += step.k as usize,
+                0x15 => at += jump(accumulator == step.k),
+                0x25 => at += jump(accumulator > step.k),
+                0x35 => at += jump(accumulator >= step.k),
+                0x06 => return step.k,
+                code => panic!("an instruction that is not known here: {code:#x}"),
+            }
+        }
+    }
+
+    fn own_of(pid: u32) -> BpfProgram {
+        let mut program = own().unwrap();
+        assert!(of_process(&mut program, pid) && !of_process(&mut program, pid));
+        program
+    }
+
+    fn all(of: &BpfProgram, call: c_long, arguments: &[u64]) -> u32 {
+        verdict(of, X86_64, call, arguments)
+    }
+
+    #[test]
+    fn a_worker_may_do_its_work_and_nothing_else() {
+        let (shared, own) = (shared().unwrap(), own_of(7));
+        let both = |call, arguments: &[u64]| (all(&shared, call, arguments), all(&own, call, arguments));
+        for call in [LIFE, TALK, FILES, EPOLL, CONTROL].concat() {
+            assert_eq!(both(call, &[7]), (ALLOW, ALLOW), "{call}");
+        }
+        for request in ioctls::CONTROL {
+            assert_eq!(both(libc::SYS_ioctl, &[3, (*request).into()]), (ALLOW, ALLOW), "{request:#x}");
+        }
+        assert_eq!(all(&shared, libc::SYS_ioctl, &[3, libc::TIOCSTI]), TRAP);
+        for call in BEFORE {
+            assert_eq!(both(*call, &[]), (ALLOW, TRAP), "{call}");
+        }
+        for call in PATHS {
+            let refused = libc::SECCOMP_RET_ERRNO | libc::EACCES as u32;
+            assert_eq!(both(*call, &[]), (ALLOW, refused), "{call}");
+        }
+        for call in [libc::SYS_socket, libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_fork] {
+            assert_eq!(all(&shared, call, &[]), TRAP, "{call}");
+        }
+        // What is not in the list at all, old and new.
+        for call in [1000, 500, libc::SYS_vfork, libc::SYS_seccomp, libc::SYS_prctl] {
+            assert_eq!(all(&shared, call, &[99, 99]), TRAP, "{call}");
+        }
+    }
+
+    #[test]
+    fn arguments_count() {
+        let (shared, own) = (shared().unwrap(), own_of(7));
+        let (read, exec) = (libc::PROT_READ as u64, (libc::PROT_READ | libc::PROT_EXEC) as u64);
+        for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+            assert_eq!(all(&shared, call, &[0, 4096, read]), ALLOW);
+            assert_eq!(all(&shared, call, &[0, 4096, exec]), TRAP);
+        }
+        // As the C library starts a thread.
+        let thread = 0x3d_0f00;
+        assert_eq!(all(&shared, libc::SYS_clone, &[thread]), ALLOW);
+        assert_eq!(all(&own, libc::SYS_clone, &[thread]), ALLOW);
+        for more in [libc::CLONE_NEWUSER, libc::CLONE_NEWNS, libc::CLONE_PTRACE, libc::CLONE_PARENT] {
+            assert_eq!(all(&shared, libc::SYS_clone, &[thread | more as u64]), TRAP, "{more:#x}");
+        }
+        assert_eq!(all(&shared, libc::SYS_clone, &[libc::SIGCHLD as u64]), TRAP);
+        let fork = (libc::CLONE_PARENT | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID) as u64;
+        assert_eq!(
+            (all(&shared, libc::SYS_clone, &[fork]), all(&own, libc::SYS_clone, &[fork])),
+            (ALLOW, TRAP)
+        );
+        assert_eq!(all(&own, libc::SYS_clone3, &[]), libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32);
+        // Signals to threads of this process only.
+        assert_eq!(all(&own, libc::SYS_tgkill, &[7, 9, 34]), ALLOW);
+        assert_eq!(all(&own, libc::SYS_tgkill, &[8, 8, 9]), TRAP);
+        for option in PRCTL {
+            assert_eq!(all(&own, libc::SYS_prctl, &[*option as u64]), ALLOW);
+        }
+        assert_eq!(all(&own, libc::SYS_prctl, &[libc::PR_SET_DUMPABLE as u64, 1]), TRAP);
+        assert_eq!(all(&shared, libc::SYS_rt_sigaction, &[libc::SIGSYS as u64]), TRAP);
+        assert_eq!(all(&shared, libc::SYS_rt_sigaction, &[libc::SIGABRT as u64]), ALLOW);
+    }
+
+    #[test]
+    fn threads_may_less_than_the_worker() {
+        let shared = shared().unwrap();
+        let programs = [Role::Vcpu, Role::Devices, Role::Disk].map(|role| of_thread(role).unwrap());
+        let [vcpu, devices, disk] = &programs;
+        for call in [LIFE, TALK, FILES, EPOLL, THREADS, CONTROL].concat() {
+            for program in &programs {
+                assert!(all(program, call, &[]) == TRAP || all(&shared, call, &[]) == ALLOW, "{call}");
+            }
+        }
+        let run = [3, ioctls::KVM_RUN.into()];
+        assert_eq!(all(vcpu, libc::SYS_ioctl, &run), ALLOW);
+        assert_eq!(all(devices, libc::SYS_ioctl, &run), TRAP);
+        assert_eq!(all(disk, libc::SYS_ioctl, &run), TRAP);
+        for request in ioctls::VCPU {
+            assert_eq!(all(vcpu, libc::SYS_ioctl, &[3, (*request).into()]), ALLOW);
+        }
+        assert_eq!(all(vcpu, libc::SYS_ioctl, &[3, ioctls::KVM_CREATE_VM.into()]), TRAP);
+        assert_eq!(all(vcpu, libc::SYS_clone, &[0x3d_0f00]), TRAP);
+        assert_eq!(all(devices, libc::SYS_clone, &[0x3d_0f00]), ALLOW);
+        assert_eq!(all(disk, libc::SYS_pwrite64, &[]), ALLOW);
+        assert_eq!(all(disk, libc::SYS_recvmsg, &[]), TRAP);
+        assert_eq!(all(vcpu, libc::SYS_pwrite64, &[]), TRAP);
+    }
+
+    #[test]
+    fn another_architectures_calls_are_none() {
+        const I386: u32 = 0x4000_0003;
+        for program in [shared().unwrap(), own_of(7), of_thread(Role::Vcpu).unwrap(), init().unwrap()] {
+            for call in 0..500 {
+                assert_eq!(verdict(&program, I386, call, &[]), libc::SECCOMP_RET_KILL_PROCESS, "{call}");
+            }
+        }
+    }
+
+    #[test]
+    fn filters_are_as_short_as_they_may_be() {
+        // The kernel takes 4096 instructions; those that are put on for each worker and thread are to be few.
+        assert!(shared().unwrap().len() < 1000, "{}", shared().unwrap().len());
+        for program in [own_of(7), of_thread(Role::Vcpu).unwrap(), of_thread(Role::Disk).unwrap()] {
+            assert!(program.len() < 400, "{}", program.len());
+        }
+    }
 }

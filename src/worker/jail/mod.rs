@@ -92,6 +92,8 @@ pub struct Jailer {
     jail: Jail,
     outside: Outside,
     ruleset: Option<RulesetCreated>,
+    /// What is left to be put on of the filters.
+    own: Option<BpfProgram>,
     /// The workers' pid namespace lasts as long as somebody has this open.
     alive: Option<OwnedFd>,
 }
@@ -104,7 +106,7 @@ impl Jailer {
     ///
     /// `userfault_call`: a worker will have to ask for a userfaultfd by the system call, which takes a capability.
     pub fn new(wish: Wish, outside: Outside, many: bool, userfault_call: bool) -> Self {
-        let mut jailer = Self { wish, jail: Jail::default(), outside, ruleset: None, alive: None };
+        let mut jailer = Self { wish, jail: Jail::default(), outside, ruleset: None, own: None, alive: None };
         if jailer.wish.mode == JailMode::Off {
             jailer.jail.missing.extend(Layer::ALL.map(|layer| (layer, "switched off".to_owned())));
             return jailer;
@@ -131,7 +133,10 @@ impl Jailer {
             Ok(())
         });
         // Last: it forbids most of the above.
-        jailer.put_on(Layer::SystemCalls, |_| filters());
+        jailer.put_on(Layer::SystemCalls, |jailer| {
+            jailer.own = Some(filters()?);
+            Ok(())
+        });
         jailer
     }
 
@@ -177,8 +182,11 @@ impl Jailer {
         self.again(Layer::User, |_| privileges::become_nobody_else(pid));
         self.again(Layer::Capabilities, |_| privileges::reduce(CapabilitySet::empty()));
         self.put_on(Layer::Undumpable, |_| privileges::undumpable());
-        self.again(Layer::SystemCalls, |_| {
-            let own = filter::own(std::process::id()).map_err(|error| error.to_string())?;
+        self.again(Layer::SystemCalls, |jailer| {
+            let mut own = jailer.own.take().ok_or("there is no filter")?;
+            if !filter::of_process(&mut own, std::process::id()) {
+                return Err("the filter has no place for the process's number".to_owned());
+            }
             seccompiler::apply_filter(&own).map_err(|error| error.to_string())
         });
         // To be closed by the kernel when this process ends.
@@ -216,17 +224,18 @@ impl std::ops::Deref for Jailer {
     }
 }
 
-/// Puts the long filter on, and has those of threads ready.
-fn filters() -> Result<(), String> {
+/// Puts the long filter on, has those of threads ready, and gives what each worker puts on.
+fn filters() -> Result<BpfProgram, String> {
     let text = |error: seccompiler::BackendError| error.to_string();
     let of = |role| filter::of_thread(role).map(|program| (role, program)).map_err(text);
     let of_threads = [of(Role::Vcpu)?, of(Role::Devices)?, of(Role::Disk)?];
     let shared = filter::shared().map_err(text)?;
+    let own = filter::own().map_err(text)?;
     violation::install().map_err(|error| format!("SIGSYS: {error}"))?;
     seccompiler::apply_filter(&shared).map_err(|error| error.to_string())?;
     let _ = THREADS.set(of_threads);
     threads::at_start(confine);
-    Ok(())
+    Ok(own)
 }
 
 /// The first thing that a thread does.
