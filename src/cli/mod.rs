@@ -107,9 +107,7 @@ enum Command {
 pub fn main() -> ExitCode {
     // Not worth a command line parser: it may be started for every VM.
     if std::env::args_os().nth(1).is_some_and(|word| word == "worker") {
-        let given = |flag: &str| std::env::args_os().skip(2).any(|word| word == flag);
-        let (die_with_parent, zygote) = (given("--die-with-parent"), given("--zygote"));
-        return crate::worker::main(crate::worker::Setting { die_with_parent, zygote });
+        return crate::worker::main(crate::worker::Setting::of(std::env::args_os().skip(2)));
     }
     let command = Cli::parse().command;
     let result = match command {

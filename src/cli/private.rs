@@ -15,7 +15,8 @@ use super::serve;
 use crate::api::client::{self, Client};
 use crate::api::listen::{Listeners, Socket};
 use crate::api::server::{self, ServeError};
-use crate::fleet::{Config, Fleet, id};
+use crate::fleet::process::WorkerProgram;
+use crate::fleet::{Config, Fleet, JailMode, id};
 
 /// How long the service may take to end when its VMs are gone.
 const GRACE: Duration = Duration::from_secs(5);
@@ -49,6 +50,13 @@ pub async fn unless_interrupted<T>(work: impl Future<Output = anyhow::Result<T>>
         done = work => done,
         interrupt = tokio::signal::ctrl_c() => interrupt.context("signals").and(Err(anyhow::anyhow!("interrupted"))),
     }
+}
+
+/// What COLDSPARK_JAIL says, as for `coldspark serve`.
+fn jail_mode() -> anyhow::Result<JailMode> {
+    let Some(name) = std::env::var_os("COLDSPARK_JAIL") else { return Ok(JailMode::default()) };
+    let mode = name.to_str().and_then(JailMode::of_name);
+    mode.with_context(|| format!("COLDSPARK_JAIL is {name:?}; it can be required, best or off"))
 }
 
 /// Removed when dropped.
@@ -97,6 +105,7 @@ impl PrivateService {
             shells,
             working_sets,
             orphan_time: Some(ORPHAN_TIME),
+            worker: WorkerProgram::jailed(jail_mode()?),
             ..Config::new(folder.0.join("data"))
         };
         let fleet = Fleet::open(config)?;

@@ -20,9 +20,10 @@ use crate::api::auth::rules::Rule;
 use crate::api::auth::tls::TlsFiles;
 use crate::api::listen::{Listeners, Port, Socket};
 use crate::api::{scrape, server};
+use crate::fleet::process::WorkerProgram;
 use crate::fleet::slots::addresses::{self, Plan};
 use crate::fleet::snapshots::signing::{Signing, SigningKey, TrustedKeys};
-use crate::fleet::{Config, Fleet};
+use crate::fleet::{Config, Fleet, JailMode, jail};
 use crate::telemetry::trace::{Collector, Traces};
 
 #[derive(Debug, Args)]
@@ -57,6 +58,9 @@ pub struct Arguments {
     #[arg(long, env = "COLDSPARK_KEEP_VMS", value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
     keep_vms: bool,
+    /// How workers, the processes in which guests run, are jailed; `coldspark doctor` tells which layers there are here
+    #[arg(long, env = "COLDSPARK_JAIL", value_name = "MODE", value_enum, default_value_t = JailArgument::Best)]
+    jail: JailArgument,
     /// How the log on stderr is written; COLDSPARK_LOG says how much (info, coldspark=debug, ...)
     #[arg(long, env = "COLDSPARK_LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -171,6 +175,27 @@ impl SeeingArguments {
         let address = endpoint.port().map_or_else(|| address.to_string(), |port| port.to_string());
         tracing::info!(%address, "giving metrics over HTTP");
         Ok(Some(endpoint))
+    }
+}
+
+/// How workers are jailed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum JailArgument {
+    /// By all layers; without one of them the service does not begin
+    Required,
+    /// By the layers that this host and user allow; the log tells those that are missing
+    Best,
+    /// Not at all
+    Off,
+}
+
+impl From<JailArgument> for JailMode {
+    fn from(argument: JailArgument) -> Self {
+        match argument {
+            JailArgument::Required => Self::Required,
+            JailArgument::Best => Self::Best,
+            JailArgument::Off => Self::Off,
+        }
     }
 }
 
@@ -299,7 +324,13 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let metrics = arguments.seeing.endpoint().await?;
     let traces = arguments.seeing.traces()?;
     let listeners = Listeners::new(socket, port, Arc::clone(&guard));
+    let mode = JailMode::from(arguments.jail);
+    if mode == JailMode::Required {
+        // Before anything that is there is touched.
+        jail::probe(WorkerProgram::jailed(mode)).await?.0?;
+    }
     let config = Config {
+        worker: WorkerProgram::jailed(mode),
         data_dir: arguments.data_dir.clone(),
         shells: arguments.shells,
         working_sets: !arguments.no_working_sets,
@@ -310,7 +341,6 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         network_plan: arguments.network.plan()?,
         orphan_time: Some(Duration::from_secs(arguments.orphan_time)).filter(|time| !time.is_zero()),
         signing,
-        ..Config::new(".")
     };
     if let Err(problem) = config.signing.check_own() {
         tracing::warn!(problem, "no snapshots can be made here: they would not be trusted here");

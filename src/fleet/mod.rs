@@ -15,6 +15,7 @@
 //! | [`registry`] | which VMs there are |
 //! | [`events`] | what happens, for those who watch |
 //! | [`shells`], [`process`], [`zygote`], [`child`], [`link`] | worker processes and the control channel |
+//! | [`jail`] | which layers the workers' jail has |
 //! | [`console`], [`agent`] | a VM's serial console, and the agent in it |
 //! | [`streams`], [`exec`] | commands and files that the agent has under way |
 //! | [`disks`] | files behind a VM's disks |
@@ -45,6 +46,7 @@ pub mod headroom;
 pub mod id;
 pub mod identity;
 pub mod images;
+pub mod jail;
 pub mod keeping;
 pub mod kernel_words;
 pub mod learning;
@@ -91,7 +93,8 @@ use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
-    Activity, BootProtocol, Hardware, MemoryMode, ModuleKind, NetworkStats, Stats, Step, VcpuLook,
+    Activity, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats, Stats,
+    Step, VcpuLook,
 };
 
 /// Threads that answer page faults of userfault clones.

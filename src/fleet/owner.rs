@@ -156,7 +156,7 @@ impl Ears {
                 self.reset = Some(how);
             }
             // A shell says it once, and then it was taken in already.
-            Some(Event::Hello(_)) => {}
+            Some(Event::Hello { .. }) => {}
             // Said once, to the daemon that takes it over.
             Some(Event::Adopted(_) | Event::AdoptedFiles) => {}
             Some(Event::Exited(reason)) => self.exit = Some(exit_text(&reason)),

@@ -24,6 +24,7 @@ use super::error::FleetError;
 use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX, ZYGOTE_RETRY};
 use super::zygote::Zygote;
 use crate::worker::channel::Channel;
+use crate::worker::protocol::JailMode;
 
 /// How to start a worker.
 #[derive(Debug, Clone)]
@@ -35,13 +36,19 @@ pub struct WorkerProgram {
 }
 
 impl Default for WorkerProgram {
-    /// This very program, also when its file has been replaced meanwhile.
     fn default() -> Self {
-        Self {
-            program: "/proc/self/exe".into(),
-            arguments: vec!["worker".into(), "--die-with-parent".into()],
-            zygote: Some(vec!["worker".into(), "--die-with-parent".into(), "--zygote".into()]),
-        }
+        Self::jailed(JailMode::default())
+    }
+}
+
+impl WorkerProgram {
+    /// This very program, also when its file has been replaced meanwhile.
+    pub fn jailed(mode: JailMode) -> Self {
+        let mut arguments: Vec<OsString> =
+            vec!["worker".into(), "--die-with-parent".into(), format!("--jail={}", mode.name()).into()];
+        let alone = arguments.clone();
+        arguments.push("--zygote".into());
+        Self { program: "/proc/self/exe".into(), arguments: alone, zygote: Some(arguments) }
     }
 }
 
@@ -126,7 +133,7 @@ fn signal_name(signal: i32) -> String {
         libc::SIGSEGV => "SIGSEGV",
         libc::SIGBUS => "SIGBUS (a memory file behind it became shorter, or the disk failed)",
         libc::SIGABRT => "SIGABRT",
-        libc::SIGSYS => "SIGSYS",
+        libc::SIGSYS => "SIGSYS (it made a system call that its jail does not allow)",
         libc::SIGTERM => "SIGTERM",
         libc::SIGILL => "SIGILL",
         other => return format!("signal {other}"),

@@ -22,6 +22,7 @@ use tokio::task::AbortHandle;
 use super::disks::{VmDisk, VmFolder};
 use super::error::FleetError;
 use super::id;
+use super::jail::JailNotes;
 use super::limits::WORKER_TIMEOUT;
 use super::link::{Events, Link};
 use super::process::{Process, Spawner};
@@ -165,6 +166,8 @@ pub struct Shells {
     orphan_time: Option<Duration>,
     /// What the first worker said of this host.
     host: OnceCell<Arc<HostReport>>,
+    /// What workers said of their jail.
+    jail: JailNotes,
     /// Nothing is left to do in the background.
     settled: watch::Sender<bool>,
 }
@@ -187,6 +190,7 @@ impl Shells {
             vms_dir,
             orphan_time,
             host: OnceCell::new(),
+            jail: JailNotes::default(),
             settled: watch::Sender::new(false),
         });
         let filler = tokio::spawn(fill(Arc::clone(&shells)));
@@ -302,7 +306,10 @@ impl Shells {
         let (link, mut events) = Link::start(channel);
         let first = tokio::time::timeout(WORKER_TIMEOUT, events.recv()).await;
         let ready = match first {
-            Ok(Some((Event::Hello(ready), _))) => ready.map_err(FleetError::Fault),
+            Ok(Some((Event::Hello { ready, jail }, _))) => {
+                self.jail.note(jail);
+                ready.map_err(FleetError::Fault)
+            }
             Ok(None) => {
                 let status = process.ended().await;
                 Err(match status.and_then(|status| status.signal()) {

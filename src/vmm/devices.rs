@@ -15,6 +15,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::bus::{SharedBus, lock};
+use super::threads::{self, Role};
 use super::virtio::HostInterest;
 
 /// Events taken in one wait.
@@ -58,7 +59,10 @@ impl DeviceThread {
         worker.watch_fixed().map_err(DevicesError::Start)?;
         let thread = thread::Builder::new()
             .name("devices".into())
-            .spawn(move || worker.serve(&receiver))
+            .spawn(move || {
+                threads::begin(Role::Devices);
+                worker.serve(&receiver);
+            })
             .map_err(DevicesError::Start)?;
         Ok(DeviceThread { commands, wake, thread: Some(thread) })
     }

@@ -12,6 +12,7 @@
 //! | [`milestones`] | when a boot reached what |
 //! | [`devices`] | the thread that does all I/O |
 //! | [`random`] | the host's random bytes |
+//! | [`threads`] | what each thread does first |
 //! | [`chipset`] | serial, timer, clock, interrupt controllers |
 //! | [`virtio`] | virtio devices and their transport |
 //! | [`boot`], [`x86`] | kernels and the tables they expect |
@@ -30,6 +31,7 @@ pub mod memory;
 pub mod milestones;
 pub mod random;
 pub mod shell;
+pub mod threads;
 pub mod vcpu;
 pub mod vcpu_state;
 pub mod virtio;

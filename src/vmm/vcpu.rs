@@ -23,6 +23,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::bus::Bus;
 use super::chipset::PortEffect;
 use super::look::{self, Look};
+use super::threads::{self, Role};
 use super::vcpu_state::{self, VcpuStateError};
 use crate::snapshot::state::vcpu::VcpuState;
 
@@ -160,7 +161,10 @@ impl VcpuHandle {
         let thread = thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
-            .spawn(move || runner.serve(&receiver))
+            .spawn(move || {
+                threads::begin(Role::Vcpu);
+                runner.serve(&receiver);
+            })
             .map_err(start)?;
         Ok(VcpuHandle { commands, stop, page, thread: Some(thread), index })
     }

@@ -121,6 +121,26 @@ impl Channel {
         }
     }
 
+    /// The user at the other end, as the kernel has it. (Who that is as a process cannot be told from another pid namespace.)
+    pub fn peer_user(&self) -> io::Result<u32> {
+        let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+        let mut length = size_of_val(&peer) as libc::socklen_t;
+        // SAFETY: `peer` and `length` are valid for the call.
+        let result = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERCRED,
+                (&raw mut peer).cast(),
+                &raw mut length,
+            )
+        };
+        match result {
+            0 => Ok(peer.uid),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Sends one message with copies of `fds`, whole or not at all. Never raises SIGPIPE.
     pub fn send<T: Serialize>(&self, message: &T, fds: &[BorrowedFd<'_>]) -> Result<(), ChannelError> {
         let bytes = codec::encode(message)?;

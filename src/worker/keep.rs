@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SocketFlags, accept_with, listen, sockopt};
-use rustix::process::{geteuid, setpgid};
+use rustix::net::{SocketFlags, accept_with, listen};
+use rustix::process::setpgid;
 
 use super::channel::Channel;
 use super::fault;
@@ -61,11 +61,13 @@ pub struct Keep {
     pub agent: OwnedFd,
     stderr: OwnedFd,
     orphan_time: Duration,
+    /// The user whose daemon it is: who is let in besides root.
+    owner: u32,
 }
 
 impl Keep {
     /// From the descriptors of [`Request::Keep`](super::protocol::Request::Keep).
-    pub fn new(fds: Vec<OwnedFd>, orphan_time: Duration) -> Result<Self, Fault> {
+    pub fn new(fds: Vec<OwnedFd>, orphan_time: Duration, owner: u32) -> Result<Self, Fault> {
         let Ok([door, console, agent, stderr]) = <[OwnedFd; 4]>::try_from(fds) else {
             return Err(fault::descriptors("not as many as Keep has"));
         };
@@ -78,7 +80,7 @@ impl Keep {
             .map_err(fault::io("stderr"))?;
         // What a terminal sends to the daemon (Ctrl-C) is not for the VMs that it leaves behind. It fails for one that leads its group already.
         let _ = setpgid(None, None);
-        Ok(Self { door, console, agent, stderr, orphan_time })
+        Ok(Self { door, console, agent, stderr, orphan_time, owner })
     }
 
     /// What the next daemon is given.
@@ -110,11 +112,11 @@ impl Keep {
     /// One who has come; `None`: they are not let in.
     fn accept(&self) -> io::Result<Option<Channel>> {
         let socket = accept_with(&self.door, SocketFlags::CLOEXEC)?;
-        let who = sockopt::socket_peercred(&socket)?.uid;
-        if who != geteuid() && !who.is_root() {
-            return Err(io::Error::other(format!("user {} is not let in", who.as_raw())));
-        }
         let channel = Channel::from_fd(socket);
+        let who = channel.peer_user()?;
+        if who != self.owner && who != 0 {
+            return Err(io::Error::other(format!("user {who} is not let in")));
+        }
         channel.set_timeout(GREETING_WITHIN)?;
         let theirs = match channel.recv::<Greeting>() {
             Ok((greeting, _)) => greeting.version(),
@@ -152,7 +154,8 @@ mod tests {
         bind(&door, &SocketAddrUnix::new(path).unwrap()).unwrap();
         listen(&door, WAITING_MAX).unwrap();
         let other = || File::open("/dev/null").unwrap().into();
-        Keep { door, console: other(), agent: other(), stderr: other(), orphan_time }
+        let owner = rustix::process::geteuid().as_raw();
+        Keep { door, console: other(), agent: other(), stderr: other(), orphan_time, owner }
     }
 
     fn knock(path: &Path) -> Channel {

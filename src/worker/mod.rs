@@ -9,23 +9,28 @@
 //! | [`resident`] | the memory of a clone, with what it will probably touch in place |
 //! | [`keep`] | what outlives the daemon, and the door at which the next one takes it over |
 //! | [`fault`] | errors as the daemon is told them |
+//! | [`jail`] | what it gives up before it sees a guest |
+//! | [`own`] | what the kernel tells it of itself |
 //! | [`warm`] | the program's own pages, mapped ahead |
 //! | [`zygote`] | workers made by a fork of a process that is prepared already |
 //!
-//! Threads: this one takes requests, one for each vCPU, one for the devices. Opened by path at the start, before
-//! anything of a guest is seen: `/dev/kvm` and the userfault device, in the zygote if there is one. Nothing later.
+//! Threads: this one takes requests, one for each vCPU, one for the devices, up to four for disks. Opened by path at the start, before the jail is
+//! closed and anything of a guest is seen: `/dev/kvm` and the userfault device, in the zygote if there is one, and two files of /proc about the process
+//! itself. Nothing later.
 
 mod ahead;
 pub mod channel;
 mod fault;
+pub mod jail;
 mod keep;
+mod own;
 pub mod protocol;
 mod resident;
 mod vm;
 mod warm;
 mod zygote;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsString};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::process::ExitCode;
@@ -33,18 +38,54 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use channel::{Channel, ChannelError};
+use jail::{Jailer, Outside};
 use keep::Keep;
-use protocol::{CONTROL_FD, Event, ExitReason, Fault, FaultKind, FromWorker, Reply, Request, ToWorker};
+use protocol::{
+    CONTROL_FD, Event, ExitReason, Fault, FaultKind, FromWorker, Jail, JailMode, Layer, Reply, Request,
+    ToWorker,
+};
 use vm::{Shell, Vm};
 
 /// How the process is to begin.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Setting {
     /// It is killed when the thread that started it ends.
     pub die_with_parent: bool,
     /// It is told to become workers, and is none itself.
     pub zygote: bool,
+    pub jail: jail::Wish,
+    /// It tries what its jail forbids instead of being a worker: for trials.
+    pub attempts: bool,
+}
+
+impl Setting {
+    /// From the arguments that the daemon gives (`fleet::process`). What is not known is passed over.
+    pub fn of(arguments: impl Iterator<Item = OsString>) -> Self {
+        let mut setting =
+            Self { die_with_parent: false, zygote: false, jail: jail::Wish::default(), attempts: false };
+        for word in arguments.filter_map(|word| word.into_string().ok()) {
+            match word.as_str() {
+                "--die-with-parent" => setting.die_with_parent = true,
+                "--zygote" => setting.zygote = true,
+                "--try-forbidden" => setting.attempts = true,
+                _ => {}
+            }
+            if let Some(mode) = word.strip_prefix("--jail=").and_then(JailMode::of_name) {
+                setting.jail.mode = mode;
+            }
+            if let Some(name) = word.strip_prefix("--without=") {
+                setting.jail.without.extend(Layer::ALL.into_iter().filter(|layer| layer.name() == name));
+            }
+        }
+        // It is no way to have VMs without a layer.
+        if !setting.attempts {
+            setting.jail.without.clear();
+        }
+        setting
+    }
 }
 
 /// Runs the worker until its VM ends or, while it is a shell, until the control socket closes.
@@ -126,10 +167,6 @@ fn run(setting: Setting) -> Result<(), String> {
         .with_ansi(false)
         .without_time()
         .try_init();
-    let parent = parent();
-    if setting.die_with_parent {
-        die_with(parent)?;
-    }
     one_arena();
     name(if setting.zygote { c"zygote" } else { c"worker" });
     let control = control_socket().map_err(|e| {
@@ -137,28 +174,47 @@ fn run(setting: Setting) -> Result<(), String> {
             "descriptor {CONTROL_FD} is not a control socket ({e}); workers are started by `coldspark serve`"
         )
     })?;
+    if setting.die_with_parent {
+        die_with(&control)?;
+    }
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
+    // A worker will be somebody else.
+    let owner = rustix::process::geteuid().as_raw();
+    let outside = Outside::open();
     let mut shell = Shell::default();
-    shell.open();
+    shell.open(&outside);
+    shell.find_pages();
+    let mode = setting.jail.mode;
+    let jailer = Jailer::new(setting.jail, outside, setting.zygote, shell.needs_userfault_call());
     if setting.zygote {
         // A VM belongs to the process that made it; this one is for the road there.
         shell.rehearse();
-        if zygote::serve(&control)? == zygote::Side::Zygote {
+        let pid = || jailer.pid().unwrap_or_else(std::process::id);
+        if zygote::serve(&control, pid)? == zygote::Side::Zygote {
             return Ok(());
         }
-        if setting.die_with_parent {
-            die_with(parent)?;
-        }
         name(c"worker");
-        shell.open();
+        shell.open(&jailer);
+    }
+    shell.open_own(&jailer);
+    let jail = jailer.close();
+    if setting.die_with_parent {
+        // A fork's parent is another one; and who becomes another user is a child that nobody is tied to.
+        die_with(&control)?;
+    }
+    if setting.attempts {
+        return jail::attempts::serve(&control, &jail);
     }
     let daemon = Daemon(Arc::new(Connection {
         channel: control,
         adoptable: AtomicBool::new(false),
         reset: Mutex::new(None),
     }));
-    shell.prepare();
-    daemon.event(Event::Hello(shell.ready()));
+    let ready = jailed(mode, &jail).and_then(|()| {
+        shell.prepare();
+        shell.ready()
+    });
+    daemon.event(Event::Hello { ready, jail });
     let mut vm: Option<Vm> = None;
     let mut keep: Option<Keep> = None;
     loop {
@@ -200,7 +256,7 @@ fn run(setting: Setting) -> Result<(), String> {
             }
             Request::Keep { orphan_ms } => {
                 let kept = match (&vm, &keep) {
-                    (None, None) => Keep::new(fds, Duration::from_millis(orphan_ms)),
+                    (None, None) => Keep::new(fds, Duration::from_millis(orphan_ms), owner),
                     _ => Err(fault::wrong_state("too late, or told before")),
                 };
                 reply(kept.map(|kept| {
@@ -323,9 +379,15 @@ fn control_socket() -> io::Result<Channel> {
     Ok(Channel::from_fd(socket))
 }
 
-fn parent() -> libc::pid_t {
-    // SAFETY: no arguments, cannot fail.
-    unsafe { libc::getppid() }
+/// Whether this worker may have a VM.
+fn jailed(mode: JailMode, jail: &Jail) -> Result<(), Fault> {
+    match jail.lacks() {
+        Some(lacks) if mode == JailMode::Required => Err(Fault {
+            kind: FaultKind::Unsupported,
+            message: format!("the jail of workers lacks {lacks}, and --jail required wants all of it"),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A VM that can be taken over by another daemon does not end with this one any more.
@@ -336,17 +398,19 @@ fn outlive(keep: &Option<Keep>) {
     }
 }
 
-/// Lets the kernel kill this process when `expected`, its parent, goes: a shell may wait for something that only that daemon would have done.
-fn die_with(expected: libc::pid_t) -> Result<(), String> {
+/// Lets the kernel kill this process when its parent goes: a shell may wait for something that only that daemon would have done.
+fn die_with(control: &Channel) -> Result<(), String> {
     // SAFETY: prctl with plain integer arguments.
     if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } != 0 {
         return Err(format!("PR_SET_PDEATHSIG: {}", io::Error::last_os_error()));
     }
-    // It may have gone before. (If it had when this process asked who it is, the control socket is closed, which ends a shell.)
-    if parent() != expected {
-        return Err("the service is gone already".to_owned());
+    // It may have gone before; nobody else has the other end of this. (Who the parent is cannot be asked from a pid namespace of one's own.)
+    let mut polled = [PollFd::new(control, PollFlags::empty())];
+    match poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+        Ok(0) => Ok(()),
+        Ok(_) => Err("the service is gone already".to_owned()),
+        Err(error) => Err(format!("control socket: {error}")),
     }
-    Ok(())
 }
 
 /// What this process is called in lists of processes.

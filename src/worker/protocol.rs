@@ -19,7 +19,7 @@ use crate::snapshot::working_set::Touched;
 
 /// Version of all that is said on the control socket. A daemon takes over workers of its own version only, so it changes with every change of a
 /// message here, and of what a message means.
-pub const CONTROL_VERSION: u32 = 1;
+pub const CONTROL_VERSION: u32 = 2;
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -37,6 +37,122 @@ pub const NETWORKS_MAX: usize = 4;
 pub const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Most layers under a disk, the base not counted.
 pub const LAYERS_MAX: usize = 16;
+
+/// How a worker is to be jailed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum JailMode {
+    /// No VM without all layers that are needed.
+    Required,
+    /// As many layers as this host and user allow.
+    #[default]
+    Best,
+    /// None.
+    Off,
+}
+
+impl JailMode {
+    /// As it is written in arguments.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Required => "required",
+            Self::Best => "best",
+            Self::Off => "off",
+        }
+    }
+
+    /// Of such a name.
+    pub fn of_name(name: &str) -> Option<Self> {
+        [Self::Required, Self::Best, Self::Off].into_iter().find(|mode| mode.name() == name)
+    }
+}
+
+/// A layer of a worker's jail. Each stands by itself: what gets through one meets the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Layer {
+    /// A uid and gid that no other process has, and no supplementary groups.
+    User,
+    /// A mount namespace whose root is empty and read-only.
+    Mounts,
+    /// A pid namespace of the workers of one zygote.
+    Processes,
+    /// A network namespace without a link.
+    Network,
+    /// An ipc namespace.
+    Ipc,
+    /// A uts namespace.
+    HostName,
+    /// No capabilities, none to be had (bounding set, `no_new_privs`).
+    Capabilities,
+    /// Not dumpable: no core file, and nobody of the same uid can trace it or read its memory.
+    Undumpable,
+    /// Resource limits: descriptors, threads, locked memory, message queues.
+    Limits,
+    /// seccomp: an allow-list of system calls, a narrower one for each kind of thread.
+    SystemCalls,
+    /// Landlock: no file, no TCP port, no signal, no abstract socket outside.
+    Landlock,
+}
+
+impl Layer {
+    /// All, in the order in which they are put on.
+    pub const ALL: [Self; 11] = [
+        Self::Mounts,
+        Self::Network,
+        Self::Ipc,
+        Self::HostName,
+        Self::Processes,
+        Self::Limits,
+        Self::User,
+        Self::Capabilities,
+        Self::Undumpable,
+        Self::Landlock,
+        Self::SystemCalls,
+    ];
+
+    /// For logs and arguments.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::Mounts => "mount",
+            Self::Processes => "pid",
+            Self::Network => "net",
+            Self::Ipc => "ipc",
+            Self::HostName => "uts",
+            Self::Capabilities => "capabilities",
+            Self::Undumpable => "undumpable",
+            Self::Limits => "rlimits",
+            Self::SystemCalls => "seccomp",
+            Self::Landlock => "landlock",
+        }
+    }
+
+    /// What it forbids, others do too: [`JailMode::Required`] goes without it on a kernel that has not got it.
+    pub fn is_extra(self) -> bool {
+        self == Self::Landlock
+    }
+}
+
+/// The layers of a worker's jail.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jail {
+    pub active: Vec<Layer>,
+    /// Those that are not, and why.
+    pub missing: Vec<(Layer, String)>,
+}
+
+impl Jail {
+    /// What [`JailMode::Required`] misses, as a sentence part; `None`: nothing.
+    pub fn lacks(&self) -> Option<String> {
+        let needed = self.missing.iter().filter(|(layer, _)| !layer.is_extra());
+        let lacks: Vec<String> = needed.map(|(layer, why)| format!("{} ({why})", layer.name())).collect();
+        (!lacks.is_empty()).then(|| lacks.join(", "))
+    }
+
+    /// Names of the layers that are there.
+    pub fn names(&self) -> String {
+        self.active.iter().map(|layer| layer.name()).collect::<Vec<_>>().join(", ")
+    }
+}
 
 /// What a zygote can be told.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -481,8 +597,8 @@ pub struct HostReport {
 /// Things that happen by themselves.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub enum Event {
-    /// The worker is ready to be told what to be; or why no VM can run here. Always the first message, sent once.
-    Hello(Result<(), Fault>),
+    /// The worker is jailed, and ready to be told what to be; or why no VM can run here. Always the first message, sent once.
+    Hello { ready: Result<(), Fault>, jail: Jail },
     /// A boot phase reached: name, microseconds since the request arrived.
     Phase { name: String, us: u64 },
     /// One descriptor, the userfaultfd: the pager must answer it from now on, or the restore, whose reply is still

@@ -2,8 +2,8 @@
 
 mod look;
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -13,16 +13,19 @@ use userfaultfd::Uffd;
 
 use super::ahead::{self, Ahead, Ground, Places, Seat, read_state};
 use super::fault;
+use super::jail::Outside;
 use super::keep::{self, DiskFiles, Keep};
+use super::own::{self, Own};
 use super::protocol::{
     Adopted, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, FDS_MAX, Fault,
     FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion,
     ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
     instant_ns,
 };
-use super::{Daemon, duplicate, resident, warm};
+use super::warm::OwnPages;
+use super::{Daemon, duplicate, resident};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
-use crate::snapshot::memory::image::{PageMap, Rest, SourceRegion, write_image};
+use crate::snapshot::memory::image::{Rest, SourceRegion, write_image};
 use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
 use crate::snapshot::memory::touched::{Place, touched};
 use crate::snapshot::state::machine::RegionState;
@@ -48,12 +51,17 @@ pub struct Shell {
     /// For clones of the snapshot that was named; has taken `vm`.
     ahead: Option<Ahead>,
     userfault: Option<UserfaultDevice>,
+    /// Made of it before the jail was closed, for the one VM that may want it.
+    uffd: Option<Result<Uffd, MapError>>,
+    own: Option<Arc<Own>>,
+    pages: OwnPages,
 }
 
 /// The VM.
 pub struct Vm {
     machine: Machine,
     host: Arc<Host>,
+    own: Arc<Own>,
     /// The memory file a clone was started from.
     parent: Option<File>,
     /// Kept open: when the last descriptor goes, the kernel answers missing pages with zeros.
@@ -231,18 +239,41 @@ impl Descriptors {
 impl Shell {
     /// Opens the devices and asks what they can do, as far as that is not done. The same for every worker, and a fork takes it along: VMs made of these
     /// descriptors belong to the process that makes them. A failure is told with the first request, and tried again by the next worker.
-    pub fn open(&mut self) {
+    pub fn open(&mut self, outside: &Outside) {
         if !self.userfault.as_ref().is_some_and(UserfaultDevice::is_open) {
-            self.userfault = Some(UserfaultDevice::open());
+            self.userfault = Some(match outside.device("userfaultfd") {
+                Ok(device) => UserfaultDevice::from_file(device),
+                Err(_) => UserfaultDevice::closed(),
+            });
         }
         if !matches!(self.host, Some(Ok(_))) {
-            self.host = Some(match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+            self.host = Some(match outside.device("kvm") {
                 Ok(file) => Host::new(file).map(Arc::new).map_err(Fault::from),
                 Err(error) => Err(fault::io(
                     "/dev/kvm cannot be opened (is KVM enabled, and is this user in the group kvm?)",
                 )(error)),
             });
         }
+    }
+
+    /// Where this program's pages are; the same in every fork.
+    pub fn find_pages(&mut self) {
+        self.pages = OwnPages::find();
+    }
+
+    /// A userfaultfd can be had by the system call only.
+    pub fn needs_userfault_call(&self) -> bool {
+        !self.userfault.as_ref().is_some_and(UserfaultDevice::is_open)
+    }
+
+    /// Opens what only this very process can open, and only before its jail is closed.
+    pub fn open_own(&mut self, outside: &Outside) {
+        self.uffd = self.userfault.take().map(|device| device.create());
+        self.own = Some(Arc::new(Own::open(outside)));
+    }
+
+    fn own(&self) -> Result<Arc<Own>, Fault> {
+        self.own.clone().ok_or_else(|| fault::wrong_state("the worker is not prepared"))
     }
 
     /// Does ahead what needs no knowledge of the VM.
@@ -267,7 +298,7 @@ impl Shell {
         let vm = self.take_vm(&*self.host()?)?;
         self.ahead = Some(Ahead::Places(Places::of(vm, file)?));
         // A seat has run most of the road already; here it is all new.
-        warm::own_pages();
+        self.pages.map();
         Ok(())
     }
 
@@ -405,6 +436,7 @@ impl Shell {
         let vm = Vm {
             machine,
             host,
+            own: self.own()?,
             parent: None,
             uffd: None,
             files,
@@ -467,11 +499,7 @@ impl Shell {
                 resident::map(&mut memory, &memory_file, &spec.working_set)?;
             }
             MemoryMode::Userfault => {
-                let device = self
-                    .userfault
-                    .as_ref()
-                    .ok_or_else(|| fault::wrong_state("the worker is not prepared"))?;
-                let created = device.create()?;
+                let created = self.uffd.take().ok_or_else(own::used_up)??;
                 resident::register(&mut memory, &memory_file, &spec.working_set, &created)?;
                 // Before anything touches memory: KVM itself does, when it sets the guest's clock page.
                 let regions = hand_over(daemon, &created, &memory)?;
@@ -505,6 +533,7 @@ impl Shell {
         let vm = Vm {
             machine,
             host,
+            own: self.own()?,
             parent: Some(seat.parent),
             uffd: seat.uffd,
             files: seat.files,
@@ -686,7 +715,7 @@ impl Vm {
             })
             .collect();
         let (written, mut rest) =
-            write_image(&sources, self.parent.as_ref(), &PageMap::open()?, &memory_file)?;
+            write_image(&sources, self.parent.as_ref(), self.own.page_map()?, &memory_file)?;
         if let Some(parent) = &self.parent
             && !rest.has_room(&memory_file)
         {
@@ -735,7 +764,7 @@ impl Vm {
             bytes: region.bytes as usize,
             file_offset: region.file_offset,
         };
-        Ok(touched(&regions.map(place).collect::<Vec<_>>(), &PageMap::open()?)?)
+        Ok(touched(&regions.map(place).collect::<Vec<_>>(), self.own.page_map()?)?)
     }
 
     pub fn press_power_button(&self) -> Result<(), Fault> {
@@ -748,7 +777,7 @@ impl Vm {
             vcpu_exits: self.machine.exits(),
             minor_faults: now.0.saturating_sub(before.0),
             major_faults: now.1.saturating_sub(before.1),
-            private_dirty_bytes: private_dirty().unwrap_or(0),
+            private_dirty_bytes: self.own.private_dirty().unwrap_or(0),
             networks: self.machine.networks().into_iter().map(network_stats).collect(),
         }
     }
@@ -777,15 +806,6 @@ fn faults() -> (u64, u64) {
         usage
     };
     (u64::try_from(usage.ru_minflt).unwrap_or(0), u64::try_from(usage.ru_majflt).unwrap_or(0))
-}
-
-/// Memory of this process that nobody shares, from smaps_rollup.
-fn private_dirty() -> Option<u64> {
-    let mut text = String::new();
-    File::open("/proc/self/smaps_rollup").ok()?.take(64 << 10).read_to_string(&mut text).ok()?;
-    let line = text.lines().find(|line| line.starts_with("Private_Dirty:"))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib << 10)
 }
 
 fn module_kind(kind: ModuleKind) -> boot::ModuleKind {

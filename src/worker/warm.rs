@@ -9,17 +9,29 @@ const MADV_POPULATE_READ: libc::c_int = 22;
 const MAPPINGS_MAX: usize = 64;
 const MAPPING_BYTES_MAX: usize = 64 << 20;
 
-/// Maps this program's code and constants. Advice only: where the kernel does not know it, faults come later.
-pub fn own_pages() {
-    let (Ok(maps), Ok(program)) = (fs::read_to_string("/proc/self/maps"), fs::read_link("/proc/self/exe"))
-    else {
-        return;
-    };
-    let program = program.to_string_lossy();
-    for (start, bytes) in maps.lines().filter_map(|line| mapping_of(line, &program)).take(MAPPINGS_MAX) {
-        // SAFETY: advice to map pages of this process for reading changes no content and no protection; a range
-        // that is gone by now is refused.
-        unsafe { libc::madvise(std::ptr::without_provenance_mut(start), bytes, MADV_POPULATE_READ) };
+/// Where this program's code and constants are.
+#[derive(Debug, Default)]
+pub struct OwnPages(Vec<(usize, usize)>);
+
+impl OwnPages {
+    /// Reads /proc. A fork of this process has them at the same places.
+    pub fn find() -> Self {
+        let (Ok(maps), Ok(program)) =
+            (fs::read_to_string("/proc/self/maps"), fs::read_link("/proc/self/exe"))
+        else {
+            return Self::default();
+        };
+        let program = program.to_string_lossy();
+        Self(maps.lines().filter_map(|line| mapping_of(line, &program)).take(MAPPINGS_MAX).collect())
+    }
+
+    /// Maps them. Advice only: where the kernel does not know it, faults come later.
+    pub fn map(&self) {
+        for (start, bytes) in &self.0 {
+            // SAFETY: advice to map pages of this process for reading changes no content and no protection; a range
+            // that is gone by now is refused.
+            unsafe { libc::madvise(std::ptr::without_provenance_mut(*start), *bytes, MADV_POPULATE_READ) };
+        }
     }
 }
 
@@ -50,10 +62,8 @@ mod tests {
 
     #[test]
     fn a_running_program_finds_itself() {
-        let maps = fs::read_to_string("/proc/self/maps").unwrap();
-        let program = fs::read_link("/proc/self/exe").unwrap();
-        let program = program.to_string_lossy();
-        assert!(maps.lines().any(|line| mapping_of(line, &program).is_some()));
-        own_pages();
+        let pages = OwnPages::find();
+        assert!(!pages.0.is_empty());
+        pages.map();
     }
 }

@@ -25,7 +25,9 @@ pub enum Side {
 }
 
 /// Forks as it is told to on `orders`, which is [`CONTROL_FD`], until that closes; and returns in every process that it made.
-pub fn serve(orders: &Channel) -> Result<Side, String> {
+///
+/// `pid`: tells a new process its number where the daemon is.
+pub fn serve(orders: &Channel, pid: impl Fn() -> u32) -> Result<Side, String> {
     let tid = tid_place();
     loop {
         let fds = match orders.recv::<ToZygote>() {
@@ -39,7 +41,7 @@ pub fn serve(orders: &Channel) -> Result<Side, String> {
         match fork(tid) {
             Ok(Side::Zygote) => {}
             Ok(Side::Worker) => {
-                settle(orders, &control, &stderr).map_err(|e| format!("a new worker: {e}"))?;
+                settle(orders, pid(), &control, &stderr).map_err(|e| format!("a new worker: {e}"))?;
                 return Ok(Side::Worker);
             }
             Err(error) => {
@@ -51,8 +53,8 @@ pub fn serve(orders: &Channel) -> Result<Side, String> {
 }
 
 /// In the new process: tells its number and puts the descriptors into their places.
-fn settle(orders: &Channel, control: &OwnedFd, stderr: &OwnedFd) -> Result<(), ChannelError> {
-    orders.send::<Forked>(&Ok(std::process::id()), &[])?;
+fn settle(orders: &Channel, pid: u32, control: &OwnedFd, stderr: &OwnedFd) -> Result<(), ChannelError> {
+    orders.send::<Forked>(&Ok(pid), &[])?;
     put(stderr, STDERR_FD, 0).map_err(ChannelError::Io)?;
     // Last: `orders` is the control socket from here on, and nobody but the zygote hears its orders.
     put(control, CONTROL_FD, libc::O_CLOEXEC).map_err(ChannelError::Io)
@@ -109,8 +111,8 @@ mod tests {
     fn an_order_without_descriptors_ends_it_and_so_does_the_end() {
         let (daemon, orders) = Channel::pair().unwrap();
         daemon.send(&ToZygote::Fork, &[]).unwrap();
-        assert!(serve(&orders).unwrap_err().contains("two descriptors"));
+        assert!(serve(&orders, std::process::id).unwrap_err().contains("two descriptors"));
         drop(daemon);
-        assert_eq!(serve(&orders), Ok(Side::Zygote));
+        assert_eq!(serve(&orders, std::process::id), Ok(Side::Zygote));
     }
 }

@@ -92,17 +92,27 @@ impl Daemon {
 
     /// What a killed daemon left running, and still runs.
     pub fn orphans(&self) -> Vec<Process> {
+        without_holders(self.all_orphans())
+    }
+
+    /// The same, with what holds the pid namespaces of workers.
+    pub fn all_orphans(&self) -> Vec<Process> {
         self.orphans.iter().filter(|process| process.lives()).cloned().collect()
     }
 
     /// Its workers and its zygote.
     pub fn processes(&self) -> Vec<Process> {
-        descendants(self.child.id())
+        without_holders(descendants(self.child.id()))
     }
 
     /// The process from which its workers are forked.
     pub fn zygote(&self) -> Option<Process> {
         self.processes().into_iter().find(|process| process.name == "zygote" && !process.zombie)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> i32 {
+        self.child.id() as i32
     }
 
     /// How many descriptors the daemon has open.
@@ -326,6 +336,12 @@ impl Process {
             unsafe { libc::kill(self.pid, libc::SIGKILL) };
         }
     }
+}
+
+/// A zygote's workers have a pid namespace, whose first process only holds it.
+fn without_holders(mut processes: Vec<Process>) -> Vec<Process> {
+    processes.retain(|process| process.name != "jail-init");
+    processes
 }
 
 /// All processes below `ancestor`.

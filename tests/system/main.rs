@@ -16,6 +16,7 @@
 //! | `death` | workers and daemons that are killed |
 //! | `faults` | load, while workers and the daemon are killed and clients vanish |
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
+//! | `jail` | what a worker cannot do, tried in its place; what real workers have on |
 //! | `bad_input` | every kind of wrong input: the right code, a sentence, nothing lost |
 //! | `serial` | the console under load: 1 MiB printed, 64 KiB typed, a listener that lags behind |
 //! | `signed` | signed snapshots: made, taken, refused |
@@ -55,6 +56,7 @@ mod functions;
 mod host;
 mod identity;
 mod images;
+mod jail;
 mod limits;
 mod linux;
 mod load;
@@ -92,6 +94,7 @@ fn main() -> ExitCode {
         working_set::trials(),
         death::trials(),
         workers::trials(),
+        jail::trials(),
         faults::trials(),
         adopt::trials(),
         bad_input::trials(),

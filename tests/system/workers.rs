@@ -96,7 +96,7 @@ async fn daemon_killed(stage: Stage) -> anyhow::Result<()> {
     let under_way = tokio::spawn(async move { clones(&mut other, &snapshot).await.map(drop) });
     daemon.kill_hard()?;
     ensure!(under_way.await?.is_err(), "a killed daemon has answered");
-    eventually("the zygote and all workers end", 10, async || Ok(daemon.orphans().is_empty())).await
+    eventually("the zygote and all workers end", 10, async || Ok(daemon.all_orphans().is_empty())).await
 }
 
 /// Processes and descriptors are as many as before.

@@ -67,7 +67,9 @@ pub struct Memory {
 /// Memory of the process `pid`, as /proc/PID/smaps_rollup has it.
 pub fn memory(pid: u32) -> anyhow::Result<Memory> {
     let path = format!("/proc/{pid}/smaps_rollup");
-    let text = fs::read_to_string(&path).with_context(|| format!("{path}; is the worker gone?"))?;
+    let text = fs::read_to_string(&path).with_context(|| {
+        format!("{path}; is the worker gone? (A jailed worker can be looked into by root only)")
+    })?;
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
         line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) << 10

@@ -1,7 +1,8 @@
 //! `coldspark doctor`: can this host run VMs, how fast, and what to do about what is missing.
 //!
-//! Every check looks or measures by itself and makes one [`Finding`]; none changes anything.
+//! Every check looks or measures by itself and makes one [`Finding`]; none changes anything. Of the jail a worker tells that is started for it.
 
+mod jail;
 mod kvm;
 mod system;
 
@@ -66,6 +67,7 @@ impl Finding {
 pub fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let mut findings = kvm::check();
     findings.extend(system::check());
+    findings.push(jail::check());
     let worst = findings.iter().map(|finding| finding.level).max().unwrap_or(Level::Fail);
     if arguments.json {
         let list: Vec<_> = findings

@@ -80,6 +80,11 @@ impl PageMap {
         File::open("/proc/self/pagemap").map(PageMap).map_err(ImageError::PageMap)
     }
 
+    /// The same, opened elsewhere: by this process, for this process.
+    pub fn from_file(file: File) -> PageMap {
+        PageMap(file)
+    }
+
     /// Reads the entries of the pages from `address` on, one for each place in `entries`.
     pub(super) fn read(&self, address: usize, entries: &mut [Entry]) -> Result<(), ImageError> {
         let offset = (address / PAGE) as u64 * 8;

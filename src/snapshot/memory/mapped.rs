@@ -10,7 +10,7 @@
 //! Facts: mmap(2), madvise(2), userfaultfd(2), ioctl_userfaultfd(2).
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io,
     ops::Range,
     os::{
@@ -285,10 +285,15 @@ struct UffdioApi {
 }
 
 impl UserfaultDevice {
-    /// Opens `/dev/userfaultfd`. Where that is missing or closed to us, [`create`](Self::create) tries the system call
-    /// (CAP_SYS_PTRACE or vm.unprivileged_userfaultfd).
+    #[cfg(test)]
     pub fn open() -> UserfaultDevice {
-        UserfaultDevice(OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").ok())
+        UserfaultDevice(File::options().read(true).write(true).open("/dev/userfaultfd").ok())
+    }
+
+    /// `/dev/userfaultfd` is missing or closed to us: [`create`](Self::create) tries the system call (CAP_SYS_PTRACE or
+    /// vm.unprivileged_userfaultfd).
+    pub fn closed() -> UserfaultDevice {
+        UserfaultDevice(None)
     }
 
     /// False where only the system call is left.
@@ -296,7 +301,7 @@ impl UserfaultDevice {
         self.0.is_some()
     }
 
-    /// A device that was opened elsewhere and handed over.
+    /// `/dev/userfaultfd`, open for reading and writing.
     pub fn from_file(device: File) -> UserfaultDevice {
         UserfaultDevice(Some(device))
     }

@@ -19,6 +19,8 @@ use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::vmm::threads::{Role, begin};
+
 /// Most threads of one VM.
 pub const THREADS_MAX: usize = 4;
 /// Bytes carried at once between disk and guest.
@@ -72,8 +74,12 @@ impl Pool {
         let mut threads = lock(&self.threads);
         if threads.len() < THREADS_MAX {
             let shared = Arc::clone(&self.shared);
-            match thread::Builder::new().name(format!("disk{}", threads.len())).spawn(move || serve(&shared))
-            {
+            let name = format!("disk{}", threads.len());
+            let begun = thread::Builder::new().name(name).spawn(move || {
+                begin(Role::Disk);
+                serve(&shared);
+            });
+            match begun {
                 Ok(thread) => threads.push(thread),
                 // Others will get to it; if there is no other, the caller itself does.
                 Err(error) if threads.is_empty() => {
