@@ -1,4 +1,4 @@
-//! The coldspark agent for FreeBSD/amd64 guests: speaks the agent protocol (`wire.rs`) over a virtio-console port.
+//! The coldspark agent for FreeBSD/amd64 guests: speaks the agent protocol (`wire.rs`) over a virtio-console port, or a serial port.
 //!
 //! A static program without libc or allocation: system calls by number (`sys.rs`), fixed room for everything, one thread
 //! that waits in one place. So it needs nothing of the guest but a kernel, and the host builds it with the toolchain that
@@ -65,7 +65,7 @@ extern "C" fn agent_main(start: *const usize) -> ! {
     sys::prepare_signals();
     let Some(port) = open_port(named) else {
         fail(format_args!(
-            "there is no virtio-console port; is the driver loaded (kldload virtio_console)?"
+            "there is no such port; for virtio-console, is the driver loaded (kldload virtio_console)?"
         ));
     };
     // SAFETY: the only reference to it.
@@ -111,8 +111,11 @@ extern "C" fn agent_main(start: *const usize) -> ! {
     }
 }
 
-/// The port that was named, or the first that there is, as a plain stream of bytes.
+/// The port that was named, or the one that the host names, or the first that there is, as a plain stream of bytes.
 fn open_port(named: Option<&Path>) -> Option<i32> {
+    let mut value = [0; 64];
+    // What KENV_GET writes includes the NUL (sys/kern/kern_environment.c).
+    let named = named.or_else(|| sys::kernel_variable(c"coldspark.agent_port", &mut value));
     let flags = sys::O_RDWR | sys::O_NONBLOCK | sys::O_NOCTTY;
     let port = match named {
         Some(path) => sys::open(path, flags, 0).ok()?,

@@ -11,6 +11,7 @@ pub(crate) const EACCES: i32 = 13;
 pub(crate) const EPERM: i32 = 1;
 pub(crate) const EINTR: i32 = 4;
 pub(crate) const ENXIO: i32 = 6;
+pub(crate) const EINVAL: i32 = 22;
 pub(crate) const ENOTDIR: i32 = 20;
 pub(crate) const EAGAIN: i32 = 35;
 
@@ -60,6 +61,7 @@ const SYSCTL: usize = 202;
 const CLOCK_GETTIME: usize = 232;
 const CLOCK_SETTIME: usize = 233;
 const SIGPROCMASK: usize = 340;
+const KENV: usize = 390;
 const SIGACTION: usize = 416;
 const PIPE2: usize = 542;
 const PPOLL: usize = 545;
@@ -345,13 +347,30 @@ pub(crate) fn random(bytes: &mut [u8]) -> bool {
     count == Ok(bytes.len())
 }
 
+/// A variable of the kernel's environment, with its NUL, in `value`; `None` if there is none, or it does not fit.
+pub(crate) fn kernel_variable<'a>(name: &Path, value: &'a mut [u8]) -> Option<&'a Path> {
+    const KENV_GET: usize = 0;
+    // SAFETY: a string, and a place of that size.
+    let count = unsafe { call!(KENV, KENV_GET, name.as_ptr(), value.as_mut_ptr(), value.len()) }.ok()?;
+    Path::from_bytes_until_nul(value.get(..count)?).ok()
+}
+
 /// A terminal that passes every byte on as it is, with the longest queues there are.
 pub(crate) fn make_raw(fd: i32) -> Result<()> {
-    const TIOCSETA: usize = 0x802c_7414;
-    // So many bits a second give queues of 64 KiB (sys/kern/tty.c, tty_watermarks).
-    const SPEED: u32 = 1 << 20;
     /// CS8, CREAD, CLOCAL.
     const CONTROL: u32 = 0x300 | 0x800 | 0x8000;
+    /// CCTS_OFLOW, CRTS_IFLOW.
+    const FLOW: u32 = 0x3_0000;
+    // So many bits a second give queues of 64 KiB (sys/kern/tty.c, tty_watermarks).
+    match set_terminal(fd, 1 << 20, CONTROL) {
+        // A serial port has no such speed. Its queue is shorter, so it says when it is full.
+        Err(EINVAL) => set_terminal(fd, 115_200, CONTROL | FLOW),
+        outcome => outcome,
+    }
+}
+
+fn set_terminal(fd: i32, speed: u32, control: u32) -> Result<()> {
+    const TIOCSETA: usize = 0x802c_7414;
     #[repr(C)]
     struct Settings {
         input: u32,
@@ -365,7 +384,7 @@ pub(crate) fn make_raw(fd: i32) -> Result<()> {
     // VMIN.
     characters[16] = 1;
     let settings =
-        Settings { input: 0, output: 0, control: CONTROL, local: 0, characters, speeds: [SPEED; 2] };
+        Settings { input: 0, output: 0, control, local: 0, characters, speeds: [speed; 2] };
     // SAFETY: struct termios, 44 bytes, as the request's number says.
     unsafe { call!(IOCTL, fd, TIOCSETA, &raw const settings) }.map(|_| ())
 }

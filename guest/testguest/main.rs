@@ -26,6 +26,7 @@ mod memory;
 mod mptable;
 mod native;
 mod network;
+mod port;
 mod pvh;
 mod random;
 mod serial;

@@ -13,7 +13,8 @@ use crate::gate::{self, ticks};
 use crate::given::Given;
 use crate::interrupts;
 use crate::memory;
-use crate::virtio::{Console, FRAME_BYTES, Failure, Net};
+use crate::port::Port;
+use crate::virtio::{FRAME_BYTES, Failure, Net};
 
 const ETHERNET: usize = 14;
 const TYPE_4: [u8; 2] = [0x08, 0x00];
@@ -154,7 +155,7 @@ impl Network {
     }
 
     /// Halts until a frame comes, or the host says something, or it is time to ask again.
-    pub(crate) fn halt(&mut self, console: &mut Console) {
+    pub(crate) fn halt(&mut self, console: &mut Port) {
         let asks = self.question.as_ref().is_some_and(Question::is_open);
         if asks {
             interrupts::arm_timer();

@@ -1,10 +1,11 @@
-//! Port input and output, and the serial console on it (16550 at 0x3F8, polled).
+//! Port input and output, the serial console on it (16550 at 0x3F8, polled), and the agent's serial port (at 0x2F8), if it has one.
 
 use core::arch::asm;
 use core::fmt::{self, Write};
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 const DATA: u16 = 0x3f8;
+const AGENT_DATA: u16 = 0x2f8;
 const FIFO_CONTROL: u16 = DATA + 2;
 const LINE_CONTROL: u16 = DATA + 3;
 const LINE_STATUS: u16 = DATA + 5;
@@ -54,6 +55,53 @@ pub(crate) fn write(bytes: &[u8]) {
 /// The next byte that was typed; `None` if none comes for a long time.
 pub(crate) fn read() -> Option<u8> {
     (0..LOOKS_MAX).any(|_| in8(LINE_STATUS) & DATA_READY != 0).then(|| in8(DATA))
+}
+
+/// COM2, which carries the agent protocol on a machine without virtio-console.
+pub(crate) struct AgentPort;
+
+impl AgentPort {
+    const MODEM_CONTROL: u16 = AGENT_DATA + 4;
+    const SCRATCH: u16 = AGENT_DATA + 7;
+    /// DTR and RTS: bytes may come.
+    const OPEN: u8 = 0x03;
+
+    /// If there is such a port: its scratch register keeps what is written.
+    pub(crate) fn find() -> Option<AgentPort> {
+        for byte in [0x5a, 0xa5] {
+            out8(Self::SCRATCH, byte);
+            if in8(Self::SCRATCH) != byte {
+                return None;
+            }
+        }
+        out8(AGENT_DATA + 3, 3);
+        out8(AGENT_DATA + 2, 1);
+        out8(Self::MODEM_CONTROL, Self::OPEN);
+        Some(AgentPort)
+    }
+
+    pub(crate) fn has_bytes(&self) -> bool {
+        in8(AGENT_DATA + 5) & DATA_READY != 0
+    }
+
+    /// Fills `out`, looking until there is enough.
+    pub(crate) fn read(&mut self, out: &mut [u8]) {
+        for byte in out {
+            while !self.has_bytes() {
+                core::hint::spin_loop();
+            }
+            *byte = in8(AGENT_DATA);
+        }
+    }
+
+    pub(crate) fn write(&mut self, bytes: &[u8]) {
+        for piece in bytes.chunks(FIFO_BYTES.into()) {
+            while in8(AGENT_DATA + 5) & TRANSMITTER_EMPTY == 0 {
+                core::hint::spin_loop();
+            }
+            piece.iter().for_each(|byte| out8(AGENT_DATA, *byte));
+        }
+    }
 }
 
 struct Console;

@@ -13,7 +13,8 @@ use crate::random::Generator;
 use crate::serial::{self, say};
 use crate::smp::Cpus;
 use crate::streams::Streams;
-use crate::virtio::{Console, Devices, Failure};
+use crate::port::Port;
+use crate::virtio::{Devices, Failure};
 use crate::wire::*;
 
 const FRAME_BYTES: usize = HEADER_BYTES + PAYLOAD_BYTES_MAX;
@@ -141,8 +142,8 @@ extern "C" fn guest_serve() -> ! {
         let long = (&mut (*(&raw mut REQUEST)).0, &mut (*(&raw mut REPLY_FRAME)).0);
         (booted, long, (&mut *(&raw mut short_request), &mut *(&raw mut short_reply)))
     };
-    let (Some(mut console), Some(state)) = (booted.devices.console.take(), booted.state.take()) else {
-        say!("no virtio-console: saying back what is typed here");
+    let (Some(mut console), Some(state)) = (Port::find(&mut booted.devices), booted.state.take()) else {
+        say!("no port for the agent: saying back what is typed here");
         say_back()
     };
     let mut server = Server {
@@ -199,7 +200,7 @@ extern "C" fn guest_serve() -> ! {
     }
 }
 
-/// On a machine without a virtio-console, which is another VMM's (`coldspark bench --compare-...`): says each typed byte back.
+/// On a machine without a port for the agent, which is another VMM's (`coldspark bench --compare-...`): says each typed byte back.
 fn say_back() -> ! {
     loop {
         if let Some(byte) = serial::read() {
@@ -216,12 +217,12 @@ fn has_long_reply(kind: u16) -> bool {
 /// A port that does not receive leaves nobody to tell.
 fn port(outcome: Result<(), Failure>) {
     if let Err(why) = outcome {
-        fail(format_args!("virtio-console, receiving: {why:?}"));
+        fail(format_args!("the agent's port, receiving: {why:?}"));
     }
 }
 
 /// The header of the next request. Bytes that begin no frame are skipped.
-fn receive(console: &mut Console, frame: &mut [u8; SHORT_FRAME_BYTES]) -> Header {
+fn receive(console: &mut Port, frame: &mut [u8; SHORT_FRAME_BYTES]) -> Header {
     let mut have = 0;
     loop {
         port(console.read(&mut frame[have..HEADER_BYTES]));
@@ -238,11 +239,11 @@ fn receive(console: &mut Console, frame: &mut [u8; SHORT_FRAME_BYTES]) -> Header
 }
 
 /// Sends `length` bytes of payload that lie behind the header's place.
-pub(crate) fn send(console: &mut Console, frame: &mut [u8], kind: u16, status: u16, id: u32, length: usize) {
+pub(crate) fn send(console: &mut Port, frame: &mut [u8], kind: u16, status: u16, id: u32, length: usize) {
     let header = Header { kind, status, id, length: length as u32 };
     frame[..HEADER_BYTES].copy_from_slice(&header.encode());
     if let Err(why) = console.write(&frame[..HEADER_BYTES + length]) {
-        fail(format_args!("virtio-console, sending: {why:?}"));
+        fail(format_args!("the agent's port, sending: {why:?}"));
     }
 }
 
@@ -254,7 +255,7 @@ fn reset() -> ! {
 impl Server {
     /// Does what streams and the network want, until a request comes; requests come first. Comes back without one when there is nothing
     /// else that could wake it.
-    fn attend(&mut self, console: &mut Console, frame: &mut [u8]) {
+    fn attend(&mut self, console: &mut Port, frame: &mut [u8]) {
         while !console.has_bytes() {
             let mut did = false;
             if let Some(network) = &mut self.network {

@@ -23,7 +23,7 @@ use crate::gate::ticks;
 use crate::network::Network;
 use crate::random::Generator;
 use crate::serve::{BAD_PAYLOAD, Refusal, Reply, send};
-use crate::virtio::Console;
+use crate::port::Port;
 use crate::wire::*;
 
 /// Stdin of one stream that is not read yet.
@@ -271,7 +271,7 @@ impl Streams {
     /// Lets one stream do one thing. False: none can.
     pub(crate) fn step(
         &mut self,
-        console: &mut Console,
+        console: &mut Port,
         frame: &mut [u8],
         random: &mut Generator,
         network: &mut Option<Network>,
@@ -307,7 +307,7 @@ enum Step {
 
 /// One stream in its turn.
 struct Worker<'a> {
-    console: &'a mut Console,
+    console: &'a mut Port,
     frame: &'a mut [u8],
     slot: &'a mut Slot,
     files: &'a mut [File; FILES],

@@ -9,7 +9,7 @@ use crate::fleet::cgroup::Limits;
 use crate::fleet::profile::{Profile, ProfilePhase};
 use crate::fleet::vm::{Origin, State, Vm};
 use crate::fleet::watchdog;
-use crate::fleet::{Activity, BootProtocol, Hardware, MemoryMode, ModuleKind, Step, VcpuLook};
+use crate::fleet::{Activity, AgentPort, BootProtocol, Hardware, MemoryMode, ModuleKind, Step, VcpuLook};
 
 pub fn vm(vm: &Vm) -> proto::Vm {
     let status = vm.status();
@@ -157,6 +157,22 @@ pub fn hardware_in(number: i32) -> Result<Hardware, Status> {
         Ok(proto::Hardware::Microvm) => Ok(Hardware::Microvm),
         Ok(proto::Hardware::Pc) => Ok(Hardware::Pc),
         Err(_) => Err(invalid(format!("hardware {number} is not known; see Hardware"))),
+    }
+}
+
+pub fn agent_port_out(port: AgentPort) -> proto::AgentPort {
+    match port {
+        AgentPort::Virtio => proto::AgentPort::Virtio,
+        AgentPort::Serial => proto::AgentPort::Serial,
+    }
+}
+
+/// `Virtio` when unspecified.
+pub fn agent_port_in(number: i32) -> Result<AgentPort, Status> {
+    match proto::AgentPort::try_from(number) {
+        Ok(proto::AgentPort::Unspecified | proto::AgentPort::Virtio) => Ok(AgentPort::Virtio),
+        Ok(proto::AgentPort::Serial) => Ok(AgentPort::Serial),
+        Err(_) => Err(invalid(format!("agent port {number} is not known; see AgentPort"))),
     }
 }
 

@@ -102,6 +102,7 @@ fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
         settings: Settings {
             protocol: convert::protocol_in(boot.protocol)?,
             hardware: convert::hardware_in(boot.hardware)?,
+            agent_port: convert::agent_port_in(boot.agent_port)?,
             command_line: boot.command_line,
             vcpus: convert::vcpus_in(boot.vcpus)?.unwrap_or(usual.vcpus),
             memory_bytes: convert::nonzero(boot.memory_bytes).unwrap_or(usual.memory_bytes),
@@ -130,6 +131,7 @@ fn image(image: Described) -> proto::Image {
             memory_bytes: image.settings.memory_bytes,
             ready: Some(convert::ready_out(&image.settings.ready)),
             hardware: convert::hardware_out(image.settings.hardware).into(),
+            agent_port: convert::agent_port_out(image.settings.agent_port).into(),
         }),
         module: convert::module_out(image.module).into(),
         disks: image

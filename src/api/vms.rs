@@ -333,6 +333,10 @@ fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
             0 => None,
             number => Some(convert::hardware_in(number)?),
         },
+        agent_port: match request.agent_port {
+            0 => None,
+            number => Some(convert::agent_port_in(number)?),
+        },
         command_line: request.command_line,
         profile: request.profile,
         ready: convert::ready_in(request.ready)?,

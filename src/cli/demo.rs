@@ -230,6 +230,7 @@ async fn source(
         cmdline: arguments.cmdline.clone(),
         protocol: arguments.protocol,
         hardware: arguments.hardware,
+        agent_port: None,
     };
     let ready = arguments.ready.point();
     let image =

@@ -161,6 +161,7 @@ async fn boot(client: &mut Client, arguments: &Arguments, single_user: bool) -> 
         },
         protocol: arguments.protocol,
         hardware: arguments.hardware,
+        agent_port: None,
     };
     let ready = match (arguments.ready.point(), single_user) {
         (None, true) => {

@@ -35,7 +35,7 @@ use crate::agent::Hello;
 use crate::telemetry::{metrics, trace};
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{
-    BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
+    AgentPort, BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
 };
 use std::os::fd::OwnedFd;
 
@@ -68,6 +68,7 @@ pub struct CreateVm {
     pub memory_bytes: Option<u64>,
     pub protocol: Option<BootProtocol>,
     pub hardware: Option<Hardware>,
+    pub agent_port: Option<AgentPort>,
     pub command_line: String,
     pub ready: Option<ReadyPoint>,
     pub ready_timeout: Duration,
@@ -504,6 +505,7 @@ impl Plan {
             memory_bytes,
             protocol: request.protocol.unwrap_or(settings.protocol),
             hardware: request.hardware.unwrap_or(settings.hardware),
+            agent_port: request.agent_port.unwrap_or(settings.agent_port),
             module: bootable.module_kind,
             command_line,
             // Known when their files are open.

@@ -23,7 +23,7 @@ use crate::media::{inspect, kernel};
 use crate::snapshot::images::{self as store, Image, ImageDraft, ImageStore, Listed, OpenImage, Part, Ready};
 use crate::snapshot::layers::SECTOR_BYTES;
 use crate::snapshot::manifest::Protocol;
-use crate::worker::protocol::{BootProtocol, Hardware, ModuleKind};
+use crate::worker::protocol::{AgentPort, BootProtocol, Hardware, ModuleKind};
 
 /// What the embedded test guest is called where an image's name would be.
 pub const EMBEDDED_TITLE: &str = "embedded test guest";
@@ -33,6 +33,7 @@ pub const EMBEDDED_TITLE: &str = "embedded test guest";
 pub struct Settings {
     pub protocol: BootProtocol,
     pub hardware: Hardware,
+    pub agent_port: AgentPort,
     pub command_line: String,
     pub vcpus: u8,
     pub memory_bytes: u64,
@@ -44,6 +45,7 @@ impl Default for Settings {
         Self {
             protocol: BootProtocol::Auto,
             hardware: Hardware::Auto,
+            agent_port: AgentPort::Virtio,
             command_line: String::new(),
             vcpus: 1,
             memory_bytes: MEMORY_BYTES_DEFAULT,
@@ -501,6 +503,10 @@ fn settings_in(request: ImportImage) -> store::Settings {
             Hardware::Microvm => Some(store::Hardware::Microvm),
             Hardware::Pc => Some(store::Hardware::Pc),
         },
+        agent_port: match request.settings.agent_port {
+            AgentPort::Virtio => None,
+            AgentPort::Serial => Some(store::AgentPort::Serial),
+        },
         module: request.module.map(|module| match module {
             ModuleKind::MemoryDisk => store::ModuleKind::MemoryDisk,
             ModuleKind::Initrd => store::ModuleKind::Initrd,
@@ -535,6 +541,10 @@ fn settings_out(settings: &store::Settings) -> Settings {
             None => Hardware::Auto,
             Some(store::Hardware::Microvm) => Hardware::Microvm,
             Some(store::Hardware::Pc) => Hardware::Pc,
+        },
+        agent_port: match settings.agent_port {
+            None | Some(store::AgentPort::Virtio) => AgentPort::Virtio,
+            Some(store::AgentPort::Serial) => AgentPort::Serial,
         },
         command_line: settings.command_line.clone(),
         vcpus: settings.vcpus,

@@ -93,8 +93,8 @@ use snapshots::Snapshots;
 
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
-    Activity, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats, Stats,
-    Step, VcpuLook,
+    Activity, AgentPort, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats,
+    Stats, Step, VcpuLook,
 };
 
 /// Threads that answer page faults of userfault clones.

@@ -52,6 +52,9 @@ pub struct Settings {
     /// `None`: look into the kernel file and choose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hardware: Option<Hardware>,
+    /// `None`: a virtio-console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_port: Option<AgentPort>,
     /// What the module file is; `None`: there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub module: Option<ModuleKind>,
@@ -75,6 +78,16 @@ pub enum Hardware {
     Microvm,
     /// ACPI and virtio-pci.
     Pc,
+}
+
+/// What the agent's channel is plugged into in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentPort {
+    /// A virtio-console.
+    Virtio,
+    /// COM2.
+    Serial,
 }
 
 /// What the module file is.

@@ -102,8 +102,9 @@ enum Source {
     Wake,
     SerialChanged,
     Timer,
-    Serial,
-    SerialLinger,
+    /// COM1 is 0, COM2 1.
+    Serial(usize),
+    SerialLinger(usize),
     Virtio(usize),
 }
 
@@ -128,9 +129,13 @@ impl Worker {
             (self.wake.as_raw_fd(), Source::Wake),
             (self.serial_changed.as_raw_fd(), Source::SerialChanged),
             (timer, Source::Timer),
-            (self.bus.chipset.serial.linger_fd(), Source::SerialLinger),
         ] {
             self.watch(source, &[HostInterest { fd, readable: true, writable: false }])?;
+        }
+        let bus = self.bus.clone();
+        for (port, serial) in bus.chipset.serial_ports().enumerate() {
+            let fd = serial.linger_fd();
+            self.watch(Source::SerialLinger(port), &[HostInterest { fd, readable: true, writable: false }])?;
         }
         Ok(())
     }
@@ -164,7 +169,7 @@ impl Worker {
                                     lock(device).quiesce(&self.bus.memory);
                                 }
                                 // A line that the guest has begun is the source's to print, not every clone's.
-                                self.bus.chipset.serial.console_writable();
+                                self.bus.chipset.serial_ports().for_each(|port| port.console_writable());
                                 let _ = done.send(());
                                 if !self.stand(commands) {
                                     return;
@@ -191,7 +196,7 @@ impl Worker {
             }
         }
         // A state may have been set while standing.
-        self.refresh(Source::Serial);
+        self.refresh_serial();
         for slot in 0..self.bus.virtio.len() {
             self.refresh(Source::Virtio(slot));
         }
@@ -204,10 +209,10 @@ impl Worker {
             Source::Timer => return self.bus.chipset.timer_expired(),
             Source::SerialChanged => {
                 let _ = self.serial_changed.read();
-                return self.refresh(Source::Serial);
+                return self.refresh_serial();
             }
-            Source::Serial => {
-                let serial = &self.bus.chipset.serial;
+            Source::Serial(port) => {
+                let Some(serial) = self.bus.chipset.serial_ports().nth(port) else { return };
                 if set.contains(EventSet::OUT) {
                     serial.console_writable();
                 }
@@ -215,9 +220,11 @@ impl Worker {
                     serial.console_readable();
                 }
             }
-            Source::SerialLinger => {
-                self.bus.chipset.serial.lingered();
-                return self.refresh(Source::Serial);
+            Source::SerialLinger(port) => {
+                if let Some(serial) = self.bus.chipset.serial_ports().nth(port) {
+                    serial.lingered();
+                }
+                return self.refresh(Source::Serial(port));
             }
             Source::Virtio(slot) => {
                 if let Some(device) = self.bus.virtio.get(slot) {
@@ -228,11 +235,17 @@ impl Worker {
         self.refresh(source);
     }
 
+    fn refresh_serial(&mut self) {
+        for port in 0..self.bus.chipset.serial_ports().count() {
+            self.refresh(Source::Serial(port));
+        }
+    }
+
     /// Reads a device's interest again.
     fn refresh(&mut self, source: Source) {
         let interests = match source {
-            Source::Serial => {
-                let serial = &self.bus.chipset.serial;
+            Source::Serial(port) => {
+                let Some(serial) = self.bus.chipset.serial_ports().nth(port) else { return };
                 let interest = serial.interest();
                 let fd = serial.console().as_raw_fd();
                 vec![HostInterest { fd, readable: interest.readable, writable: interest.writable }]

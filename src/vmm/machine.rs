@@ -30,9 +30,9 @@ use super::boot::{
     ReadAt,
 };
 use super::bus::{Bus, Pc, SharedBus, lock};
-use super::chipset::Chipset;
 use super::chipset::pci::{Function, PciBus, intx_pin};
 use super::chipset::power::{self, Power};
+use super::chipset::{AgentPort, Chipset};
 use super::devices::{DeviceThread, DevicesError};
 use super::host::Host;
 use super::irq::{Interrupt, KvmMessages, Messages};
@@ -133,6 +133,8 @@ pub struct Parts {
     pub console: UnixStream,
     /// The agent channel, non-blocking.
     pub agent: UnixStream,
+    /// What it is plugged into in the guest.
+    pub agent_port: AgentPort,
     pub disks: Vec<DiskPart>,
     pub networks: Vec<NetworkPart>,
     pub ready_port: Option<u16>,
@@ -207,7 +209,11 @@ impl Frame {
         let changed =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MachineError::Descriptors)?;
         let told = changed.try_clone().map_err(MachineError::Descriptors)?;
-        let chipset = Chipset::new(shell.ioapic(), parts.console, told, parts.ready_port)
+        let (on_virtio, on_serial) = match parts.agent_port {
+            AgentPort::Virtio => (Some(parts.agent), None),
+            AgentPort::Serial => (None, Some(parts.agent)),
+        };
+        let chipset = Chipset::new(shell.ioapic(), parts.console, on_serial, told, parts.ready_port)
             .map_err(call("the chipset's lines and timer"))?;
         let mut virtio: Vec<Box<dyn VirtioDevice>> = Vec::new();
         let (mut disks, mut serials) = (Vec::new(), Vec::new());
@@ -219,7 +225,7 @@ impl Frame {
             disks.push(disk);
             serials.push(part.serial);
         }
-        virtio.push(Box::new(Console::new(parts.agent)));
+        virtio.extend(on_virtio.map(|agent| Box::new(Console::new(agent)) as Box<dyn VirtioDevice>));
         virtio.push(Box::new(Rng::new()));
         let mut networks = Vec::new();
         for part in parts.networks {
@@ -329,6 +335,7 @@ impl Machine {
             return Err(MachineError::Vcpus(count));
         }
         let (hardware, mut choices) = boot::hardware(options.kernel, options.hardware)?;
+        let agent_port = parts.agent_port;
         let frame = Frame::new(&shell, parts, hardware)?;
         done("devices");
         let readers: Vec<DiskReader<'_>> = frame.disks.iter().map(|disk| DiskReader(disk)).collect();
@@ -350,6 +357,7 @@ impl Machine {
             vcpus: count,
             disks: &views,
             mmio: &frame.slots(),
+            agent_port,
         })?;
         done("load");
         choices.append(&mut loaded.choices);
@@ -413,6 +421,9 @@ impl Machine {
             file.push(index as u32, &vcpu.save()?)?;
         }
         file.push(0, &self.bus.chipset.save())?;
+        if let Some(agent) = self.bus.chipset.save_agent() {
+            file.push(0, &agent)?;
+        }
         for (slot, device) in self.bus.virtio.iter().enumerate() {
             file.push(slot as u32, &lock(device).save()?)?;
         }

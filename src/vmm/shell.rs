@@ -18,13 +18,13 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use super::chipset::ioapic::{self, IoApic};
 use super::chipset::pci::intx_pin;
 use super::chipset::power::SCI;
-use super::chipset::{PIT_PIN, SERIAL_PIN};
+use super::chipset::{AGENT_PIN, PIT_PIN, SERIAL_PIN};
 use super::host::Host;
 use super::machine::{MachineError, SLOT_PINS, VCPUS_MAX, call};
 use super::memory::Ram;
 use super::vcpu_state;
 use super::x86::cpuid;
-use crate::snapshot::state::chipset::ChipsetState;
+use crate::snapshot::state::chipset::{AgentPortState, ChipsetState};
 use crate::snapshot::state::file::StateFile;
 use crate::snapshot::state::machine::{MachineState, RegionState};
 use crate::snapshot::state::pc::PcState;
@@ -114,7 +114,8 @@ impl Slotted {
             Some(_) => (1..).take(devices.min(SLOT_PINS.len())).map(intx_pin).chain([SCI]).collect(),
             None => SLOT_PINS.iter().copied().take(devices).collect(),
         };
-        let pins = pins.into_iter().map(usize::from).chain([PIT_PIN, SERIAL_PIN]);
+        let agent = state.get_if_there::<AgentPortState>(0)?.map(|_| AGENT_PIN);
+        let pins = pins.into_iter().map(usize::from).chain([PIT_PIN, SERIAL_PIN]).chain(agent);
         self.ioapic.expect(&chipset.ioapic, pins).map_err(call("KVM_SET_GSI_ROUTING or KVM_IRQFD"))
     }
 

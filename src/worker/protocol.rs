@@ -19,7 +19,7 @@ use crate::snapshot::working_set::Touched;
 
 /// Version of all that is said on the control socket. A daemon takes over workers of its own version only, so it changes with every change of a
 /// message here, and of what a message means.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -274,6 +274,16 @@ pub enum Hardware {
     Pc,
 }
 
+/// What the agent's channel is plugged into in the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AgentPort {
+    /// A virtio-console.
+    #[default]
+    Virtio,
+    /// COM2, for kernels without a driver for that one.
+    Serial,
+}
+
 /// What the optional module file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ModuleKind {
@@ -290,6 +300,7 @@ pub struct BootSpec {
     pub memory_bytes: u64,
     pub protocol: BootProtocol,
     pub hardware: Hardware,
+    pub agent_port: AgentPort,
     pub module: Option<ModuleKind>,
     /// Kernel command line (PVH, Linux), or `name=value` words for FreeBSD's kernel environment. Added after what
     /// the builder chooses, so it wins.

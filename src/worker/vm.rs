@@ -17,10 +17,10 @@ use super::jail::Outside;
 use super::keep::{self, DiskFiles, Keep};
 use super::own::{self, Own};
 use super::protocol::{
-    Adopted, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, FDS_MAX, Fault,
-    FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode, MemoryRegion,
-    ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec, Stats, Step,
-    instant_ns,
+    Adopted, AgentPort, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, FDS_MAX,
+    Fault, FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode,
+    MemoryRegion, ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec,
+    Stats, Step, instant_ns,
 };
 use super::warm::OwnPages;
 use super::{Daemon, duplicate, resident};
@@ -32,6 +32,7 @@ use crate::snapshot::state::machine::RegionState;
 use crate::snapshot::state::vcpu::VcpuState;
 use crate::snapshot::working_set::Touched;
 use crate::vmm::boot;
+use crate::vmm::chipset;
 use crate::vmm::host::Host;
 use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts, Prepared};
 use crate::vmm::memory::{self, Backing, Ram};
@@ -416,6 +417,7 @@ impl Shell {
         let parts = Parts {
             console,
             agent,
+            agent_port: to_port(spec.agent_port),
             disks,
             networks,
             ready_port: spec.ready_port,
@@ -511,6 +513,8 @@ impl Shell {
         let parts = Parts {
             console,
             agent,
+            // The state knows.
+            agent_port: chipset::AgentPort::default(),
             disks,
             networks,
             ready_port: spec.ready_port,
@@ -820,6 +824,13 @@ fn to_wish(hardware: Hardware) -> boot::HardwareWish {
         Hardware::Auto => boot::HardwareWish::Auto,
         Hardware::Microvm => boot::HardwareWish::Microvm,
         Hardware::Pc => boot::HardwareWish::Pc,
+    }
+}
+
+fn to_port(port: AgentPort) -> chipset::AgentPort {
+    match port {
+        AgentPort::Virtio => chipset::AgentPort::Virtio,
+        AgentPort::Serial => chipset::AgentPort::Serial,
     }
 }
 

@@ -377,6 +377,7 @@ fn import(store: &ImageStore, name: &str) -> anyhow::Result<()> {
         name: name.into(),
         protocol: None,
         hardware: None,
+        agent_port: None,
         module: Some(ModuleKind::MemoryDisk),
         command_line: String::new(),
         vcpus: 1,

@@ -186,10 +186,16 @@ impl Client {
 
     /// The embedded guest, no disk, in a small VM.
     pub async fn boot_embedded(&mut self, memory_bytes: u64) -> Result<Vm, Status> {
+        self.boot_embedded_with(memory_bytes, AgentPort::Virtio).await
+    }
+
+    /// The same, with its agent behind that port.
+    pub async fn boot_embedded_with(&mut self, memory_bytes: u64, port: AgentPort) -> Result<Vm, Status> {
         let request = CreateVmRequest {
             source: Some(Source::Embedded(true)),
             vcpus: 1,
             memory_bytes,
+            agent_port: port.into(),
             ..Default::default()
         };
         Ok(self.boot(request).await?.vm)

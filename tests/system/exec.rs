@@ -10,7 +10,7 @@ use tonic::Code;
 use crate::client::{Client, ask, expect_status};
 use crate::commands::{Command, Left, get, put, run, start};
 use crate::daemon::{Daemon, eventually, program};
-use crate::host::Need;
+use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm];
@@ -24,22 +24,29 @@ const SIGKILL: u32 = 9;
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        trial("embedded/exec/commands", NEEDS, 60, commands),
+        trial("embedded/exec/commands", NEEDS, 60, |stage| commands(stage, AgentPort::Virtio)),
         trial("embedded/exec/both-ways", NEEDS, 120, both_ways),
         trial("embedded/exec/signals", NEEDS, 60, signals),
         trial("embedded/exec/flood-that-nobody-reads", NEEDS, 60, flood),
         trial("embedded/exec/caller-that-vanishes", NEEDS, 60, vanishing),
-        trial("embedded/exec/snapshots-and-clones", NEEDS, 120, clones),
+        trial("embedded/exec/snapshots-and-clones", NEEDS, 120, |stage| clones(stage, AgentPort::Virtio)),
         trial("embedded/exec/guest-that-ends", NEEDS, 60, ending),
-        trial("embedded/exec/files", NEEDS, 60, files),
+        trial("embedded/exec/files", NEEDS, 60, |stage| files(stage, AgentPort::Virtio)),
+        trial("embedded/exec/serial-port/commands", NEEDS, 120, |stage| commands(stage, AgentPort::Serial)),
+        trial("embedded/exec/serial-port/clones", NEEDS, 240, |stage| clones(stage, AgentPort::Serial)),
+        trial("embedded/exec/serial-port/files", NEEDS, 240, |stage| files(stage, AgentPort::Serial)),
         trial("embedded/exec/command-line", NEEDS, 60, command_line),
     ]
 }
 
 async fn boot(stage: &Stage) -> anyhow::Result<(Daemon, Client, String)> {
+    boot_with(stage, AgentPort::Virtio).await
+}
+
+async fn boot_with(stage: &Stage, port: AgentPort) -> anyhow::Result<(Daemon, Client, String)> {
     let daemon = Daemon::start(stage).await?;
     let mut client = daemon.client().await?;
-    let vm = client.boot_embedded(MEMORY).await?.id;
+    let vm = client.boot_embedded_with(MEMORY, port).await?.id;
     Ok((daemon, client, vm))
 }
 
@@ -57,8 +64,8 @@ async fn expect_streams(client: &Client, vm: &str, count: u32) -> anyhow::Result
     .await
 }
 
-async fn commands(stage: Stage) -> anyhow::Result<()> {
-    let (_daemon, client, vm) = boot(&stage).await?;
+async fn commands(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
+    let (_daemon, client, vm) = boot_with(&stage, port).await?;
     run(&client, &vm, &["echo", "hello", "", "world"]).await?.expect(0, "hello  world\n")?;
     run(&client, &vm, &["exit", "77"]).await?.expect(77, "")?;
     let failed = run(&client, &vm, &["fail", "no", "luck"]).await?;
@@ -193,8 +200,8 @@ async fn vanishing(stage: Stage) -> anyhow::Result<()> {
 }
 
 /// Commands go on in a VM of which a snapshot is taken; its clones have none of them, and can have their own.
-async fn clones(stage: Stage) -> anyhow::Result<()> {
-    let (_daemon, mut client, vm) = boot(&stage).await?;
+async fn clones(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
+    let (_daemon, mut client, vm) = boot_with(&stage, port).await?;
     put(&client, &vm, "/kept", 0o600, b"kept").await?;
     let mut cat = Command::open(&client, start(&vm, &["cat"])).await?;
     cat.stdin(b"before").await?;
@@ -236,10 +243,15 @@ async fn ending(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn files(stage: Stage) -> anyhow::Result<()> {
-    let (_daemon, client, vm) = boot(&stage).await?;
-    let bytes = pattern(256 << 10);
-    ensure!(put(&client, &vm, "/data", 0o640, &bytes).await? == 256 << 10);
+async fn files(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
+    let (_daemon, client, vm) = boot_with(&stage, port).await?;
+    // A byte of a serial port is some exits, which take a millisecond each in the rig.
+    let bytes = pattern(match port {
+        AgentPort::Serial if host::in_rig() => 8 << 10,
+        AgentPort::Serial => 48 << 10,
+        _ => 256 << 10,
+    });
+    ensure!(put(&client, &vm, "/data", 0o640, &bytes).await? == bytes.len() as u64);
     ensure!(get(&client, &vm, "/data").await? == (0o640, bytes), "other bytes than were written");
     ensure!(put(&client, &vm, "/data", 0o600, b"").await? == 0);
     ensure!(get(&client, &vm, "/data").await? == (0o600, vec![]), "not written anew");

@@ -88,6 +88,7 @@ pub async fn import(client: &mut Client, kernel: Kernel, vcpus: u32) -> anyhow::
             vcpus,
             memory_bytes: 256 << 20,
             ready: console_pattern(READY),
+            ..Default::default()
         }),
         ..Default::default()
     };

@@ -28,13 +28,15 @@ const AHEAD_NS: u64 = 5_000_000;
 
 pub fn trials() -> Vec<Trial> {
     vec![
-        trial("freebsd/agent/commands", NEEDS, 120, commands),
-        trial("freebsd/agent/clones", NEEDS, 120, clones),
+        trial("freebsd/agent/commands", NEEDS, 120, |stage| commands(stage, AgentPort::Virtio)),
+        trial("freebsd/agent/clones", NEEDS, 120, |stage| clones(stage, AgentPort::Virtio)),
+        trial("freebsd/agent/serial-port/commands", NEEDS, 300, |stage| commands(stage, AgentPort::Serial)),
+        trial("freebsd/agent/serial-port/clones", NEEDS, 300, |stage| clones(stage, AgentPort::Serial)),
     ]
 }
 
 /// Boots it up to the agent's hello.
-async fn boot(client: &mut Client) -> anyhow::Result<String> {
+async fn boot(client: &mut Client, port: AgentPort) -> anyhow::Result<String> {
     let (kernel, disk) = host::freebsd_agent().map_err(anyhow::Error::msg)?;
     let spec = ImageSpec {
         name: "freebsd".into(),
@@ -46,6 +48,7 @@ async fn boot(client: &mut Client) -> anyhow::Result<String> {
             vcpus: 1,
             memory_bytes: 256 << 20,
             ready: Some(ReadyPoint { at: Some(At::AgentHello(true)) }),
+            agent_port: port.into(),
         }),
         ..Default::default()
     };
@@ -76,10 +79,10 @@ fn pattern(bytes: usize) -> Vec<u8> {
     (0..bytes as u32 / 4).flat_map(|word| word.wrapping_mul(0x9e37_79b1).to_be_bytes()).collect()
 }
 
-async fn commands(stage: Stage) -> anyhow::Result<()> {
+async fn commands(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = boot(&mut client).await?;
+    let vm = boot(&mut client, port).await?;
     let hello = ask!(&mut client, &vm, Hello(HelloOp {}));
     ensure!(hello.agent == AGENT_FREEBSD && hello.cpus_found == 1, "{hello:?}");
     let stats = ask!(&mut client, &vm, Stats(StatsOp {}));
@@ -130,7 +133,8 @@ async fn commands(stage: Stage) -> anyhow::Result<()> {
     expect_status("no such folder", open(nowhere).await, &[Code::NotFound])?;
 
     // Both ways at once.
-    let due = pattern(256 << 10);
+    // In the rig each byte of a serial port takes a millisecond.
+    let due = pattern(if port == AgentPort::Serial { 32 << 10 } else { 256 << 10 });
     let mut cat = Command::open(&client, start(&vm, &["cat"])).await?;
     let requests = cat.requests.take().context("its requests")?;
     let bytes = due.clone();
@@ -172,10 +176,10 @@ fn now_ns() -> anyhow::Result<u64> {
 }
 
 /// Each clone is a machine of its own, for its kernel and for the commands in it.
-async fn clones(stage: Stage) -> anyhow::Result<()> {
+async fn clones(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = boot(&mut client).await?;
+    let vm = boot(&mut client, port).await?;
     let mut cat = Command::open(&client, start(&vm, &["cat"])).await?;
     cat.stdin(b"before").await?;
     ensure!(cat.stdout().await? == b"before");

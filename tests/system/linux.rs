@@ -90,6 +90,7 @@ async fn import_on(client: &mut Client, protocol: BootProtocol, machine: Machine
             vcpus: 2,
             memory_bytes: 256 << 20,
             ready: console_pattern("LINUX-READY"),
+            ..Default::default()
         }),
         ..Default::default()
     };

@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use super::FileArguments;
 use crate::api::client::Client;
 use crate::api::proto;
-use crate::cli::vm::create::ReadyArguments;
+use crate::cli::vm::create::{AgentPort, ReadyArguments};
 use crate::cli::{SocketArgument, output, units};
 use crate::media::unpack::{self, Unpacked};
 use proto::file_chunk::File;
@@ -181,6 +181,7 @@ pub async fn send(
         boot: Some(proto::BootSettings {
             protocol: files.protocol.number(),
             hardware: files.hardware.number(),
+            agent_port: files.agent_port.map_or(0, AgentPort::number),
             command_line: files.cmdline.clone(),
             vcpus: boot.vcpus,
             memory_bytes: boot.memory_bytes,

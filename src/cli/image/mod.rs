@@ -12,7 +12,7 @@ use serde_json::json;
 pub use self::import::import;
 use super::output::{self, Shape, Table};
 use super::snapshot::protocol_name;
-use super::vm::create::{Hardware, Protocol};
+use super::vm::create::{AgentPort, Hardware, Protocol};
 use super::{SocketArgument, units};
 use crate::api::client::all_pages;
 use crate::api::proto;
@@ -70,6 +70,9 @@ pub struct FileArguments {
     /// The kind of machine
     #[arg(long, value_enum, default_value_t = Hardware::Auto)]
     pub hardware: Hardware,
+    /// What the agent talks through [default: virtio]
+    #[arg(long, value_enum)]
+    pub agent_port: Option<AgentPort>,
 }
 
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -107,6 +110,7 @@ async fn list(socket: &SocketArgument, shape: Shape) -> anyhow::Result<()> {
                 "embedded": image.embedded,
                 "protocol": protocol_name(boot.protocol),
                 "hardware": hardware_name(boot.hardware),
+                "agent_port": if boot.agent_port == i32::from(proto::AgentPort::Serial) { "serial" } else { "virtio" },
                 "command_line": boot.command_line,
                 "vcpus": boot.vcpus,
                 "memory_bytes": boot.memory_bytes,

@@ -91,6 +91,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         cmdline: arguments.cmdline.clone(),
         protocol: Protocol::Auto,
         hardware: Hardware::Auto,
+        agent_port: None,
     };
     let login = || proto::ready_point::At::ConsolePattern("login:".into());
     let ready = arguments.ready.point().unwrap_or_else(|| proto::ReadyPoint { at: Some(login()) });

@@ -58,6 +58,25 @@ impl Hardware {
     }
 }
 
+/// What the agent talks through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AgentPort {
+    /// A virtio-console
+    Virtio,
+    /// The second serial port, for kernels without a driver for virtio-console
+    Serial,
+}
+
+impl AgentPort {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::Virtio => proto::AgentPort::Virtio,
+            Self::Serial => proto::AgentPort::Serial,
+        }
+        .into()
+    }
+}
+
 /// What a guest's reset leads to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnReset {
@@ -119,6 +138,9 @@ pub struct Arguments {
     /// The kind of machine [default: as the image says]
     #[arg(long, value_enum, default_value_t = Hardware::Auto, hide_default_value = true)]
     hardware: Hardware,
+    /// What the agent talks through [default: as the image says]
+    #[arg(long, value_enum)]
+    agent_port: Option<AgentPort>,
     /// Added to the image's command line
     #[arg(long, value_name = "TEXT", default_value = "")]
     cmdline: String,
@@ -229,6 +251,7 @@ fn request(arguments: &Arguments) -> anyhow::Result<proto::CreateVmRequest> {
         memory_bytes: arguments.memory.unwrap_or(0),
         protocol: arguments.protocol.number(),
         hardware: arguments.hardware.number(),
+        agent_port: arguments.agent_port.map_or(0, AgentPort::number),
         command_line: arguments.cmdline.clone(),
         ready: arguments.ready.point(),
         networks: arguments.net.interfaces()?,

@@ -165,6 +165,7 @@ impl Fleet {
             memory_bytes: None,
             protocol: None,
             hardware: None,
+            agent_port: None,
             command_line: String::new(),
             ready: Some(ReadyPoint::Agent),
             ready_timeout: READY_TIMEOUT_DEFAULT,

@@ -10,6 +10,7 @@ fn settings(name: &str) -> Settings {
         name: name.into(),
         protocol: Some(Protocol::FreeBsd),
         hardware: None,
+        agent_port: Some(AgentPort::Serial),
         module: Some(ModuleKind::MemoryDisk),
         command_line: "boot_serial=YES".into(),
         vcpus: 1,

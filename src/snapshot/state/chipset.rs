@@ -20,6 +20,12 @@ pub struct SerialState {
     pub transmit: Vec<u8>,
 }
 
+/// The second port, on machines whose agent talks through it. A section of its own: other machines' snapshots do not have it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentPortState {
+    pub serial: SerialState,
+}
+
 /// One channel of the 8254 timer. Times are relative, so that a clone's timer goes on where the snapshot stopped it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PitChannelState {

@@ -58,6 +58,11 @@ impl Section for super::chipset::ChipsetState {
     const VERSION: u16 = 1;
 }
 
+impl Section for super::chipset::AgentPortState {
+    const TAG: &'static str = "agent-port";
+    const VERSION: u16 = 1;
+}
+
 impl Section for super::virtio::TransportState {
     const TAG: &'static str = "virtio";
     const VERSION: u16 = super::virtio::TRANSPORT_STATE_VERSION;

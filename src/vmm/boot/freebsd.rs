@@ -13,6 +13,7 @@ use super::error::BootError;
 use super::layout::{self, MapEntry, STACK_TOP};
 use super::words::Environment;
 use super::{BootInput, Entry, Hardware, MmioSlot, ModuleKind};
+use crate::vmm::chipset::AgentPort;
 use crate::vmm::random;
 use crate::vmm::x86::gdt::{self, Mode};
 use crate::vmm::x86::paging;
@@ -36,7 +37,12 @@ const ENTROPY_BYTES: usize = 4096;
 const EARLY_BYTES: u64 = 4 << 20;
 
 /// The variables that make a kernel find this machine's devices, and spare it waiting for those that are not there.
-pub fn default_environment(hardware: Hardware, mmio: &[MmioSlot], root: Option<&str>) -> Environment {
+pub fn default_environment(
+    hardware: Hardware,
+    agent_port: AgentPort,
+    mmio: &[MmioSlot],
+    root: Option<&str>,
+) -> Environment {
     let mut environment = Environment::default();
     for (name, value) in [
         ("kernelname", "/boot/kernel/kernel"),
@@ -55,7 +61,6 @@ pub fn default_environment(hardware: Hardware, mmio: &[MmioSlot], root: Option<&
         ("hint.attimer.0.port", "0x40"),
         ("hint.attimer.0.irq", "0"),
         // Those there are not: each probe of an absent one is many exits, or a wait.
-        ("hint.uart.1.disabled", "1"),
         ("hint.uart.2.disabled", "1"),
         ("hint.uart.3.disabled", "1"),
         ("hint.atkbdc.0.disabled", "1"),
@@ -65,6 +70,20 @@ pub fn default_environment(hardware: Hardware, mmio: &[MmioSlot], root: Option<&
         ("kern.shutdown.poweroff_delay", "0"),
     ] {
         environment.set(name, value);
+    }
+    let second: &[(&str, &str)] = match agent_port {
+        AgentPort::Virtio => &[("hint.uart.1.disabled", "1")],
+        // The last tells the agent's start script.
+        AgentPort::Serial => &[
+            ("hint.uart.1.at", "isa"),
+            ("hint.uart.1.port", "0x2F8"),
+            ("hint.uart.1.irq", "3"),
+            ("hint.uart.1.baud", "115200"),
+            ("coldspark.agent_port", "/dev/cuau1"),
+        ],
+    };
+    for (name, value) in second {
+        environment.set(*name, *value);
     }
     if hardware == Hardware::Microvm {
         environment.set("hint.acpi.0.disabled", "1");

@@ -97,7 +97,7 @@ fn the_kernel_finds_everything() {
 #[test]
 fn the_environment_spares_waits_and_hides_nothing() {
     for hardware in [Hardware::Microvm, Hardware::Pc { transitional: false }] {
-        let environment = default_environment(hardware, &[], None);
+        let environment = default_environment(hardware, AgentPort::Virtio, &[], None);
         for absent in ["uart.1", "uart.2", "uart.3", "atkbdc.0", "atkbd.0", "psm.0"] {
             let name = format!("hint.{absent}.disabled");
             assert_eq!(environment.get(&name), Some("1"), "{name}");
@@ -112,6 +112,13 @@ fn the_environment_spares_waits_and_hides_nothing() {
         let microvm = (hardware == Hardware::Microvm).then_some("1");
         assert_eq!(environment.get("hint.acpi.0.disabled"), microvm);
         assert_eq!(environment.get("hint.pcib.0.disabled"), microvm);
+        assert_eq!(environment.get("coldspark.agent_port"), None);
+        // With an agent behind it, COM2 is to be found, and the agent's start script told.
+        let environment = default_environment(hardware, AgentPort::Serial, &[], None);
+        assert_eq!(environment.get("hint.uart.1.disabled"), None);
+        assert_eq!(environment.get("hint.uart.1.port"), Some("0x2F8"));
+        assert_eq!(environment.get("hint.uart.1.irq"), Some("3"));
+        assert_eq!(environment.get("coldspark.agent_port"), Some("/dev/cuau1"));
     }
 }
 

@@ -33,6 +33,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 pub use crate::media::ReadAt;
 pub use error::BootError;
 
+use crate::vmm::chipset::AgentPort;
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::x86::acpi::AcpiError;
 use crate::vmm::x86::gdt::{self, Mode};
@@ -120,6 +121,7 @@ pub struct BootInput<'a> {
     pub disks: &'a [DiskView<'a>],
     /// The block devices first, in the order of `disks`. None on a [`Hardware::Pc`].
     pub mmio: &'a [MmioSlot],
+    pub agent_port: AgentPort,
 }
 
 /// A machine ready to run.
@@ -220,7 +222,7 @@ pub fn hardware(kernel: &File, wish: HardwareWish) -> Result<(Hardware, Vec<Stri
 fn freebsd_acpi(input: &BootInput) -> Result<Option<u64>, BootError> {
     match input.hardware {
         Hardware::Microvm => Ok(None),
-        Hardware::Pc { .. } => Ok(Some(acpi::write_pc(input.memory, input.vcpus)?)),
+        Hardware::Pc { .. } => Ok(Some(acpi::write_pc(input.memory, input.vcpus, input.agent_port)?)),
     }
 }
 
@@ -237,7 +239,8 @@ fn freebsd_environment(
         choices.extend(found.choices);
         found.mount_from
     };
-    let mut environment = freebsd::default_environment(input.hardware, input.mmio, root.as_deref());
+    let mut environment =
+        freebsd::default_environment(input.hardware, input.agent_port, input.mmio, root.as_deref());
     environment.add_line(input.command_line)?;
     if let Some(given) = environment.get("vfs.root.mountfrom").filter(|given| root.as_deref() != Some(*given))
     {
@@ -272,7 +275,7 @@ fn linux_line(input: &BootInput, choices: &mut Vec<String>) -> Result<String, Bo
 /// root pointer's address.
 fn linux_acpi(input: &BootInput) -> Result<u64, BootError> {
     if input.hardware != Hardware::Microvm {
-        return Ok(acpi::write_pc(input.memory, input.vcpus)?);
+        return Ok(acpi::write_pc(input.memory, input.vcpus, input.agent_port)?);
     }
     let devices: Vec<_> = input
         .mmio
@@ -282,7 +285,7 @@ fn linux_acpi(input: &BootInput) -> Result<u64, BootError> {
             Ok(acpi::MmioDevice { address: slot.base, bytes, line: slot.irq.into() })
         })
         .collect::<Result<_, AcpiError>>()?;
-    Ok(acpi::write(input.memory, input.vcpus, &devices)?)
+    Ok(acpi::write(input.memory, input.vcpus, input.agent_port, &devices)?)
 }
 
 /// Size of a file or block device, which must have at least one byte.

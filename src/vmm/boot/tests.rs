@@ -154,6 +154,7 @@ pub(super) fn input<'a>(memory: &'a GuestMemory, kernel: &'a File) -> BootInput<
             MmioSlot { base: 0xd000_0000, bytes: 0x1000, irq: 5 },
             MmioSlot { base: 0xd000_1000, bytes: 0x1000, irq: 6 },
         ],
+        agent_port: AgentPort::Virtio,
     }
 }
 

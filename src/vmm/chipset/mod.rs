@@ -7,6 +7,7 @@
 //! | 0x60 0x64 | i8042 keyboard controller (vm-superio): only its reset line is wired |
 //! | 0x70 0x71 | [`cmos`]: clock |
 //! | 0x92, 0xcf9 | reset, as `sys/x86/x86/cpu_machdep.c` tries them |
+//! | 0x2f8-0x2ff | [`serial`]: COM2, if the agent talks through it |
 //! | 0x3f8-0x3ff | [`serial`]: COM1 |
 //! | the ready port | chosen by the caller; any write is the ready point |
 //!
@@ -28,13 +29,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::snapshot::state::chipset::ChipsetState;
+use crate::snapshot::state::chipset::{AgentPortState, ChipsetState};
 use crate::vmm::irq::Interrupt;
 
 /// I/O APIC pin of the interval timer. The MPTable says the same.
 pub const PIT_PIN: usize = 2;
 /// I/O APIC pin of COM1.
 pub const SERIAL_PIN: usize = 4;
+/// I/O APIC pin of COM2.
+pub const AGENT_PIN: usize = 3;
+
+/// The guest's end of the agent channel.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AgentPort {
+    /// A virtio-console.
+    #[default]
+    Virtio,
+    /// COM2, for kernels without a driver for that one. There is no virtio-console then.
+    Serial,
+}
 
 /// What a port write asked of the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +64,8 @@ pub enum PortEffect {
 /// Everything on the port bus, and the I/O APIC.
 pub struct Chipset {
     pub serial: Arc<serial::Serial>,
+    /// COM2, on a machine whose agent has no virtio-console.
+    pub agent: Option<Arc<serial::Serial>>,
     pub ioapic: Arc<ioapic::IoApic>,
     pit: Mutex<pit::Pit>,
     pit_line: Arc<ioapic::Line>,
@@ -64,16 +79,26 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Chipset {
-    /// A chipset after reset. `console` must be non-blocking; `interest_changed` is handed to the serial port.
+    /// A chipset after reset. `console` and `agent` must be non-blocking; `interest_changed` is handed to the serial ports.
+    /// With `agent` there is a COM2, which it is plugged into.
     pub fn new(
         ioapic: Arc<ioapic::IoApic>,
         console: UnixStream,
+        agent: Option<UnixStream>,
         interest_changed: EventFd,
         ready_port: Option<u16>,
     ) -> Result<Self, errno::Error> {
         let serial_line = ioapic.line(SERIAL_PIN)?;
+        let agent = match agent {
+            Some(agent) => {
+                let changed = interest_changed.try_clone().map_err(errno::Error::from)?;
+                Some(Arc::new(serial::Serial::for_agent(agent, ioapic.line(AGENT_PIN)?, changed)?))
+            }
+            None => None,
+        };
         Ok(Chipset {
             serial: Arc::new(serial::Serial::new(console, serial_line, interest_changed)?),
+            agent,
             pit: Mutex::new(pit::Pit::new()?),
             pit_line: ioapic.line(PIT_PIN)?,
             ioapic,
@@ -95,6 +120,7 @@ impl Chipset {
                 0x70 | 0x71 => lock(&self.cmos).read(port),
                 // A20 is on.
                 0x92 => 0x02,
+                0x2f8..=0x2ff => self.agent.as_ref().map_or(0xff, |agent| agent.read(port - 0x2f8)),
                 0x3f8..=0x3ff => self.serial.read(port - 0x3f8),
                 _ => 0xff,
             };
@@ -128,6 +154,11 @@ impl Chipset {
                 0x70 | 0x71 => lock(&self.cmos).write(port, value),
                 0x92 if value & 0x01 != 0 => return PortEffect::Reset("system control, port 0x92"),
                 0xcf9 if value & 0x04 != 0 => return PortEffect::Reset("reset control, port 0xcf9"),
+                0x2f8..=0x2ff => {
+                    if let Some(agent) = &self.agent {
+                        agent.write(port - 0x2f8, value);
+                    }
+                }
                 0x3f8..=0x3ff => self.serial.write(port - 0x3f8, value),
                 _ => {}
             }
@@ -145,6 +176,23 @@ impl Chipset {
     pub fn timer_expired(&self) {
         if lock(&self.pit).expired() {
             self.pit_line.raise();
+        }
+    }
+
+    /// The serial ports there are, COM1 first.
+    pub fn serial_ports(&self) -> impl Iterator<Item = &Arc<serial::Serial>> {
+        std::iter::once(&self.serial).chain(&self.agent)
+    }
+
+    /// What COM2 holds, if there is one.
+    pub fn save_agent(&self) -> Option<AgentPortState> {
+        Some(AgentPortState { serial: self.agent.as_ref()?.save() })
+    }
+
+    /// Takes on what COM2 held.
+    pub fn restore_agent(&self, state: &AgentPortState) {
+        if let Some(agent) = &self.agent {
+            agent.restore(&state.serial);
         }
     }
 

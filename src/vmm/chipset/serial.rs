@@ -5,6 +5,11 @@
 //! empty raises it at once; and the transmitter can be *busy* (LSR.THRE clear) when nobody takes the output, so
 //! that a flood is slowed down and not lost. `hw.broken_txfifo`, which FreeBSD sets for Firecracker, is not needed here.
 //!
+//! A second port carries the agent's bytes on machines whose kernel has no virtio-console ([`Serial::for_agent`]). It differs in two things:
+//! what is written is handed on sooner, whatever it is; and nothing new is received until the guest has seen its FIFO empty, nor while it has
+//! dropped RTS. FreeBSD's driver throws away what a FIFO still holds when its buffer of 384 bytes is full, and drops RTS when its
+//! terminal's queue is (sys/dev/uart/uart_dev_ns8250.c, uart_tty.c): a port that is filled as fast as it is read would lose bytes.
+//!
 //! Output goes to the console by lines: a kernel prints a byte at a time, and each one that is handed on by itself wakes everybody between
 //! it and the reader's screen, which made up most of a FreeBSD's boot. What has no line's end is handed on after [`LINGER`].
 
@@ -33,6 +38,8 @@ const TRANSMIT_BYTES_MAX: usize = 64 << 10;
 const LINE_BYTES_MAX: usize = 256;
 /// How long output waits for the end of its line: longer than a kernel takes for the rest of it, shorter than anybody notices.
 const LINGER: Duration = Duration::from_millis(1);
+/// The same for the agent's port, where somebody waits for the answer. A byte takes a guest some microseconds.
+const AGENT_LINGER: Duration = Duration::from_micros(100);
 
 const IER_RECEIVED: u8 = 1 << 0;
 const IER_TRANSMIT_EMPTY: u8 = 1 << 1;
@@ -48,6 +55,7 @@ const FCR_ENABLE: u8 = 1 << 0;
 const FCR_CLEAR_RECEIVE: u8 = 1 << 1;
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
 const MCR_LOOPBACK: u8 = 1 << 4;
+const MCR_RTS: u8 = 1 << 1;
 const LSR_DATA_READY: u8 = 1 << 0;
 const LSR_OVERRUN: u8 = 1 << 1;
 const LSR_TRANSMIT_EMPTY: u8 = 1 << 5;
@@ -75,6 +83,8 @@ struct Registers {
     closed: bool,
     /// The console takes no more at the moment.
     blocked: bool,
+    /// The agent's port: the guest has seen that there is nothing to read.
+    seen_empty: bool,
     /// The linger timer runs.
     lingers: bool,
     linger: TimerFd,
@@ -88,6 +98,7 @@ pub struct Serial {
     interrupt: Arc<dyn Interrupt>,
     /// Tells the device thread that its interest in the console socket may have changed.
     interest_changed: EventFd,
+    for_agent: bool,
     /// When the guest wrote its first byte.
     first_output: OnceLock<Instant>,
 }
@@ -107,6 +118,24 @@ impl Serial {
         interrupt: Arc<dyn Interrupt>,
         interest_changed: EventFd,
     ) -> Result<Self, errno::Error> {
+        Self::with_manner(console, interrupt, interest_changed, false)
+    }
+
+    /// A port that the agent talks through.
+    pub fn for_agent(
+        agent: UnixStream,
+        interrupt: Arc<dyn Interrupt>,
+        interest_changed: EventFd,
+    ) -> Result<Self, errno::Error> {
+        Self::with_manner(agent, interrupt, interest_changed, true)
+    }
+
+    fn with_manner(
+        console: UnixStream,
+        interrupt: Arc<dyn Interrupt>,
+        interest_changed: EventFd,
+        for_agent: bool,
+    ) -> Result<Self, errno::Error> {
         let registers = Registers {
             interrupt_enable: 0,
             fifo_control: 0,
@@ -123,6 +152,7 @@ impl Serial {
             active: 0,
             closed: false,
             blocked: false,
+            seen_empty: true,
             lingers: false,
             linger: TimerFd::new()?,
         };
@@ -131,6 +161,7 @@ impl Serial {
             console,
             interrupt,
             interest_changed,
+            for_agent,
             first_output: OnceLock::new(),
         })
     }
@@ -157,7 +188,7 @@ impl Serial {
     /// What to watch the console socket for now.
     pub fn interest(&self) -> Interest {
         let r = self.lock();
-        Interest { readable: !r.closed && r.receive_room() > 0, writable: !r.closed && r.blocked }
+        Interest { readable: !r.closed && self.may_receive(&r) > 0, writable: !r.closed && r.blocked }
     }
 
     /// Reads register `offset` (0 to 7).
@@ -167,9 +198,9 @@ impl Serial {
         let value = match offset {
             0 if latch => r.divisor as u8,
             0 => {
-                let was_full = r.receive_room() == 0;
+                let could = self.may_receive(&r) > 0;
                 let byte = r.receive.pop_front().unwrap_or(0);
-                if was_full {
+                if !could && self.may_receive(&r) > 0 {
                     self.wake();
                 }
                 byte
@@ -188,6 +219,10 @@ impl Serial {
             5 => {
                 let status = r.line_status();
                 r.overrun = false;
+                if self.for_agent && r.receive.is_empty() && !r.seen_empty {
+                    r.seen_empty = true;
+                    self.wake();
+                }
                 status
             }
             6 => {
@@ -221,6 +256,7 @@ impl Serial {
                 // Switching the FIFO on or off clears it, as the data sheet has it.
                 if value & FCR_CLEAR_RECEIVE != 0 || (value ^ r.fifo_control) & FCR_ENABLE != 0 {
                     r.receive.clear();
+                    r.seen_empty = true;
                     self.wake();
                 }
                 r.fifo_control = value & 0xc9;
@@ -231,6 +267,8 @@ impl Serial {
                 r.modem_control = value & 0x1f;
                 let changed = before ^ r.modem_status();
                 r.modem_delta |= changed >> 4;
+                // RTS may be there again, or the line.
+                self.wake();
             }
             7 => r.scratch = value,
             // LSR and MSR are read-only.
@@ -252,11 +290,13 @@ impl Serial {
             r.transmit.push_back(value);
             // With a backlog the device thread is already waiting for the socket.
             if !r.blocked {
-                if value == b'\n' || r.transmit.len() >= LINE_BYTES_MAX {
+                let whole = value == b'\n' && !self.for_agent;
+                if whole || r.transmit.len() >= LINE_BYTES_MAX {
                     self.drain(r);
                 } else if !r.lingers {
                     // A timer that cannot be set: as if it had run out.
-                    r.lingers = r.linger.reset(LINGER, None).is_ok();
+                    r.lingers =
+                        r.linger.reset(if self.for_agent { AGENT_LINGER } else { LINGER }, None).is_ok();
                     if !r.lingers {
                         self.drain(r);
                     }
@@ -268,6 +308,14 @@ impl Serial {
         }
         if !r.busy() {
             r.transmit_interrupt = true;
+        }
+    }
+
+    /// Bytes the device thread may put in now.
+    fn may_receive(&self, r: &Registers) -> usize {
+        match self.for_agent && !(r.seen_empty && r.modem_control & MCR_RTS != 0) {
+            true => 0,
+            false => r.receive_room(),
         }
     }
 
@@ -293,13 +341,16 @@ impl Serial {
     pub fn console_readable(&self) {
         let mut r = self.lock();
         let mut bytes = [0u8; RECEIVE_FIFO_BYTES];
-        let room = r.receive_room().min(bytes.len());
+        let room = self.may_receive(&r).min(bytes.len());
         if room == 0 {
             return;
         }
         match (&self.console).read(&mut bytes[..room]) {
             Ok(0) => r.closed = true,
-            Ok(count) => r.receive.extend(&bytes[..count]),
+            Ok(count) => {
+                r.receive.extend(&bytes[..count]);
+                r.seen_empty = false;
+            }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(_) => r.closed = true,
         }
@@ -401,6 +452,7 @@ impl Serial {
         r.modem_delta = state.modem_delta & 0x0f;
         r.receive = state.receive.iter().copied().take(RECEIVE_FIFO_BYTES).collect();
         r.transmit = state.transmit.iter().copied().take(TRANSMIT_BYTES_MAX).collect();
+        r.seen_empty = r.receive.is_empty();
         // The edge for most of these was raised before the snapshot, and is in the IOAPIC's or a LAPIC's state; the one for
         // a transmitter that was busy was not.
         r.active = 0;
@@ -520,6 +572,49 @@ mod tests {
         assert_eq!(port.read(2) & 0x0f, IIR_NONE);
         port.write(0, b'y');
         assert_eq!(port.read(2) & 0x0f, IIR_TRANSMIT_EMPTY);
+    }
+
+    #[test]
+    fn an_agents_port_is_filled_only_when_the_guest_has_seen_it_empty_and_says_that_it_may() {
+        let (ours, mut agent) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let told = wake.try_clone().unwrap();
+        let port = Serial::for_agent(ours, Arc::new(Count::default()), wake).unwrap();
+        port.write(2, FCR_ENABLE);
+        let sent: Vec<u8> = (0..100).collect();
+        agent.write_all(&sent).unwrap();
+        assert!(!port.interest().readable, "the guest has not raised RTS");
+        let _ = told.read();
+        port.write(4, MCR_RTS);
+        assert!(told.read().is_ok() && port.interest().readable);
+        let mut got = Vec::new();
+        let mut fills = 0;
+        while got.len() < sent.len() {
+            port.console_readable();
+            fills += 1;
+            let mut in_fifo = 0;
+            while port.read(5) & LSR_DATA_READY != 0 {
+                // As fast as the guest reads, nothing comes behind it.
+                got.push(port.read(0));
+                port.console_readable();
+                in_fifo += 1;
+            }
+            assert!(in_fifo <= RECEIVE_FIFO_BYTES);
+            assert!(told.read().is_ok(), "that it is empty was not told");
+        }
+        assert_eq!((got, fills), (sent, 7));
+        agent.write_all(b"more").unwrap();
+        port.write(4, 0);
+        port.console_readable();
+        assert_eq!(port.read(5) & LSR_DATA_READY, 0, "RTS is down");
+        port.write(4, MCR_RTS);
+        port.console_readable();
+        assert_eq!(port.read(0), b'm');
+        // A clone's FIFO holds what was in the source's, and is filled when that has been read.
+        let saved = port.save();
+        port.restore(&saved);
+        assert!(!port.interest().readable);
     }
 
     #[test]

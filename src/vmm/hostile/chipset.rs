@@ -1,18 +1,19 @@
 //! The chipset, the I/O APIC, the PCI host bridge and the power block against accesses of any kind, through the bus.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::{FRONTS, Machine, NAMES, READY_PORT};
 use crate::snapshot::codec;
-use crate::snapshot::state::chipset::ChipsetState;
+use crate::snapshot::state::chipset::{AgentPortState, ChipsetState};
 use crate::snapshot::state::pc::PcState;
 use crate::vmm::bus::lock;
 use crate::vmm::chipset::ioapic::{IOAPIC_START, PINS};
 use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START, MEMORY_START};
-use crate::vmm::chipset::{PortEffect, SERIAL_PIN};
+use crate::vmm::chipset::{AGENT_PIN, PortEffect, SERIAL_PIN};
 use crate::vmm::irq::Interrupt;
 
 #[derive(Debug, Clone)]
@@ -43,6 +44,7 @@ fn port() -> impl Strategy<Value = u16> {
     prop_oneof![
         8 => known,
         6 => 0x3f8u16..0x400,
+        6 => 0x2f8u16..0x300,
         4 => 0x5feu16..0x610,
         1 => 0x3f5u16..0x3f8,
         2 => 0xc080u16..0xc300,
@@ -119,8 +121,14 @@ impl Machine {
             Step::Raise(pin) => bus.chipset.ioapic.line(*pin).unwrap().raise(),
             Step::PowerButton => drop(bus.pc.as_ref().map(|pc| pc.power.press_button())),
             // What has no room is lost.
-            Step::Type(bytes) => drop((&self.serial).write(bytes)),
-            Step::Take => drop((&self.serial).read(&mut [0; 0x1_0000])),
+            Step::Type(bytes) => {
+                let _ = (&self.serial).write(bytes);
+                let _ = (&self.second).write(bytes);
+            }
+            Step::Take => {
+                let _ = (&self.serial).read(&mut [0; 0x1_0000]);
+                let _ = (&self.second).read(&mut [0; 0x1_0000]);
+            }
             Step::Look => self.run(),
         }
     }
@@ -181,39 +189,44 @@ impl Machine {
             assert!(pc.power.press_button());
             assert_eq!(self.bus.port_write(0x604, &[0x00, 0x34]), PortEffect::PowerOff);
         }
-        self.check_serial();
+        self.check_serial(0x3f8, &self.serial);
+        self.check_serial(0x2f8, &self.second);
         assert_eq!(self.out(0x64, 0xfe), PortEffect::Reset("keyboard controller, port 0x64"));
         assert_eq!(self.bus.port_write(READY_PORT, &[7, 0]), PortEffect::Ready(7));
     }
 
-    fn check_serial(&self) {
-        // No latch, no loopback, no interrupts, FIFO on.
-        for (port, value) in [(0x3fb, 3), (0x3fc, 0), (0x3f9, 0), (0x3fa, 0), (0x3fa, 1)] {
-            assert_eq!(self.out(port, value), PortEffect::None);
+    fn check_serial(&self, port: u16, mut line: &UnixStream) {
+        // No latch, no loopback but ready to receive, no interrupts, FIFO on.
+        for (register, value) in [(3, 3), (4, 2), (1, 0), (2, 0), (2, 1)] {
+            assert_eq!(self.out(port + register, value), PortEffect::None);
         }
         // What was printed before, and typed before, comes first. (The line takes no more while nobody reads.)
         loop {
             self.run();
-            let typed = self.input(0x3fd) & 1 != 0;
+            // The agent's port is filled when the guest has seen it empty.
+            self.input(port + 5);
+            self.run();
+            let typed = self.input(port + 5) & 1 != 0;
             if typed {
-                self.input(0x3f8);
+                self.input(port);
             }
-            let printed = (&self.serial).read(&mut [0; 0x1_0000]).is_ok_and(|count| count > 0);
+            let printed = line.read(&mut [0; 0x1_0000]).is_ok_and(|count| count > 0);
             if !typed && !printed {
                 break;
             }
         }
-        assert_eq!(self.input(0x3fd) & 0x61, 0x60);
-        assert_eq!(self.out(0x3f8, b'x'), PortEffect::None);
-        (&self.serial).write_all(b"y").unwrap();
+        assert_eq!(self.input(port + 5) & 0x61, 0x60);
+        assert_eq!(self.out(port, b'x'), PortEffect::None);
+        line.write_all(b"y").unwrap();
         self.run();
         let mut printed = [0; 8];
-        assert_eq!((&self.serial).read(&mut printed).unwrap(), 1);
-        assert_eq!((printed[0], self.input(0x3fd) & 1, self.input(0x3f8)), (b'x', 1, b'y'));
+        assert_eq!(line.read(&mut printed).unwrap(), 1);
+        assert_eq!((printed[0], self.input(port + 5) & 1, self.input(port)), (b'x', 1, b'y'));
     }
 
-    fn save_chipset(&self) -> (ChipsetState, Option<PcState>) {
+    fn save_chipset(&self) -> (ChipsetState, AgentPortState, Option<PcState>) {
         let mut chipset = self.bus.chipset.save();
+        let agent = self.bus.chipset.save_agent().unwrap();
         // Clocks go on.
         chipset.pit.channels.iter_mut().for_each(|channel| channel.elapsed_ns = 0);
         let pc = self.bus.pc.as_ref().map(|pc| {
@@ -222,12 +235,16 @@ impl Machine {
             power.timer_ticks = 0;
             PcState { transitional: pc.transitional, config_address, bridge, power }
         });
-        (chipset, pc)
+        (chipset, agent, pc)
     }
 
     /// False: it was refused.
-    fn restore_chipset(&self, (chipset, pc): &(ChipsetState, Option<PcState>)) -> bool {
+    fn restore_chipset(
+        &self,
+        (chipset, agent, pc): &(ChipsetState, AgentPortState, Option<PcState>),
+    ) -> bool {
         self.bus.chipset.restore(chipset).unwrap();
+        self.bus.chipset.restore_agent(agent);
         let (Some(here), Some(saved)) = (&self.bus.pc, pc) else { return true };
         here.power.restore(&saved.power, Default::default());
         here.pci.restore(saved.config_address, &saved.bridge).is_ok()
@@ -260,7 +277,7 @@ proptest! {
         prop_assert!(clone.restore_chipset(&saved));
         let mut again = clone.save_chipset();
         // The serial port raises its line in a clone if it has anything to say: an edge that the source may have had already.
-        let serial = 1 << SERIAL_PIN;
+        let serial = 1 << SERIAL_PIN | 1 << AGENT_PIN;
         prop_assert_eq!(again.0.ioapic.pending & saved.0.ioapic.pending & serial, saved.0.ioapic.pending & serial);
         again.0.ioapic.pending &= saved.0.ioapic.pending | !serial;
         prop_assert_eq!(again, saved);
@@ -277,8 +294,8 @@ proptest! {
     ) {
         let machine = Machine::new(front);
         before.iter().for_each(|step| machine.carry_out(step));
-        let (chipset, pc) = machine.save_chipset();
-        let saved = (changed(chipset, &changes), changed(pc, &changes));
+        let (chipset, agent, pc) = machine.save_chipset();
+        let saved = (changed(chipset, &changes), changed(agent, &changes), changed(pc, &changes));
         let clone = Machine::new(front);
         if clone.restore_chipset(&saved) {
             after.iter().for_each(|step| clone.carry_out(step));

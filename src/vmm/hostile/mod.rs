@@ -149,6 +149,8 @@ pub struct Machine {
     pub bus: Bus,
     pub agent: UnixStream,
     pub serial: UnixStream,
+    /// At COM2.
+    pub second: UnixStream,
     pub wire: UnixDatagram,
     _memory: [Guarded; 2],
 }
@@ -161,13 +163,16 @@ impl Machine {
         let (console, serial) = UnixStream::pair().unwrap();
         console.set_nonblocking(true).unwrap();
         serial.set_nonblocking(true).unwrap();
+        let (second_port, second) = UnixStream::pair().unwrap();
+        second_port.set_nonblocking(true).unwrap();
+        second.set_nonblocking(true).unwrap();
         let (agent_device, agent) = UnixStream::pair().unwrap();
         agent.set_nonblocking(true).unwrap();
         let (net_device, wire) = UnixDatagram::pair().unwrap();
         wire.set_nonblocking(true).unwrap();
         let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let chipset =
-            Chipset::new(Arc::new(IoApic::new(Arc::new(Wiring))), console, wake, Some(READY_PORT)).unwrap();
+        let ioapic = Arc::new(IoApic::new(Arc::new(Wiring)));
+        let chipset = Chipset::new(ioapic, console, Some(second_port), wake, Some(READY_PORT)).unwrap();
         let overlay = Some(tempfile::tempfile().unwrap());
         let disk = Arc::new(LayeredDisk::open(None, vec![], overlay, DISK_BYTES).unwrap());
         // All offloads, as with a TAP.
@@ -192,7 +197,7 @@ impl Machine {
                 Bus::with_pc(chipset, pc, memory)
             }
         };
-        Self { front, bus, agent, serial, wire, _memory: guarded }
+        Self { front, bus, agent, serial, second, wire, _memory: guarded }
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -231,19 +236,22 @@ impl Machine {
         let events = |readable, writable| {
             (if readable { libc::POLLIN } else { 0 }) | (if writable { libc::POLLOUT } else { 0 })
         };
-        let serial = &self.bus.chipset.serial;
-        let interest = serial.interest();
-        // As in epoll: a descriptor with no wish is not watched. (poll ignores negative ones.)
-        let watched = interest.readable || interest.writable;
-        let fd = if watched { serial.console().as_raw_fd() } else { -1 };
-        let wanted = events(interest.readable, interest.writable);
-        let mut polled = vec![libc::pollfd { fd, events: wanted, revents: 0 }];
-        let mut owners = vec![None];
+        let ports: Vec<_> = self.bus.chipset.serial_ports().collect();
+        let (mut polled, mut owners) = (Vec::new(), Vec::new());
+        for (port, serial) in ports.iter().enumerate() {
+            let interest = serial.interest();
+            // As in epoll: a descriptor with no wish is not watched. (poll ignores negative ones.)
+            let watched = interest.readable || interest.writable;
+            let fd = if watched { serial.console().as_raw_fd() } else { -1 };
+            let wanted = events(interest.readable, interest.writable);
+            polled.push(libc::pollfd { fd, events: wanted, revents: 0 });
+            owners.push(Err(port));
+        }
         for (index, device) in self.bus.virtio.iter().enumerate() {
             for interest in lock(device).host_interest() {
                 let wanted = events(interest.readable, interest.writable);
                 polled.push(libc::pollfd { fd: interest.fd, events: wanted, revents: 0 });
-                owners.push(Some(index));
+                owners.push(Ok(index));
             }
         }
         // SAFETY: pointer and length are those of the vector.
@@ -251,15 +259,15 @@ impl Machine {
         assert!(ready >= 0);
         for (entry, owner) in polled.iter().zip(owners).filter(|(entry, _)| entry.revents != 0) {
             match owner {
-                Some(index) => lock(&self.bus.virtio[index]).host_event(entry.fd, self.memory()),
-                None => {
-                    serial.console_writable();
-                    serial.console_readable();
+                Ok(index) => lock(&self.bus.virtio[index]).host_event(entry.fd, self.memory()),
+                Err(port) => {
+                    ports[port].console_writable();
+                    ports[port].console_readable();
                 }
             }
         }
-        // Its timer is as good as run out: nobody waits for a clock here.
-        serial.lingered();
+        // Their timers are as good as run out: nobody waits for a clock here.
+        ports.iter().for_each(|serial| serial.lingered());
         ready > 0
     }
 
@@ -272,7 +280,7 @@ impl Machine {
     /// Everything that was printed or sent and not taken, thrown away.
     pub fn drain(&self) {
         let mut data = vec![0; 70_000];
-        for mut stream in [&self.agent, &self.serial] {
+        for mut stream in [&self.agent, &self.serial, &self.second] {
             while stream.read(&mut data).is_ok_and(|count| count > 0) {}
         }
         while self.wire.recv(&mut data).is_ok() {}

@@ -5,7 +5,7 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VcpuFd;
 
 use super::{Frame, Machine, MachineError, NETWORKS_MAX, NetworkPart, Parts, VCPUS_MAX, call};
-use crate::snapshot::state::chipset::ChipsetState;
+use crate::snapshot::state::chipset::{AgentPortState, ChipsetState};
 use crate::snapshot::state::file::StateFile;
 use crate::snapshot::state::machine::MachineState;
 use crate::snapshot::state::pc::{EventState, PcState, VirtioPciState};
@@ -13,6 +13,7 @@ use crate::snapshot::state::vcpu::VcpuState;
 use crate::snapshot::state::virtio::TransportState;
 use crate::vmm::boot::{BootError, Hardware};
 use crate::vmm::bus::{Pc, lock};
+use crate::vmm::chipset::AgentPort;
 use crate::vmm::host::Host;
 use crate::vmm::shell::Shell;
 use crate::vmm::vcpu_state;
@@ -27,6 +28,7 @@ pub struct Prepared {
     saved: Vec<VcpuState>,
     clock_ns: u64,
     chipset: ChipsetState,
+    agent: Option<AgentPortState>,
     pc: Option<SavedPc>,
 }
 
@@ -54,6 +56,8 @@ impl Prepared {
         // Interfaces for which nothing was given have no link. (More than there can be are refused below.)
         parts.networks.resize_with(has.min(NETWORKS_MAX), || NetworkPart { link: Link::Down, config: None });
         let pc: Option<PcState> = state.get_if_there(0)?;
+        let agent: Option<AgentPortState> = state.get_if_there(0)?;
+        parts.agent_port = if agent.is_some() { AgentPort::Serial } else { AgentPort::Virtio };
         let hardware = match &pc {
             Some(pc) => Hardware::Pc { transitional: pc.transitional },
             None => Hardware::Microvm,
@@ -103,12 +107,12 @@ impl Prepared {
         let (clock_ns, chipset) = (machine.clock_ns, state.get(0)?);
         let machine = frame.into_machine(host, shell, vcpus)?;
         done("threads");
-        Ok(Prepared { machine, vcpus: second, saved, clock_ns, chipset, pc })
+        Ok(Prepared { machine, vcpus: second, saved, clock_ns, chipset, agent, pc })
     }
 
     /// Sets clocks and timers, which go on from here, and what can be waiting for them. The machine stands where the snapshot stood.
     pub fn into_machine(self) -> Result<Machine, MachineError> {
-        let Prepared { machine, vcpus, saved, clock_ns, chipset, pc } = self;
+        let Prepared { machine, vcpus, saved, clock_ns, chipset, agent, pc } = self;
         let clock = kvm_clock_data { clock: clock_ns, ..Default::default() };
         machine.vm.set_clock(&clock).map_err(call("KVM_SET_CLOCK"))?;
         vcpu_state::restore_tsc(vcpus.iter().zip(&saved))
@@ -119,6 +123,9 @@ impl Prepared {
         }
         // Now there are local APICs, which get what these raise.
         machine.bus.chipset.restore(&chipset).map_err(call("KVM_SET_GSI_ROUTING"))?;
+        if let Some(agent) = &agent {
+            machine.bus.chipset.restore_agent(agent);
+        }
         if let (Some(here), Some(saved)) = (&machine.bus.pc, &pc) {
             saved.restore(here)?;
         }

@@ -17,6 +17,7 @@ mod dsdt;
 
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::vmm::chipset::AgentPort;
 use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START};
 use crate::vmm::chipset::power;
 use crate::vmm::memory::GuestMemory;
@@ -95,16 +96,21 @@ pub struct MmioDevice {
     pub line: u32,
 }
 
-/// Writes the tables for `vcpus` CPUs (APIC ids 0..vcpus), one I/O APIC with id `vcpus`, COM1 and `devices`.
+/// Writes the tables for `vcpus` CPUs (APIC ids 0..vcpus), one I/O APIC with id `vcpus`, COM1, `agent`'s COM2 and `devices`.
 /// Returns the RSDP's address: for `hvm_start_info.rsdp_paddr` or Linux's `boot_params.acpi_rsdp_addr`.
-pub fn write(memory: &GuestMemory, vcpus: u8, devices: &[MmioDevice]) -> Result<u64, AcpiError> {
-    put(memory, &build(vcpus, devices)?)
+pub fn write(
+    memory: &GuestMemory,
+    vcpus: u8,
+    agent: AgentPort,
+    devices: &[MmioDevice],
+) -> Result<u64, AcpiError> {
+    put(memory, &build(vcpus, agent, devices)?)
 }
 
 /// Writes the tables of a PC for `vcpus` CPUs (APIC ids 0..vcpus) and one I/O APIC with id `vcpus`. Returns the RSDP's
 /// address.
-pub fn write_pc(memory: &GuestMemory, vcpus: u8) -> Result<u64, AcpiError> {
-    let tables = build_pc(vcpus)?;
+pub fn write_pc(memory: &GuestMemory, vcpus: u8, agent: AgentPort) -> Result<u64, AcpiError> {
+    let tables = build_pc(vcpus, agent)?;
     if tables.len() as u64 > GENERATION_START - TABLES_START {
         return Err(AcpiError::TooLarge(tables.len()));
     }
@@ -136,23 +142,23 @@ fn check_vcpus(vcpus: u8) -> Result<(), AcpiError> {
 }
 
 /// All tables in one piece, to lie at [`TABLES_START`].
-fn build(vcpus: u8, devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
+fn build(vcpus: u8, agent: AgentPort, devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
     check_vcpus(vcpus)?;
     if devices.len() > DEVICES_MAX {
         return Err(AcpiError::Devices(devices.len()));
     }
     let mut tables = Tables::new();
-    let dsdt = tables.place(table(b"DSDT", 2, dsdt::reduced(devices)?));
+    let dsdt = tables.place(table(b"DSDT", 2, dsdt::reduced(agent, devices)?));
     let fadt = tables.place(fadt_reduced(dsdt));
     let madt = tables.place(madt(vcpus, false));
     Ok(tables.finish(&[fadt, madt]))
 }
 
-fn build_pc(vcpus: u8) -> Result<Vec<u8>, AcpiError> {
+fn build_pc(vcpus: u8, agent: AgentPort) -> Result<Vec<u8>, AcpiError> {
     check_vcpus(vcpus)?;
     let mut tables = Tables::new();
     let facs = tables.place(facs());
-    let dsdt = tables.place(table(b"DSDT", 2, dsdt::pc()));
+    let dsdt = tables.place(table(b"DSDT", 2, dsdt::pc(agent)));
     let fadt = tables.place(fadt_pc(facs, dsdt));
     let madt = tables.place(madt(vcpus, true));
     let mcfg = tables.place(mcfg());
@@ -360,7 +366,7 @@ mod tests {
 
     #[test]
     fn a_reader_gets_from_the_rsdp_to_every_table() {
-        let tables = build(2, &[DISK]).unwrap();
+        let tables = build(2, AgentPort::Virtio, &[DISK]).unwrap();
         assert_eq!(&tables[..8], b"RSD PTR ");
         assert_eq!(sum(&tables[..20]), 0);
         assert_eq!(sum(&tables[..36]), 0);
@@ -377,7 +383,7 @@ mod tests {
     #[test]
     fn the_madt_counts_cpus() {
         for vcpus in [1, 2, 32] {
-            let tables = build(vcpus, &[]).unwrap();
+            let tables = build(vcpus, AgentPort::Virtio, &[]).unwrap();
             let xsdt = table_at(&tables, u64_at(&tables, 24));
             let madt = table_at(&tables, u64_at(xsdt, 44));
             let (mut at, mut cpus, mut ioapics) = (44, Vec::new(), Vec::new());
@@ -397,7 +403,7 @@ mod tests {
 
     #[test]
     fn a_pc_has_its_fixed_hardware_and_its_facs() {
-        let tables = build_pc(4).unwrap();
+        let tables = build_pc(4, AgentPort::Virtio).unwrap();
         let xsdt = table_at(&tables, u64_at(&tables, 24));
         let found: Vec<&[u8]> =
             (36..xsdt.len()).step_by(8).map(|at| table_at(&tables, u64_at(xsdt, at))).collect();
@@ -441,7 +447,7 @@ mod tests {
                     line: 5 + n,
                 })
                 .collect();
-            let aml = dsdt::reduced(&devices).unwrap();
+            let aml = dsdt::reduced(AgentPort::Virtio, &devices).unwrap();
             assert_eq!(aml[0], 0x10);
             let (prefix, total) = package_length(&aml[1..]);
             assert_eq!(total, aml.len() - 1);
@@ -469,7 +475,7 @@ mod tests {
     fn each_machine_has_a_generation_of_its_own() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         let id = || memory.read_obj::<[u8; GENERATION_BYTES]>(GuestAddress(GENERATION_START)).unwrap();
-        write_pc(&memory, VCPUS_MAX).unwrap();
+        write_pc(&memory, VCPUS_MAX, AgentPort::Virtio).unwrap();
         let first = id();
         renew_generation(&memory).unwrap();
         assert!(first != [0; 16] && id() != first);
@@ -477,21 +483,21 @@ mod tests {
 
     #[test]
     fn what_cannot_be_described_is_refused() {
-        assert!(matches!(build(0, &[]), Err(AcpiError::Vcpus(0))));
-        assert!(matches!(build(33, &[]), Err(AcpiError::Vcpus(33))));
-        assert!(matches!(build(1, &[DISK; 257]), Err(AcpiError::Devices(257))));
+        assert!(matches!(build(0, AgentPort::Virtio, &[]), Err(AcpiError::Vcpus(0))));
+        assert!(matches!(build(33, AgentPort::Virtio, &[]), Err(AcpiError::Vcpus(33))));
+        assert!(matches!(build(1, AgentPort::Virtio, &[DISK; 257]), Err(AcpiError::Devices(257))));
         let high = MmioDevice { address: 1 << 32, ..DISK };
-        assert!(matches!(build(1, &[high]), Err(AcpiError::Window(0x1_0000_0000))));
+        assert!(matches!(build(1, AgentPort::Virtio, &[high]), Err(AcpiError::Window(0x1_0000_0000))));
         let small = GuestMemory::from_ranges(&[(GuestAddress(0), 64 << 10)]).unwrap();
-        assert!(matches!(write(&small, 1, &[DISK]), Err(AcpiError::Memory(_))));
-        assert!(matches!(write_pc(&small, 1), Err(AcpiError::Memory(_))));
-        assert!(matches!(build_pc(0), Err(AcpiError::Vcpus(0))));
+        assert!(matches!(write(&small, 1, AgentPort::Virtio, &[DISK]), Err(AcpiError::Memory(_))));
+        assert!(matches!(write_pc(&small, 1, AgentPort::Virtio), Err(AcpiError::Memory(_))));
+        assert!(matches!(build_pc(0, AgentPort::Virtio), Err(AcpiError::Vcpus(0))));
     }
 
     #[test]
     fn the_largest_machine_fits() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
-        assert_eq!(write(&memory, VCPUS_MAX, &[DISK; 64]).unwrap(), TABLES_START);
+        assert_eq!(write(&memory, VCPUS_MAX, AgentPort::Virtio, &[DISK; 64]).unwrap(), TABLES_START);
         assert_eq!(memory.read_obj::<[u8; 8]>(GuestAddress(TABLES_START)).unwrap(), *b"RSD PTR ");
     }
 }

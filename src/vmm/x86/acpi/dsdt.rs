@@ -14,9 +14,12 @@ use crate::vmm::chipset::pci::{
     ECAM_BYTES, ECAM_START, IO_END, IO_START, MEMORY_END, MEMORY_START, SLOTS, intx_pin,
 };
 use crate::vmm::chipset::power;
+use crate::vmm::chipset::{self, AgentPort};
 
-const SERIAL_PORT: u16 = 0x3f8;
-const SERIAL_PIN: u32 = 4;
+/// Name, number, ports, line.
+type SerialPort = (&'static str, u8, u16, u32);
+const COM1: SerialPort = ("COM1", 0, 0x3f8, chipset::SERIAL_PIN as u32);
+const COM2: SerialPort = ("COM2", 1, 0x2f8, chipset::AGENT_PIN as u32);
 
 fn bytes(aml: &dyn Aml) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -44,15 +47,22 @@ fn edge(line: u32) -> Interrupt {
     Interrupt::new(true, true, false, false, line)
 }
 
-/// COM1, a 16550.
-fn serial() -> Vec<u8> {
-    let ports = IO::new(SERIAL_PORT, SERIAL_PORT, 1, 8);
-    device("COM1", &EISAName::new("PNP0501"), 0, &[], vec![&ports, &edge(SERIAL_PIN)])
+/// COM1, and COM2 if there is one: 16550s.
+fn serial(agent: AgentPort) -> Vec<u8> {
+    let port = |(name, number, start, pin): SerialPort| {
+        let ports = IO::new(start, start, 1, 8);
+        device(name, &EISAName::new("PNP0501"), number, &[], vec![&ports, &edge(pin)])
+    };
+    let mut aml = port(COM1);
+    if agent == AgentPort::Serial {
+        aml.extend(port(COM2));
+    }
+    aml
 }
 
-/// COM1 and the virtio-mmio devices.
-pub fn reduced(devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
-    let mut scope = serial();
+/// The serial ports and the virtio-mmio devices.
+pub fn reduced(agent: AgentPort, devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
+    let mut scope = serial(agent);
     for (index, mmio) in devices.iter().enumerate() {
         let address = u32::try_from(mmio.address).map_err(|_| AcpiError::Window(mmio.address))?;
         let window = Memory32Fixed::new(true, address, mmio.bytes);
@@ -65,12 +75,12 @@ pub fn reduced(devices: &[MmioDevice]) -> Result<Vec<u8>, AcpiError> {
 }
 
 /// A PC: \_S5, the host bridge with its interrupt table, and what lies on the board.
-pub fn pc() -> Vec<u8> {
+pub fn pc(agent: AgentPort) -> Vec<u8> {
     // Sleep types for PM1a and PM1b control, two reserved.
     let off = power::SLEEP_TYPE_S5;
     let mut aml = bytes(&Name::new("\\_S5_".into(), &Package::new(vec![&off, &off, &0u8, &0u8])));
     let mut scope = host_bridge();
-    scope.extend(serial());
+    scope.extend(serial(agent));
     let clock = IO::new(0x70, 0x70, 1, 2);
     scope.extend(device("RTC_", &EISAName::new("PNP0B00"), 0, &[], vec![&clock]));
     let timer = IO::new(0x40, 0x40, 1, 4);
@@ -138,7 +148,7 @@ mod tests {
 
     #[test]
     fn a_pc_says_how_to_power_off_and_where_interrupts_go() {
-        let aml = pc();
+        let aml = pc(AgentPort::Virtio);
         // Name(\_S5_, Package(4) {5, 5, 0, 0})
         assert_eq!(&aml[..14], b"\x08\\_S5_\x12\x08\x04\x0a\x05\x0a\x05\0");
         // Package(4) {0x0001ffff, 0, 0, 17}
@@ -151,5 +161,15 @@ mod tests {
         assert!(aml.windows(place.len()).any(|window| window == place));
         let routes = aml.windows(5).filter(|window| window[0] == 0x0c && window[1..3] == [0xff; 2]);
         assert_eq!(routes.count(), SLOTS - 1);
+    }
+
+    #[test]
+    fn the_agents_serial_port_is_told_of_only_if_it_is_there() {
+        // IO(Decode16, 0x2f8, 0x2f8, 1, 8), and an edge of line 3.
+        let ports = b"\x47\x01\xf8\x02\xf8\x02\x01\x08\x89\x06\x00\x03\x01\x03\x00\x00\x00";
+        let told = |aml: &[u8]| aml.windows(ports.len()).filter(|window| window == ports).count();
+        assert_eq!((told(&pc(AgentPort::Virtio)), told(&pc(AgentPort::Serial))), (0, 1));
+        let reduced = |agent| super::reduced(agent, &[]).unwrap();
+        assert_eq!((told(&reduced(AgentPort::Virtio)), told(&reduced(AgentPort::Serial))), (0, 1));
     }
 }
