@@ -105,6 +105,7 @@ enum Source {
     /// COM1 is 0, COM2 1.
     Serial(usize),
     SerialLinger(usize),
+    SerialRest(usize),
     Virtio(usize),
 }
 
@@ -136,6 +137,12 @@ impl Worker {
         for (port, serial) in bus.chipset.serial_ports().enumerate() {
             let fd = serial.linger_fd();
             self.watch(Source::SerialLinger(port), &[HostInterest { fd, readable: true, writable: false }])?;
+            if let Some(fd) = serial.rest_fd() {
+                self.watch(
+                    Source::SerialRest(port),
+                    &[HostInterest { fd, readable: true, writable: false }],
+                )?;
+            }
         }
         Ok(())
     }
@@ -223,6 +230,12 @@ impl Worker {
             Source::SerialLinger(port) => {
                 if let Some(serial) = self.bus.chipset.serial_ports().nth(port) {
                     serial.lingered();
+                }
+                return self.refresh(Source::Serial(port));
+            }
+            Source::SerialRest(port) => {
+                if let Some(serial) = self.bus.chipset.serial_ports().nth(port) {
+                    serial.rested();
                 }
                 return self.refresh(Source::Serial(port));
             }

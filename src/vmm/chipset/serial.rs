@@ -6,9 +6,10 @@
 //! that a flood is slowed down and not lost. `hw.broken_txfifo`, which FreeBSD sets for Firecracker, is not needed here.
 //!
 //! A second port carries the agent's bytes on machines whose kernel has no virtio-console ([`Serial::for_agent`]). It differs in two things:
-//! what is written is handed on sooner, whatever it is; and nothing new is received until the guest has seen its FIFO empty, nor while it has
-//! dropped RTS. FreeBSD's driver throws away what a FIFO still holds when its buffer of 384 bytes is full, and drops RTS when its
-//! terminal's queue is (sys/dev/uart/uart_dev_ns8250.c, uart_tty.c): a port that is filled as fast as it is read would lose bytes.
+//! what is written is handed on sooner, whatever it is; and when the guest has seen its FIFO empty, nothing new is received for as long as it
+//! took to get there, nor while it has dropped RTS. FreeBSD's interrupt handler throws away what a FIFO still holds when its buffer of 384 bytes
+//! is full, which a thread empties that runs when no interrupt is pending; it drops RTS when its terminal's queue is full
+//! (sys/dev/uart/uart_dev_ns8250.c, uart_tty.c). A port that is filled as fast as it is read loses bytes.
 //!
 //! Output goes to the console by lines: a kernel prints a byte at a time, and each one that is handed on by itself wakes everybody between
 //! it and the reader's screen, which made up most of a FreeBSD's boot. What has no line's end is handed on after [`LINGER`].
@@ -40,6 +41,10 @@ const LINE_BYTES_MAX: usize = 256;
 const LINGER: Duration = Duration::from_millis(1);
 /// The same for the agent's port, where somebody waits for the answer. A byte takes a guest some microseconds.
 const AGENT_LINGER: Duration = Duration::from_micros(100);
+
+/// Rest of the guest between two fillings of the agent's port: this, or as long as it took to empty it, but not longer than that.
+const REST_MIN: Duration = Duration::from_micros(50);
+const REST_MAX: Duration = Duration::from_millis(100);
 
 const IER_RECEIVED: u8 = 1 << 0;
 const IER_TRANSMIT_EMPTY: u8 = 1 << 1;
@@ -83,8 +88,12 @@ struct Registers {
     closed: bool,
     /// The console takes no more at the moment.
     blocked: bool,
-    /// The agent's port: the guest has seen that there is nothing to read.
-    seen_empty: bool,
+    /// The agent's port: runs out at the end of a rest.
+    rest: Option<TimerFd>,
+    /// The agent's port: when it was filled last, until the guest has had its rest after that.
+    filled: Option<Instant>,
+    /// The rest has begun.
+    rests: bool,
     /// The linger timer runs.
     lingers: bool,
     linger: TimerFd,
@@ -98,7 +107,6 @@ pub struct Serial {
     interrupt: Arc<dyn Interrupt>,
     /// Tells the device thread that its interest in the console socket may have changed.
     interest_changed: EventFd,
-    for_agent: bool,
     /// When the guest wrote its first byte.
     first_output: OnceLock<Instant>,
 }
@@ -118,7 +126,7 @@ impl Serial {
         interrupt: Arc<dyn Interrupt>,
         interest_changed: EventFd,
     ) -> Result<Self, errno::Error> {
-        Self::with_manner(console, interrupt, interest_changed, false)
+        Self::with_rest(console, interrupt, interest_changed, None)
     }
 
     /// A port that the agent talks through.
@@ -127,14 +135,14 @@ impl Serial {
         interrupt: Arc<dyn Interrupt>,
         interest_changed: EventFd,
     ) -> Result<Self, errno::Error> {
-        Self::with_manner(agent, interrupt, interest_changed, true)
+        Self::with_rest(agent, interrupt, interest_changed, Some(TimerFd::new()?))
     }
 
-    fn with_manner(
+    fn with_rest(
         console: UnixStream,
         interrupt: Arc<dyn Interrupt>,
         interest_changed: EventFd,
-        for_agent: bool,
+        rest: Option<TimerFd>,
     ) -> Result<Self, errno::Error> {
         let registers = Registers {
             interrupt_enable: 0,
@@ -152,7 +160,9 @@ impl Serial {
             active: 0,
             closed: false,
             blocked: false,
-            seen_empty: true,
+            rest,
+            filled: None,
+            rests: false,
             lingers: false,
             linger: TimerFd::new()?,
         };
@@ -161,7 +171,6 @@ impl Serial {
             console,
             interrupt,
             interest_changed,
-            for_agent,
             first_output: OnceLock::new(),
         })
     }
@@ -185,10 +194,15 @@ impl Serial {
         self.lock().linger.as_raw_fd()
     }
 
+    /// Readable when [`Serial::rested`] is to be called; an agent's port has one. For the device thread's epoll.
+    pub fn rest_fd(&self) -> Option<RawFd> {
+        self.lock().rest.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
     /// What to watch the console socket for now.
     pub fn interest(&self) -> Interest {
         let r = self.lock();
-        Interest { readable: !r.closed && self.may_receive(&r) > 0, writable: !r.closed && r.blocked }
+        Interest { readable: !r.closed && r.may_receive() > 0, writable: !r.closed && r.blocked }
     }
 
     /// Reads register `offset` (0 to 7).
@@ -198,9 +212,9 @@ impl Serial {
         let value = match offset {
             0 if latch => r.divisor as u8,
             0 => {
-                let could = self.may_receive(&r) > 0;
+                let could = r.may_receive() > 0;
                 let byte = r.receive.pop_front().unwrap_or(0);
-                if !could && self.may_receive(&r) > 0 {
+                if !could && r.may_receive() > 0 {
                     self.wake();
                 }
                 byte
@@ -208,6 +222,7 @@ impl Serial {
             1 if latch => (r.divisor >> 8) as u8,
             1 => r.interrupt_enable,
             2 => {
+                r.seen_empty();
                 let identity = r.identification();
                 if identity == IIR_TRANSMIT_EMPTY {
                     r.transmit_interrupt = false;
@@ -219,10 +234,7 @@ impl Serial {
             5 => {
                 let status = r.line_status();
                 r.overrun = false;
-                if self.for_agent && r.receive.is_empty() && !r.seen_empty {
-                    r.seen_empty = true;
-                    self.wake();
-                }
+                r.seen_empty();
                 status
             }
             6 => {
@@ -256,7 +268,7 @@ impl Serial {
                 // Switching the FIFO on or off clears it, as the data sheet has it.
                 if value & FCR_CLEAR_RECEIVE != 0 || (value ^ r.fifo_control) & FCR_ENABLE != 0 {
                     r.receive.clear();
-                    r.seen_empty = true;
+                    r.rested();
                     self.wake();
                 }
                 r.fifo_control = value & 0xc9;
@@ -290,13 +302,13 @@ impl Serial {
             r.transmit.push_back(value);
             // With a backlog the device thread is already waiting for the socket.
             if !r.blocked {
-                let whole = value == b'\n' && !self.for_agent;
+                let whole = value == b'\n' && r.rest.is_none();
                 if whole || r.transmit.len() >= LINE_BYTES_MAX {
                     self.drain(r);
                 } else if !r.lingers {
                     // A timer that cannot be set: as if it had run out.
                     r.lingers =
-                        r.linger.reset(if self.for_agent { AGENT_LINGER } else { LINGER }, None).is_ok();
+                        r.linger.reset(if r.rest.is_some() { AGENT_LINGER } else { LINGER }, None).is_ok();
                     if !r.lingers {
                         self.drain(r);
                     }
@@ -308,14 +320,6 @@ impl Serial {
         }
         if !r.busy() {
             r.transmit_interrupt = true;
-        }
-    }
-
-    /// Bytes the device thread may put in now.
-    fn may_receive(&self, r: &Registers) -> usize {
-        match self.for_agent && !(r.seen_empty && r.modem_control & MCR_RTS != 0) {
-            true => 0,
-            false => r.receive_room(),
         }
     }
 
@@ -341,7 +345,7 @@ impl Serial {
     pub fn console_readable(&self) {
         let mut r = self.lock();
         let mut bytes = [0u8; RECEIVE_FIFO_BYTES];
-        let room = self.may_receive(&r).min(bytes.len());
+        let room = r.may_receive().min(bytes.len());
         if room == 0 {
             return;
         }
@@ -349,7 +353,7 @@ impl Serial {
             Ok(0) => r.closed = true,
             Ok(count) => {
                 r.receive.extend(&bytes[..count]);
-                r.seen_empty = false;
+                r.filled = r.rest.is_some().then(Instant::now);
             }
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(_) => r.closed = true,
@@ -369,6 +373,11 @@ impl Serial {
         let _ = r.linger.clear();
         drop(r);
         self.console_writable();
+    }
+
+    /// The device thread: the guest has had its rest.
+    pub fn rested(&self) {
+        self.lock().rested();
     }
 
     /// The device thread: the console socket takes output again, or output is to go now.
@@ -452,7 +461,8 @@ impl Serial {
         r.modem_delta = state.modem_delta & 0x0f;
         r.receive = state.receive.iter().copied().take(RECEIVE_FIFO_BYTES).collect();
         r.transmit = state.transmit.iter().copied().take(TRANSMIT_BYTES_MAX).collect();
-        r.seen_empty = r.receive.is_empty();
+        r.rested();
+        r.filled = (r.rest.is_some() && !r.receive.is_empty()).then(Instant::now);
         // The edge for most of these was raised before the snapshot, and is in the IOAPIC's or a LAPIC's state; the one for
         // a transmitter that was busy was not.
         r.active = 0;
@@ -465,6 +475,37 @@ impl Serial {
 impl Registers {
     fn receive_depth(&self) -> usize {
         if self.fifo_control & FCR_ENABLE != 0 { RECEIVE_FIFO_BYTES } else { 1 }
+    }
+
+    /// Bytes the device thread may put in now.
+    fn may_receive(&self) -> usize {
+        match self.rest.is_some() && (self.filled.is_some() || self.modem_control & MCR_RTS == 0) {
+            true => 0,
+            false => self.receive_room(),
+        }
+    }
+
+    /// The guest reads LSR or IIR: if it sees there that it has taken all, its rest begins.
+    fn seen_empty(&mut self) {
+        let (Some(rest), Some(filled), false) = (&mut self.rest, self.filled, self.rests) else { return };
+        if self.receive.is_empty() {
+            let time = filled.elapsed().clamp(REST_MIN, REST_MAX);
+            // A timer that cannot be set has run out.
+            self.rests = rest.reset(time, None).is_ok();
+            if !self.rests {
+                self.filled = None;
+            }
+        }
+    }
+
+    /// The rest is over.
+    fn rested(&mut self) {
+        if let Some(rest) = &mut self.rest {
+            // Makes it unreadable. That fails only for times that make no sense.
+            let _ = rest.clear();
+        }
+        self.rests = false;
+        self.filled = None;
     }
 
     /// Bytes the console may put in now. None in loopback: the line is disconnected.
@@ -575,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn an_agents_port_is_filled_only_when_the_guest_has_seen_it_empty_and_says_that_it_may() {
+    fn an_agents_port_gives_the_guest_a_rest_and_heeds_rts() {
         let (ours, mut agent) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let wake = EventFd::new(libc::EFD_NONBLOCK).unwrap();
@@ -601,7 +642,12 @@ mod tests {
                 in_fifo += 1;
             }
             assert!(in_fifo <= RECEIVE_FIFO_BYTES);
-            assert!(told.read().is_ok(), "that it is empty was not told");
+            assert!(!port.interest().readable, "the guest has no rest");
+            // The timer runs out.
+            let mut rest = libc::pollfd { fd: port.rest_fd().unwrap(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one valid pollfd, which lives through the call.
+            assert_eq!(unsafe { libc::poll(&mut rest, 1, 10_000) }, 1);
+            port.rested();
         }
         assert_eq!((got, fills), (sent, 7));
         agent.write_all(b"more").unwrap();

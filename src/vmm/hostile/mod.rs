@@ -267,7 +267,10 @@ impl Machine {
             }
         }
         // Their timers are as good as run out: nobody waits for a clock here.
-        ports.iter().for_each(|serial| serial.lingered());
+        for serial in &ports {
+            serial.lingered();
+            serial.rested();
+        }
         ready > 0
     }
 
