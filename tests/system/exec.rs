@@ -248,7 +248,7 @@ async fn files(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
     // A byte of a serial port is some exits, which take a millisecond each in the rig.
     let bytes = pattern(match port {
         AgentPort::Serial if host::in_rig() => 8 << 10,
-        AgentPort::Serial => 48 << 10,
+        AgentPort::Serial => 12 << 10,
         _ => 256 << 10,
     });
     ensure!(put(&client, &vm, "/data", 0o640, &bytes).await? == bytes.len() as u64);
