@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use rustix::process::{getegid, geteuid};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -111,8 +112,7 @@ fn check_folder(path: &Path) -> Result<(), ServeError> {
     // A folder that is not there is told of by bind.
     let Ok(meta) = fs::metadata(folder) else { return Ok(()) };
     let mode = meta.mode();
-    // SAFETY: both have no preconditions and cannot fail.
-    let (own_uid, own_gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let (own_uid, own_gid) = (geteuid().as_raw(), getegid().as_raw());
     let sticky = mode & libc::S_ISVTX != 0;
     let open = mode & 0o002 != 0 || (mode & 0o020 != 0 && meta.gid() != own_gid && meta.gid() != 0);
     if (open && !sticky) || (meta.uid() != own_uid && meta.uid() != 0) {
@@ -269,6 +269,7 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
 }
 
 /// The groups of the program at the other end, as they were when it connected.
+#[allow(unsafe_code)]
 fn groups_of(stream: &UnixStream, first: u32) -> Vec<u32> {
     /// asm-generic/socket.h, since Linux 4.13; see socket(7).
     const SO_PEERGROUPS: libc::c_int = 59;

@@ -24,8 +24,7 @@ impl SocketPath {
         if let Some(path) = &self.socket {
             return Ok(path.clone());
         }
-        // SAFETY: geteuid has no preconditions and cannot fail.
-        if unsafe { libc::geteuid() } == 0 {
+        if rustix::process::geteuid().is_root() {
             return Ok("/run/coldspark.sock".into());
         }
         match std::env::var_os("XDG_RUNTIME_DIR") {

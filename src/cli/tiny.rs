@@ -4,6 +4,8 @@
 //! The guest runs in flat 32-bit protected mode at ring 0 without paging (Intel SDM volume 3, 9.9), because that is the least
 //! that every KVM runs the way it runs kernels.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

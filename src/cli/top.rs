@@ -1,6 +1,8 @@
 //! `coldspark top`: what the service does, again and again. Everything comes from one call, MetricsService.GetMetrics, so it works over the
 //! network too; rates and quantiles are those since the last look.
 
+#![forbid(unsafe_code)]
+
 mod screen;
 
 use std::collections::BTreeSet;

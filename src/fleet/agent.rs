@@ -5,6 +5,8 @@
 //! requests by [`AGENT_REQUESTS_MAX`], streams by [`STREAMS_MAX`] and their windows, and words out of place end the
 //! conversation with a reason that every later request is told.
 
+#![forbid(unsafe_code)]
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;

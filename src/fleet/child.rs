@@ -1,12 +1,17 @@
 //! A child process of the daemon, however it came to be: its end is seen through a pidfd, which takes no signal handler and no thread, and it is
 //! reaped by nobody but its owner, so until then its number is its own. Facts: pidfd_open(2), waitpid(2); Linux 5.3.
 
+#![allow(unsafe_code)]
+
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, pidfd_send_signal, waitpid,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -27,24 +32,19 @@ impl Child {
 
     /// Takes over the child with this number, for which nobody else waits; it is killed if that fails. Must be called inside a tokio runtime.
     pub fn adopt(pid: u32) -> io::Result<Self> {
-        let owned = match libc::pid_t::try_from(pid) {
-            Ok(pid @ 1..) => Owned { pid, ended: None },
-            _ => return Err(io::Error::other(format!("{pid} is not the number of a process"))),
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let Some(number) = number else {
+            return Err(io::Error::other(format!("{pid} is not the number of a process")));
         };
-        // SAFETY: the system call takes two integers.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, owned.pid, 0) };
-        let Some(fd) = RawFd::try_from(fd).ok().filter(|fd| *fd >= 0) else {
-            return Err(io::Error::last_os_error());
-        };
-        // SAFETY: the descriptor is new and nobody else's.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let owned = Owned { pid: number, ended: None };
+        let fd = pidfd_open(number, PidfdFlags::empty())?;
         // SAFETY: an `OwnedFd` is open and stays the same as long as it lives.
         let pidfd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?;
         Ok(Self { owned, pidfd })
     }
 
     pub fn pid(&self) -> u32 {
-        self.owned.pid.unsigned_abs()
+        self.owned.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
     /// SIGKILL. Harmless when it has ended.
@@ -69,7 +69,7 @@ impl Child {
 
     /// How it ended, if it has.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        self.owned.wait(libc::WNOHANG)
+        self.owned.wait(WaitOptions::NOHANG)
     }
 }
 
@@ -109,29 +109,25 @@ impl Ward {
 /// The child's number, until it is reaped.
 #[derive(Debug)]
 struct Owned {
-    pid: libc::pid_t,
+    pid: Pid,
     ended: Option<ExitStatus>,
 }
 
 impl Owned {
     fn kill(&self) {
         if self.ended.is_none() {
-            // SAFETY: plain kill of a child that was not reaped, so the number is still its own.
-            unsafe { libc::kill(self.pid, libc::SIGKILL) };
+            // A child that was not reaped: the number is still its own.
+            let _ = kill_process(self.pid, Signal::KILL);
         }
     }
 
-    fn wait(&mut self, options: libc::c_int) -> io::Result<Option<ExitStatus>> {
+    fn wait(&mut self, options: WaitOptions) -> io::Result<Option<ExitStatus>> {
         while self.ended.is_none() {
-            let mut status = 0;
-            // SAFETY: `status` is valid for the call.
-            match unsafe { libc::waitpid(self.pid, &mut status, options) } {
-                0 => return Ok(None),
-                -1 => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
-                _ => self.ended = Some(ExitStatus::from_raw(status)),
+            match waitpid(Some(self.pid), options) {
+                Ok(None) => return Ok(None),
+                Ok(Some((_, status))) => self.ended = Some(ExitStatus::from_raw(status.as_raw())),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(self.ended)
@@ -141,7 +137,7 @@ impl Owned {
 impl Drop for Owned {
     fn drop(&mut self) {
         self.kill();
-        let _ = self.wait(0);
+        let _ = self.wait(WaitOptions::empty());
     }
 }
 

@@ -1,7 +1,9 @@
 //! Ids, names and random bytes.
 
-use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::io::Errno;
+use rustix::rand::GetRandomFlags;
 
 use super::error::FleetError;
 use super::limits::NAME_BYTES_MAX;
@@ -14,15 +16,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], FleetError> {
     let mut bytes = [0u8; N];
     let mut filled = 0;
     while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        // SAFETY: `rest` is valid for writes of its length.
-        let got = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
-        match usize::try_from(got) {
+        match rustix::rand::getrandom(rest, GetRandomFlags::empty()) {
             Ok(got) => filled += got,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(FleetError::Io { what: "cannot get random bytes".into(), source: error });
-                }
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                return Err(FleetError::Io { what: "cannot get random bytes".into(), source: error.into() });
             }
         }
     }

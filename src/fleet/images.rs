@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use prost::bytes::Bytes;
+use rustix::fs::{MemfdFlags, memfd_create};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::Fleet;
@@ -200,13 +201,7 @@ fn own_position(file: &File) -> Result<Arc<File>, FleetError> {
 }
 
 fn memory_file(content: &[u8]) -> io::Result<File> {
-    // SAFETY: the name is a NUL-terminated constant.
-    let fd = unsafe { libc::memfd_create(c"coldspark-test-guest".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: memfd_create gave us this descriptor.
-    let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let mut file = File::from(memfd_create(c"coldspark-test-guest", MemfdFlags::CLOEXEC)?);
     file.write_all(content)?;
     Ok(file)
 }

@@ -72,7 +72,6 @@ pub mod zygote;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -85,6 +84,7 @@ use images::Images;
 use pools::Pools;
 use process::{Spawner, WorkerProgram};
 use registry::Registry;
+use rustix::fs::FlockOperation;
 use sampling::Sampling;
 use shells::Shells;
 use slots::Slots;
@@ -278,10 +278,10 @@ impl Fleet {
 fn lock(vms_dir: &Path) -> Result<File, FleetError> {
     let path = vms_dir.join(".lock");
     let file = File::create(&path).map_err(FleetError::io(format!("cannot make {}", path.display())))?;
-    // SAFETY: flock on a descriptor that we own; the lock goes with it.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(file),
-        _ => Err(match io::Error::last_os_error() {
+    // The lock goes with the descriptor.
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(error) => Err(match io::Error::from(error) {
             error if error.kind() == io::ErrorKind::WouldBlock => FleetError::WrongState(format!(
                 "another coldspark works in {}; stop it, or choose another --data-dir",
                 vms_dir.display()

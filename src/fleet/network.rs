@@ -10,6 +10,8 @@
 //! Facts: Linux's `Documentation/networking/tuntap.rst` and `drivers/net/tun.c` (EBUSY: another holds the only queue; EPERM:
 //! neither CAP_NET_ADMIN nor the owner set with `ip tuntap add ... user`; EINVAL: not a TAP, or one with other flags).
 
+#![allow(unsafe_code)]
+
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,6 +20,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
 use super::error::{FleetError, Kind};
@@ -387,14 +391,13 @@ pub(super) fn within<T: Send>(
         })?;
     std::thread::scope(|scope| {
         let enter = || {
-            // SAFETY: setns takes a descriptor, which lives through the call, and moves this thread only, which ends below.
-            if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } < 0 {
-                let source = io::Error::last_os_error();
-                return Err(match source.raw_os_error() {
-                    Some(libc::EPERM) => NetworkError::NetnsForbidden,
-                    _ => failed("setns", source),
-                });
-            }
+            // This moves this thread only, which ends below.
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).map_err(
+                |error| match error {
+                    Errno::PERM => NetworkError::NetnsForbidden,
+                    _ => failed("setns", error.into()),
+                },
+            )?;
             work().map_err(|source| NetworkError::Within { netns: netns.to_owned(), source: source.into() })
         };
         let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, enter);

@@ -12,6 +12,8 @@
 //! May touch: disks through [`ReadAt`], the files and addresses it is given. Everything that is read here is hostile: each number is
 //! checked before it is used, and there is a limit on every length, depth and count.
 
+#![forbid(unsafe_code)]
+
 pub mod inspect;
 pub mod kernel;
 pub mod partitions;

@@ -16,6 +16,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::rand::GetRandomFlags;
+
 /// Digits of an id behind its prefix.
 const ID_DIGITS: usize = 12;
 const TEMPORARY: &str = ".tmp-";
@@ -42,9 +44,8 @@ pub fn failed(path: &Path, verb: &'static str) -> impl FnOnce(io::Error) -> File
 pub fn random_id(prefix: &str) -> String {
     let mut random = [0u8; ID_DIGITS / 2];
     // getrandom(2) gives up to 256 bytes whole, and fails only before the kernel's pool is ready, when it waits.
-    // SAFETY: the pointer and length are those of the array.
-    let got = unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
-    if usize::try_from(got) != Ok(random.len()) {
+    let got = rustix::rand::getrandom(&mut random, GetRandomFlags::empty());
+    if got != Ok(ID_DIGITS / 2) {
         // A seccomp filter without getrandom. Uniqueness is all that is needed, and `begin` refuses a taken id.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         random.copy_from_slice(&now.as_nanos().to_le_bytes()[..ID_DIGITS / 2]);
@@ -280,6 +281,7 @@ pub fn remove_half_replaced(path: &Path) -> Result<(), FileError> {
 }
 
 /// Starts writing a file's pages to the disk without waiting, so that a later fsync finds little to do.
+#[allow(unsafe_code)]
 pub fn start_writing_out(file: &File) {
     // Advice: where it is not supported the fsync does all the work.
     // SAFETY: plain integers.

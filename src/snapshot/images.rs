@@ -4,6 +4,8 @@
 //! a snapshot. Its files never change afterwards: VMs write to overlays of their own, and snapshots take the disks
 //! in as hard links with the sums that are known from here.
 
+#![forbid(unsafe_code)]
+
 use std::{
     fs::File,
     io,

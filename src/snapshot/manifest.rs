@@ -3,6 +3,8 @@
 //! What is read is hostile until [`Manifest::parse`] has held all of it against [`limits`]. A manifest of another
 //! format version is refused by its number, before anything else of it is looked at.
 
+#![forbid(unsafe_code)]
+
 mod network;
 
 use std::{

@@ -6,10 +6,13 @@ use std::{
     io,
     os::{
         fd::AsRawFd,
-        unix::{ffi::OsStrExt, fs::FileExt, fs::OpenOptionsExt},
+        unix::{fs::FileExt, fs::OpenOptionsExt},
     },
     path::Path,
 };
+
+use rustix::fs::{AtFlags, CWD, copy_file_range};
+use rustix::io::Errno;
 
 use super::memory::extents::Extents;
 
@@ -38,13 +41,8 @@ pub fn link_or_copy(source: &File, path: &Path) -> io::Result<()> {
 
 fn link(source: &File, path: &Path) -> io::Result<()> {
     // linkat(2): the way to link an open file that needs no privilege.
-    let from = std::ffi::CString::new(format!("/proc/self/fd/{}", source.as_raw_fd()))?;
-    let to = std::ffi::CString::new(path.as_os_str().as_bytes())?;
-    // SAFETY: both strings end in NUL and live through the call.
-    let result = unsafe {
-        libc::linkat(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::AT_SYMLINK_FOLLOW)
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let from = format!("/proc/self/fd/{}", source.as_raw_fd());
+    Ok(rustix::fs::linkat(CWD, from, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
 }
 
 /// Copies `source` to `path`, which must not exist; holes stay holes.
@@ -90,34 +88,19 @@ impl<'a> Copier<'a> {
 
     /// copy_file_range(2), which shares blocks on file systems that can. 0: nothing copied, go on by hand.
     fn copy_in_kernel(&mut self, at: u64, bytes: u64) -> io::Result<u64> {
-        let offset = libc::off64_t::try_from(at).map_err(io::Error::other)?;
-        let (mut from, mut to) = (offset, offset);
-        // SAFETY: both offsets live through the call, the descriptors are borrowed.
-        let copied = unsafe {
-            libc::copy_file_range(
-                self.from.as_raw_fd(),
-                &mut from,
-                self.to.as_raw_fd(),
-                &mut to,
-                bytes as usize,
-                0,
-            )
-        };
-        if let Ok(copied) = u64::try_from(copied) {
-            // Nothing: the source has ended, or this file system says so for no reason. Reading tells which.
-            self.by_hand = copied == 0;
-            return Ok(copied);
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EINTR) => Ok(0),
-            Some(
-                libc::EXDEV | libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM | libc::EBADF,
-            ) => {
+        let (mut from, mut to) = (at, at);
+        match copy_file_range(self.from, Some(&mut from), self.to, Some(&mut to), bytes as usize) {
+            Ok(copied) => {
+                // Nothing: the source has ended, or this file system says so for no reason. Reading tells which.
+                self.by_hand = copied == 0;
+                Ok(copied as u64)
+            }
+            Err(Errno::INTR) => Ok(0),
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP | Errno::PERM | Errno::BADF) => {
                 self.by_hand = true;
                 Ok(0)
             }
-            _ => Err(error),
+            Err(error) => Err(error.into()),
         }
     }
 }

@@ -9,6 +9,8 @@
 //!
 //! The instruments are one set for the process, as Prometheus sees a process: whoever has something to count needs no handle.
 
+#![forbid(unsafe_code)]
+
 pub mod exposition;
 pub mod labels;
 pub mod metrics;

@@ -1,5 +1,7 @@
 //! What this host's KVM offers, asked once in a process.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::Arc;

@@ -10,6 +10,8 @@
 //! Pausing stops the vCPUs first and the device thread after them, which waits for what devices have begun: what the last
 //! instruction notified is either done or still in the ring, where the restored device finds it.
 
+#![forbid(unsafe_code)]
+
 mod prepared;
 
 use std::fs::File;

@@ -4,6 +4,8 @@
 //! 4 GiB, the rest of RAM from [`HIGH_MEMORY_START`]. In files the regions lie one after the other, each at a
 //! multiple of 2 MiB, so that guest, host and file addresses agree modulo 2 MiB and huge pages can serve all three.
 
+#![allow(unsafe_code)]
+
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::snapshot::state::machine::RegionState;

@@ -8,8 +8,9 @@
 //! other order (with KVM's own it costs milliseconds). Slots are made on reserved address space; what is mapped there later is what
 //! the guest sees.
 
-use std::io;
-use std::os::fd::AsRawFd;
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
 use std::sync::Arc;
 
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_cpuid_entry2, kvm_enable_cap, kvm_userspace_memory_region};
@@ -164,13 +165,11 @@ impl Shell {
 
     /// Another descriptor of a vCPU, for whoever sets it up while its thread has the first.
     pub(super) fn second(&self, vcpu: &VcpuFd) -> Result<VcpuFd, MachineError> {
-        // SAFETY: F_DUPFD_CLOEXEC takes a number and makes a new descriptor.
-        let fd = unsafe { libc::fcntl(vcpu.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 0) };
-        if fd < 0 {
-            return Err(MachineError::Descriptors(io::Error::last_os_error()));
-        }
+        // SAFETY: a descriptor that lives through the call.
+        let vcpu = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
+        let second = vcpu.try_clone_to_owned().map_err(MachineError::Descriptors)?;
         // SAFETY: a vCPU's descriptor, and nobody else has this one.
-        unsafe { self.vm.create_vcpu_from_rawfd(fd) }.map_err(call("a vCPU's shared page"))
+        unsafe { self.vm.create_vcpu_from_rawfd(second.into_raw_fd()) }.map_err(call("a vCPU's shared page"))
     }
 
     /// Whether vCPU `index` was told ahead to be this processor.

@@ -6,6 +6,8 @@
 //! answer (a port or MMIO read) is completed by one more KVM_RUN before the thread reports that it stands still,
 //! so that saved registers are those after the instruction.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;

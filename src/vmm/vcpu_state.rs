@@ -5,6 +5,8 @@
 //! ([`restore_time`]) the local APIC, whose timer begins to count, IA32_TSC_DEADLINE (it arms the timer that the APIC's LVT describes),
 //! pending events and the run state.
 
+#![allow(unsafe_code)]
+
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;

@@ -5,6 +5,8 @@
 //! recvmsg(2). The peer may be a worker that a guest has taken over, so everything received is bounded: packet bytes,
 //! descriptors, and what decoding may allocate; descriptors of a refused packet are closed.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -11,6 +11,8 @@
 //! for the next daemon. Both say [`Greeting`], and if the versions are the same the worker says [`Event::Adopted`]; from then on that
 //! connection is the control socket.
 
+#![allow(unsafe_code)]
+
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,7 @@
 //! The VM of a worker: from a request's descriptors to a machine, and from a machine to a snapshot's files.
 
+#![allow(unsafe_code)]
+
 mod look;
 
 use std::fs::File;

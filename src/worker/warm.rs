@@ -1,6 +1,8 @@
 //! Mapping the program's own pages before they are needed: a shell that runs the road of a clone for the first time when a
 //! caller waits for it would take a page fault at every turn. It takes most of a millisecond, so only for those that will.
 
+#![allow(unsafe_code)]
+
 use std::fs;
 
 /// From asm-generic/mman-common.h; Linux 5.14.

@@ -6,6 +6,8 @@
 //! a zygote that dies takes nobody along. What workers of one zygote share, and workers started by themselves do not, is the layout of their address space and what the
 //! C library drew at random when it began (stack guard, pointer guard).
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 

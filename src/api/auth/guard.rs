@@ -48,8 +48,7 @@ impl Guard {
     /// Reads everything; blocks on the disk.
     pub fn new(policy: Policy) -> Result<Arc<Self>, AuthError> {
         let read = RwLock::new(Arc::new(Read::new(&policy)?));
-        // SAFETY: geteuid has no preconditions and cannot fail.
-        let own_uid = unsafe { libc::geteuid() };
+        let own_uid = rustix::process::geteuid().as_raw();
         Ok(Arc::new(Self { policy, own_uid, read, reloading: Mutex::new(()) }))
     }
 

@@ -8,6 +8,8 @@
 //!
 //! Whoever several rules name has the highest of their roles. The service's own user and root need no rule.
 
+#![allow(unsafe_code)]
+
 use std::ffi::{CStr, CString};
 use std::str::FromStr;
 

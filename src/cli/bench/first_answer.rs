@@ -4,6 +4,8 @@
 //! Each kind has a snapshot of its own, of which the working set is learnt before anything counts. With `--cold` the service begins
 //! anew before each clone and finds the snapshot's memory on disk only, as after a reboot of the host.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::hint::black_box;
 use std::io::Write;

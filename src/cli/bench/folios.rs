@@ -1,27 +1,27 @@
 //! Bringing a file's pages into the page cache as they are wanted there, or out of it.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::Context;
+use rustix::fs::Advice;
 
 const PAGE_BYTES: usize = 4096;
 
 /// Drops what nobody has mapped. The file must have been synced.
 pub fn drop_from_cache(path: &Path) -> anyhow::Result<()> {
     let file = open(path)?;
-    advise(&file, libc::POSIX_FADV_DONTNEED);
+    advise(&file, Advice::DontNeed);
     Ok(())
 }
 
 /// Drops the file's pages and reads each by itself, so that the kernel makes no large folios of them.
 pub fn read_in_single_pages(path: &Path) -> anyhow::Result<()> {
     let file = open(path)?;
-    advise(&file, libc::POSIX_FADV_DONTNEED);
+    advise(&file, Advice::DontNeed);
     // No reading ahead.
-    advise(&file, libc::POSIX_FADV_RANDOM);
+    advise(&file, Advice::Random);
     let mut page = [0; PAGE_BYTES];
     let bytes = file.metadata()?.len();
     for at in (0..bytes).step_by(PAGE_BYTES) {
@@ -34,7 +34,7 @@ fn open(path: &Path) -> anyhow::Result<File> {
     File::open(path).with_context(|| format!("cannot open {}", path.display()))
 }
 
-fn advise(file: &File, advice: libc::c_int) {
-    // SAFETY: plain integers; advice about clean pages of the cache.
-    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, advice) };
+/// What cannot be advised is read as it is.
+fn advise(file: &File, advice: Advice) {
+    let _ = rustix::fs::fadvise(file, 0, None, advice);
 }

@@ -2,6 +2,8 @@
 //!
 //! Every check looks or measures by itself and makes one [`Finding`]; none changes anything. Of the jail a worker tells that is started for it.
 
+#![forbid(unsafe_code)]
+
 mod jail;
 mod kvm;
 mod system;

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use rustix::process::Resource;
 use userfaultfd::UffdBuilder;
 
 use super::Finding;
@@ -82,22 +83,18 @@ fn huge_pages() -> Finding {
 }
 
 /// Soft and hard limit.
-fn limit(resource: libc::__rlimit_resource_t) -> (u64, u64) {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: getrlimit only fills the struct; on failure the zeros stay.
-    unsafe {
-        libc::getrlimit(resource, &mut limit);
-    }
-    (limit.rlim_cur, limit.rlim_max)
+fn limit(resource: Resource) -> (u64, u64) {
+    let limit = rustix::process::getrlimit(resource);
+    (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX))
 }
 
 fn amount(value: u64) -> String {
-    if value == libc::RLIM_INFINITY { "unlimited".to_owned() } else { value.to_string() }
+    if value == u64::MAX { "unlimited".to_owned() } else { value.to_string() }
 }
 
 fn descriptors() -> Finding {
     const NAME: &str = "open files";
-    let (_, hard) = limit(libc::RLIMIT_NOFILE);
+    let (_, hard) = limit(Resource::Nofile);
     let found = format!("up to {}, enough for about {} VMs", amount(hard), hard / 10);
     match hard >= DESCRIPTORS_MIN {
         true if hard == libc::RLIM_INFINITY => Finding::ok(NAME, "unlimited"),
@@ -109,7 +106,7 @@ fn descriptors() -> Finding {
 }
 
 fn locked_memory() -> Finding {
-    let (soft, _) = limit(libc::RLIMIT_MEMLOCK);
+    let (soft, _) = limit(Resource::Memlock);
     let found = match soft {
         libc::RLIM_INFINITY => "unlimited".to_owned(),
         bytes => units::bytes(bytes),

@@ -1,5 +1,7 @@
 //! `coldspark image`: what can be cold-booted.
 
+#![forbid(unsafe_code)]
+
 mod import;
 mod pull;
 

@@ -1,9 +1,9 @@
 //! `coldspark vm console`: a terminal on a VM's serial console.
 
 use std::io::{self, IsTerminal};
-use std::os::fd::AsRawFd;
 
 use prost::bytes::Bytes;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -96,7 +96,7 @@ async fn talk(
 
 /// The terminal passes every key on while this lives.
 struct RawTerminal {
-    before: Option<libc::termios>,
+    before: Option<Termios>,
 }
 
 impl RawTerminal {
@@ -105,30 +105,19 @@ impl RawTerminal {
         if !io::stdin().is_terminal() {
             return Ok(Self { before: None });
         }
-        let fd = io::stdin().as_raw_fd();
-        // SAFETY: termios is plain data, and the calls only read or write it.
-        unsafe {
-            let mut settings: libc::termios = std::mem::zeroed();
-            if libc::tcgetattr(fd, &mut settings) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let before = settings;
-            libc::cfmakeraw(&mut settings);
-            if libc::tcsetattr(fd, libc::TCSANOW, &settings) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(Self { before: Some(before) })
-        }
+        let before = tcgetattr(io::stdin())?;
+        let mut settings = before.clone();
+        settings.make_raw();
+        tcsetattr(io::stdin(), OptionalActions::Now, &settings)?;
+        Ok(Self { before: Some(before) })
     }
 }
 
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
-            // SAFETY: as in `enter`.
-            unsafe {
-                libc::tcsetattr(io::stdin().as_raw_fd(), libc::TCSANOW, before);
-            }
+            // A terminal that is gone needs nothing.
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
         }
     }
 }

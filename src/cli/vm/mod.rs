@@ -1,5 +1,7 @@
 //! `coldspark vm`: starting, listing and using VMs.
 
+#![forbid(unsafe_code)]
+
 mod call;
 mod console;
 pub mod create;

@@ -9,6 +9,8 @@
 //!
 //! A function's VMs come from a pool of its own ([`super::pools`]), which keeps as many ready as are asked for, none if nothing is.
 
+#![forbid(unsafe_code)]
+
 pub mod deploy;
 pub mod function;
 pub mod invoke;

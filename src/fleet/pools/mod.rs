@@ -9,6 +9,8 @@
 //!
 //! What was handed over never comes back: when its VM ends, there is room for another.
 
+#![forbid(unsafe_code)]
+
 pub mod demand;
 pub mod pool;
 pub mod settings;

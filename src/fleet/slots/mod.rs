@@ -9,6 +9,8 @@
 //!
 //! Making one is a matter of tens of milliseconds and a handful of processes ([`tools`]), so one task does that behind everybody's back ([`maker`]).
 
+#![forbid(unsafe_code)]
+
 pub mod access;
 pub mod addresses;
 pub mod error;

@@ -11,6 +11,8 @@
 //! zeros. The file ends with the footer. Holes decide nothing: only the bitmap says what is in the layer, so a file
 //! survives a copy that fills or digs holes.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::mem::ManuallyDrop;

@@ -4,11 +4,12 @@
 //! data is in the file before its bit is set, and a write is noted for the next flush before it returns.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
 use super::LayerError;
 use super::format::{self, BLOCK_BYTES, Bitmap, FrozenBitmap, Layout};
@@ -125,19 +126,15 @@ impl Overlay {
 /// Makes `from..to` of a file zero and gives its room back where the file system can do that. Both are at most
 /// `DISK_BYTES_MAX`.
 pub fn punch(file: &File, from: u64, to: u64) -> Result<(), LayerError> {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     loop {
-        // SAFETY: fallocate touches no memory of this process; the descriptor is open for as long as `file`. Both
-        // numbers are at most DISK_BYTES_MAX, so they fit off_t.
-        let done = unsafe { libc::fallocate(file.as_raw_fd(), mode, from as i64, (to - from) as i64) };
-        if done == 0 {
-            return Ok(());
-        }
-        let source = io::Error::last_os_error();
-        match source.raw_os_error() {
-            Some(libc::EINTR) => {}
-            Some(libc::EOPNOTSUPP | libc::ENOSYS) => break,
-            _ => return Err(LayerError::Io { what: "free a range of the disk", source }),
+        match rustix::fs::fallocate(file, mode, from, to - from) {
+            Ok(()) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => break,
+            Err(error) => {
+                return Err(LayerError::Io { what: "free a range of the disk", source: error.into() });
+            }
         }
     }
     let zeros = [0u8; 64 << 10];

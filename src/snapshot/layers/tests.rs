@@ -1,5 +1,7 @@
 //! The disk against a plain vector of bytes, and files that lie.
 
+#![allow(unsafe_code)]
+
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 

@@ -3,7 +3,10 @@
 //! A hole reads as zeros; the opposite need not hold. Calling data what is a hole is therefore always correct, only
 //! slower, and that is what happens on file systems that cannot tell, and beyond [`EXTENTS_MAX`].
 
-use std::{fs::File, io, ops::Range, os::fd::AsRawFd};
+use std::{fs::File, io, ops::Range};
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
 
 use crate::snapshot::limits::PAGE_BYTES;
 
@@ -35,7 +38,7 @@ impl Extents {
         let mut extents = Extents { data: Vec::new(), bytes };
         let mut at = 0;
         while at < bytes {
-            let Some(start) = seek(file, at, libc::SEEK_DATA)? else { break };
+            let Some(start) = seek(file, SeekFrom::Data(at))? else { break };
             if start >= bytes {
                 break;
             }
@@ -43,7 +46,7 @@ impl Extents {
                 bytes
             } else {
                 // A file that shrinks meanwhile may have no hole to report.
-                seek(file, start, libc::SEEK_HOLE)?.unwrap_or(bytes).clamp(start + 1, bytes)
+                seek(file, SeekFrom::Hole(start))?.unwrap_or(bytes).clamp(start + 1, bytes)
             };
             extents.push(start..end);
             at = end;
@@ -104,20 +107,16 @@ impl Extents {
 }
 
 /// `None`: there is neither data nor hole from `offset` on (only `SEEK_DATA` says so, or a shrunken file).
-fn seek(file: &File, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
-    let Ok(offset) = libc::off64_t::try_from(offset) else { return Ok(None) };
-    // SAFETY: plain integers; the descriptor is borrowed for the call.
-    let at = unsafe { libc::lseek64(file.as_raw_fd(), offset, whence) };
-    if let Ok(at) = u64::try_from(at) {
-        return Ok(Some(at));
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        Some(libc::ENXIO) => Ok(None),
-        // The file system cannot tell: all is data, then the end.
-        Some(libc::EINVAL | libc::EOPNOTSUPP) if whence == libc::SEEK_DATA => Ok(Some(offset as u64)),
-        Some(libc::EINVAL | libc::EOPNOTSUPP) => Ok(None),
-        _ => Err(error),
+fn seek(file: &File, whence: SeekFrom) -> io::Result<Option<u64>> {
+    match rustix::fs::seek(file, whence) {
+        Ok(at) => Ok(Some(at)),
+        Err(Errno::NXIO) => Ok(None),
+        // The file system cannot tell, or files are not that long: all is data, then the end.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(match whence {
+            SeekFrom::Data(offset) if i64::try_from(offset).is_ok() => Some(offset),
+            _ => None,
+        }),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -12,6 +12,8 @@
 //!
 //! All of it is advice about the cache: it can be done, left out or repeated at any time, clones running or not.
 
+#![allow(unsafe_code)]
+
 use std::{fs::File, io, ops::Range};
 
 use super::{

@@ -11,12 +11,9 @@
 //!
 //! Zero pages become holes. Writes are gathered into runs of up to [`WRITE_BYTES_MAX`].
 
-use std::{
-    fs::File,
-    io,
-    ops::Range,
-    os::{fd::AsRawFd, unix::fs::FileExt},
-};
+#![allow(unsafe_code)]
+
+use std::{fs::File, io, ops::Range, os::unix::fs::FileExt};
 
 use super::extents::{Extents, Run};
 use crate::snapshot::{
@@ -178,12 +175,9 @@ impl Rest {
     /// Whether there is certainly room for it.
     pub fn has_room(&self, out: &File) -> bool {
         let bytes = self.0.iter().map(|run| run.end - run.start).sum::<u64>();
-        // SAFETY: an all-zero statvfs is valid, and fstatvfs fills it.
-        let (result, room) = unsafe {
-            let mut room: libc::statvfs64 = std::mem::zeroed();
-            (libc::fstatvfs64(out.as_raw_fd(), &mut room), room)
-        };
-        result == 0 && room.f_bavail.saturating_mul(room.f_frsize) >= bytes.saturating_add(MARGIN_BYTES)
+        rustix::fs::fstatvfs(out).is_ok_and(|room| {
+            room.f_bavail.saturating_mul(room.f_frsize) >= bytes.saturating_add(MARGIN_BYTES)
+        })
     }
 
     fn add(&mut self, start: u64, end: u64) {

@@ -91,7 +91,10 @@ impl Keeper {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests {
+    use rustix::fs::Advice;
+
     use super::*;
     use crate::snapshot::memory::{
         extents::Extents,
@@ -129,15 +132,10 @@ mod tests {
         drop_unmapped(&file, &(0..8 * HUGE_BYTES));
         // Small pages in one of them: its first is read alone.
         let mut page = [0; 4096];
-        // SAFETY: plain integers; no reading ahead.
-        unsafe {
-            libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&*file), 0, 0, libc::POSIX_FADV_RANDOM)
-        };
+        // No reading ahead.
+        rustix::fs::fadvise(&*file, 0, None, Advice::Random).unwrap();
         std::os::unix::fs::FileExt::read_exact_at(&*file, &mut page, 2 * HUGE_BYTES).unwrap();
-        // SAFETY: as above.
-        unsafe {
-            libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&*file), 0, 0, libc::POSIX_FADV_NORMAL)
-        };
+        rustix::fs::fadvise(&*file, 0, None, Advice::Normal).unwrap();
         let first = keeper.keep(&[run(1, 2), run(5, 1)]).unwrap();
         let second = keeper.keep(&[run(1, 2), run(5, 1)]).unwrap();
         match has_folios {

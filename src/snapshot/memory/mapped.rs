@@ -9,6 +9,8 @@
 //!
 //! Facts: mmap(2), madvise(2), userfaultfd(2), ioctl_userfaultfd(2).
 
+#![allow(unsafe_code)]
+
 use std::{
     fs::File,
     io,

@@ -20,6 +20,8 @@
 //! Facts: userfaultfd(2), ioctl_userfaultfd(2), linux/userfaultfd.h, fs/userfaultfd.c. The order of faults, which a later
 //! working-set record needs, is seen in one place: `served::Served::fault`.
 
+#![allow(unsafe_code)]
+
 mod served;
 
 use std::{
@@ -46,6 +48,7 @@ use crate::snapshot::{
     cause::Cause,
     limits::{PAGE_BYTES, REGIONS_MAX},
 };
+use rustix::fs::OFlags;
 
 /// Bytes given around a fault, at most.
 pub const AROUND_BYTES: u64 = 64 << 10;
@@ -431,14 +434,8 @@ fn check_regions(regions: &[FaultRegion], file_bytes: u64) -> Result<(), PagerEr
 }
 
 fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    // SAFETY: plain integers, the descriptor is borrowed.
-    let result = unsafe {
-        match libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) {
-            -1 => -1,
-            flags => libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK),
-        }
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    let flags = rustix::fs::fcntl_getfl(fd)?;
+    Ok(rustix::fs::fcntl_setfl(fd, flags | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //! written, or answered by the pager. The kernel maps a little more than was asked for (16 pages around a fault, all of a large folio), so reads are counted
 //! in pieces of 2 MiB.
 
+#![allow(unsafe_code)]
+
 use super::image::{Entry, ImageError, PageMap};
 use crate::snapshot::limits::PAGE_BYTES;
 use crate::snapshot::working_set::{PIECE_PAGES, Touched, push};

@@ -1,5 +1,7 @@
 //! A look at a memory file's pages in the page cache, in pieces of 2 MiB.
 
+#![allow(unsafe_code)]
+
 use std::{fs::File, io, ops::Range, os::fd::AsRawFd, ptr};
 
 use crate::snapshot::limits::HUGE_BYTES;

@@ -4,6 +4,8 @@
 //! field as hostile; what can only be checked against a machine is checked by the part of the machine that takes the
 //! struct over.
 
+#![forbid(unsafe_code)]
+
 pub mod chipset;
 pub mod file;
 pub mod machine;

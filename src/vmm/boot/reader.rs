@@ -3,6 +3,8 @@
 //! Kernel and modules arrive as descriptors that other workers may share, file position included: the daemon opens an image's file
 //! once and hands it to many. So nothing here moves the file's own position; every read says where it reads.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;

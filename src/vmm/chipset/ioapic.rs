@@ -441,6 +441,7 @@ impl Level for LevelLine {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests {
     use std::sync::atomic::AtomicUsize;
 

@@ -13,6 +13,8 @@
 //!
 //! Facts: PCI Local Bus 3.0, 3.2.2.3.2 (mechanism 1); PCI Firmware 3.2, 4.1 (MCFG); FreeBSD's `sys/amd64/pci/pci_cfgreg.c`.
 
+#![forbid(unsafe_code)]
+
 pub mod config;
 
 use std::sync::atomic::{AtomicU32, Ordering};

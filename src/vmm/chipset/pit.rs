@@ -305,6 +305,7 @@ impl Channel {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests {
     use std::os::fd::AsRawFd;
 

@@ -392,6 +392,7 @@ impl Serial {
     }
 
     /// Hands the rest of the output to the console, waiting for it up to `limit`: for a guest that ends.
+    #[allow(unsafe_code)]
     pub fn flush(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
         loop {
@@ -578,6 +579,7 @@ impl Registers {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};

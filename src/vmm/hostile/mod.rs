@@ -12,6 +12,8 @@
 //! one ends the test with SIGSEGV); the device thread comes to rest; a device that stops says so under its name; what was
 //! done to it can be saved and restored; and after a reset it works for an honest driver.
 
+#![allow(unsafe_code)]
+
 mod chipset;
 mod driver;
 mod steps;

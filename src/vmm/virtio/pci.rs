@@ -15,6 +15,8 @@
 //! Facts: virtio 1.2 clause 4.1; PCI Local Bus 3.0, 6.8.2; FreeBSD's `sys/dev/virtio/pci`; Linux's
 //! `drivers/virtio/virtio_pci_modern_dev.c`.
 
+#![forbid(unsafe_code)]
+
 mod common;
 mod interrupts;
 mod legacy;

@@ -1,6 +1,8 @@
 //! A driver for tests: speaks to a transport through its registers, and to rings through guest memory, and can do
 //! both wrongly. (`virtio-queue` has a mock of its own, which cannot wrap around nor loop.)
 
+#![allow(unsafe_code)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 

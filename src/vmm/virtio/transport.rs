@@ -14,6 +14,8 @@
 //! and `pci/virtio_pci_legacy.c`: wait for status 0 after a reset, read back FEATURES_OK, notify queues (and poll them)
 //! before DRIVER_OK.
 
+#![forbid(unsafe_code)]
+
 mod doorbell;
 mod persist;
 

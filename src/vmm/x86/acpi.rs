@@ -13,6 +13,8 @@
 //! Facts: ACPI 6.4 (5.2.5 RSDP, 5.2.8 XSDT, 5.2.9 FADT, 5.2.10 FACS, 5.2.12 MADT); PCI Firmware 3.2, 4.1.2 (MCFG);
 //! Linux `arch/x86/kernel/acpi/boot.c`; FreeBSD `sys/x86/acpica/madt.c`, `sys/dev/acpica`.
 
+#![forbid(unsafe_code)]
+
 mod dsdt;
 
 use vm_memory::{Bytes, GuestAddress};

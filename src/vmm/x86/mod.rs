@@ -2,6 +2,8 @@
 //!
 //! Pure functions over guest memory and plain `kvm_bindings` structs; no KVM handle is used in this room.
 
+#![forbid(unsafe_code)]
+
 pub mod acpi;
 pub mod cpuid;
 pub mod features;

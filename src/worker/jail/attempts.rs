@@ -1,6 +1,8 @@
 //! A worker that tries what is forbidden (`coldspark worker --try-forbidden`): jailed exactly as any other, and then told what to try, one after the other.
 //! What comes of it is told back; or the process is gone, and its last words say why. For the trials in tests/system/jail.rs.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::ptr;
 

@@ -2,6 +2,8 @@
 //!
 //! Facts: namespaces(7), user_namespaces(7), pid_namespaces(7), pivot_root(2).
 
+#![allow(unsafe_code)]
+
 use std::ffi::CStr;
 use std::fs;
 use std::io;

@@ -4,6 +4,8 @@
 //! (rt_sigaction(2) is not allowed), and a SIGSYS that finds itself blocked kills.
 //! Facts: sigaction(2), SYS_SECCOMP; arch/x86 `struct sigcontext`.
 
+#![allow(unsafe_code)]
+
 use std::cell::Cell;
 use std::io;
 use std::mem;

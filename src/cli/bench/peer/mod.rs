@@ -5,6 +5,8 @@
 //! guest is let run, and comes back, is the first answer. That is less than what a clone of ours does until its own
 //! (an identity is told and confirmed, the echo goes over virtio and gRPC).
 
+#![forbid(unsafe_code)]
+
 mod api;
 mod firecracker;
 mod process;

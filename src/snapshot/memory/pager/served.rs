@@ -1,5 +1,7 @@
 //! One clone as its pager thread sees it: reading its faults and giving its pages.
 
+#![allow(unsafe_code)]
+
 use std::{
     io,
     ops::Range,

@@ -1,5 +1,7 @@
 //! The pager against this very process: a thread touches memory that a userfaultfd watches, and the pager answers.
 
+#![allow(unsafe_code)]
+
 use std::{
     os::{fd::AsFd, unix::fs::FileExt},
     sync::mpsc,

@@ -12,6 +12,8 @@
 //! Facts: virtio 1.2 clause 5.2; FreeBSD's `sys/dev/virtio/block/virtio_blk.c`: wants `SEG_MAX` and `INDIRECT_DESC`,
 //! refuses a `SIZE_MAX` below 1 MiB (never offered here), asks GET_ID at attach and polls for the answer.
 
+#![forbid(unsafe_code)]
+
 pub mod pool;
 mod request;
 #[cfg(test)]

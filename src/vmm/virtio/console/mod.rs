@@ -10,12 +10,15 @@
 //! queue before `DRIVER_OK`, and **polls** each transmitted chain until it is used, so a socket that nobody reads
 //! stops that vCPU.
 
+#![forbid(unsafe_code)]
+
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use rustix::net::{RecvFlags, SendFlags};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_queue::Queue;
 
@@ -248,16 +251,10 @@ impl VirtioDevice for Console {
 
 /// Sends without blocking, and without SIGPIPE.
 fn send(socket: &OwnedFd, data: &[u8]) -> io::Result<usize> {
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: pointer and length are those of `data`, which is readable and lives through the call.
-    let sent = unsafe { libc::send(socket.as_raw_fd(), data.as_ptr().cast(), data.len(), flags) };
-    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    Ok(rustix::net::send(socket, data, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?)
 }
 
 /// Receives without blocking; 0 at the end of the stream.
 fn receive(socket: &OwnedFd, data: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: pointer and length are those of `data`, which is writable and lives through the call.
-    let got =
-        unsafe { libc::recv(socket.as_raw_fd(), data.as_mut_ptr().cast(), data.len(), libc::MSG_DONTWAIT) };
-    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+    Ok(rustix::net::recv(socket, data, RecvFlags::DONTWAIT)?.0)
 }

@@ -1,6 +1,8 @@
 //! A driver and the device thread at the same time: no notification and no interrupt may be lost, although each side
 //! tells the other whenever it can do without.
 
+#![allow(unsafe_code)]
+
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;

@@ -1,5 +1,7 @@
 //! The registers, the life of a device behind them, and saved states that lie.
 
+#![allow(unsafe_code)]
+
 use proptest::prelude::*;
 use virtio_bindings::virtio_config::*;
 use virtio_bindings::virtio_ring::{

@@ -7,6 +7,8 @@
 //! one that was deleted EBADFD; TUNSETOFFLOAD needs no privilege on an attached descriptor), `include/uapi/linux/if_tun.h`,
 //! unix(7) for the wire.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
@@ -201,8 +203,8 @@ impl Link {
         loop {
             let (fd, sent) = match self {
                 Self::Down => return Sent::Nobody,
-                // SAFETY: pointer and length are those of `frame`, which is readable and lives through the call.
                 Self::Tap(Tap { fd, .. }) => {
+                    // SAFETY: pointer and length are those of `frame`, which is readable and lives through the call.
                     (fd, unsafe { libc::write(fd.as_raw_fd(), frame.as_ptr().cast(), frame.len()) })
                 }
                 Self::Wire(Wire { fd }) => {

@@ -1,5 +1,7 @@
 //! The network device between a driver and the other end of its link.
 
+#![allow(unsafe_code)]
+
 mod restore;
 
 use std::os::unix::net::UnixDatagram;

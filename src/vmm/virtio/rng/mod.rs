@@ -6,6 +6,8 @@
 //! Facts: virtio 1.2 clause 5.4; FreeBSD's `sys/dev/virtio/random/virtio_random.c` asks for a few bytes at a time and
 //! polls for them.
 
+#![forbid(unsafe_code)]
+
 #[cfg(test)]
 mod tests;
 
