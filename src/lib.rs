@@ -13,6 +13,7 @@
 //! | [`vmm`] | the machine itself: no policy, no async, no network API | `snapshot::{state, codec, layers}`, `media` |
 //! | [`media`] | what is on disks and in the files in which people bring them: partitions, UFS, compressed images, downloads | nothing of ours |
 //! | [`telemetry`] | what the service tells of itself: metrics and traces | nothing of ours |
+//! | `fuzzing` | what hostile bytes are given to; in tests and fuzzers only | `agent`, `api`, `fleet`, `worker::protocol`, `snapshot`, `media`, `vmm::fuzzing` |
 //! | [`agent`] | the frames spoken with the program inside a guest | nothing of ours |
 
 // Unsafe code is in files that say so at their head, or at a function's; tests/rooms.rs has the list. Every block says why it is sound.
@@ -22,6 +23,8 @@ pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod fleet;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod media;
 pub mod snapshot;
 pub mod telemetry;

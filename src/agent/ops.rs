@@ -549,6 +549,10 @@ impl Hello {
         };
         let name = reader.rest();
         hello.name = (name.len() <= wire::NAME_BYTES_MAX).then(|| text(name))?;
+        // What is no UTF-8 has become longer, and must be a name again when it is read from a snapshot.
+        while hello.name.len() > wire::NAME_BYTES_MAX {
+            hello.name.pop();
+        }
         Some(hello)
     }
 

@@ -174,7 +174,7 @@ impl Opening {
         }
     }
 
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+    pub fn encode(&self, out: &mut Vec<u8>) {
         put64(out, self.session);
         put32(out, self.window);
         match &self.what {

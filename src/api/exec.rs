@@ -55,7 +55,7 @@ pub async fn exec(fleet: &Fleet, mut requests: Streaming<proto::ExecRequest>) ->
     Ok(Box::pin(ReceiverStream::new(receiver)))
 }
 
-fn command(args: Vec<String>, env: HashMap<String, String>, folder: String, user: String) -> What {
+pub fn command(args: Vec<String>, env: HashMap<String, String>, folder: String, user: String) -> What {
     let mut environment: Vec<(Vec<u8>, Vec<u8>)> =
         env.into_iter().map(|(name, value)| (name.into_bytes(), value.into_bytes())).collect();
     environment.sort();

@@ -281,7 +281,7 @@ fn or<T: Default + PartialEq>(number: T, usual: T) -> T {
     if number == T::default() { usual } else { number }
 }
 
-fn deploy_in(request: proto::DeployRequest) -> Result<Deploy, Status> {
+pub fn deploy_in(request: proto::DeployRequest) -> Result<Deploy, Status> {
     let from = match request.from {
         Some(deploy_request::From::Snapshot(snapshot)) => From::Snapshot(snapshot),
         Some(deploy_request::From::Image(image)) => From::Image(image),

@@ -94,7 +94,7 @@ impl ImageService for Images {
     }
 }
 
-fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
+pub fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
     let boot = spec.boot.unwrap_or_default();
     let usual = Settings::default();
     Ok(ImportImage {

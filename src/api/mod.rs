@@ -21,6 +21,8 @@ mod convert;
 mod events;
 mod exec;
 mod functions;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod images;
 pub mod listen;
 mod measure;

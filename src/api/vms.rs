@@ -313,7 +313,7 @@ fn check_slots<T>(request: &Request<T>, interfaces: &[proto::NetworkInterface]) 
     Ok(())
 }
 
-fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
+pub fn create(request: proto::CreateVmRequest) -> Result<CreateVm, Status> {
     use proto::create_vm_request::Source;
     let image = match request.source {
         Some(Source::Image(name)) => Some(name),

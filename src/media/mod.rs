@@ -18,7 +18,7 @@ pub mod inspect;
 pub mod kernel;
 pub mod partitions;
 pub mod pull;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub mod testing;
 pub mod ufs;
 pub mod unpack;

@@ -21,8 +21,10 @@ pub mod boot;
 pub mod bus;
 pub mod chipset;
 pub mod devices;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod host;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 mod hostile;
 pub mod irq;
 pub mod look;

@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::{FRONTS, Machine, NAMES, READY_PORT};
+use super::{FRONTS, Front, Machine, NAMES, READY_PORT, from_bytes};
 use crate::snapshot::codec;
 use crate::snapshot::state::chipset::{AgentPortState, ChipsetState};
 use crate::snapshot::state::pc::PcState;
+#[cfg(test)]
 use crate::vmm::bus::lock;
 use crate::vmm::chipset::ioapic::{IOAPIC_START, PINS};
 use crate::vmm::chipset::pci::{ECAM_BYTES, ECAM_START, MEMORY_START};
@@ -264,43 +265,80 @@ fn changed<T: serde::Serialize + serde::de::DeserializeOwned>(
     codec::decode(&bytes).unwrap_or(value)
 }
 
+/// Accesses of any kind, and what was left of them in a clone.
+fn no_access_harms(front: Front, steps: &[Step]) {
+    let machine = Machine::new(front);
+    steps.iter().for_each(|step| machine.carry_out(step));
+    machine.run();
+    let saved = machine.save_chipset();
+    let clone = Machine::new(front);
+    assert!(clone.restore_chipset(&saved));
+    let mut again = clone.save_chipset();
+    // A serial port raises its line in a clone if it has anything to say: an edge that the source may have had already.
+    let serial = 1 << SERIAL_PIN | 1 << AGENT_PIN;
+    assert_eq!(again.0.ioapic.pending & saved.0.ioapic.pending & serial, saved.0.ioapic.pending & serial);
+    again.0.ioapic.pending &= saved.0.ioapic.pending | !serial;
+    assert_eq!(again, saved);
+    machine.check_chipset();
+    clone.check_chipset();
+}
+
+/// A saved state with changes.
+fn no_saved_state_harms(
+    front: Front,
+    before: &[Step],
+    changes: &[(prop::sample::Index, u8)],
+    after: &[Step],
+) {
+    let machine = Machine::new(front);
+    before.iter().for_each(|step| machine.carry_out(step));
+    let (chipset, agent, pc) = machine.save_chipset();
+    let saved = (changed(chipset, changes), changed(agent, changes), changed(pc, changes));
+    let clone = Machine::new(front);
+    if clone.restore_chipset(&saved) {
+        after.iter().for_each(|step| clone.carry_out(step));
+        clone.check_chipset();
+    }
+}
+
+#[cfg(test)]
+fn front() -> impl Strategy<Value = Front> {
+    prop::sample::select(&FRONTS[..])
+}
+
+fn changes() -> impl Strategy<Value = Vec<(prop::sample::Index, u8)>> {
+    vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), 0u8..4, 250u8..]), 1..6)
+}
+
+/// For fuzzers: what `data` makes of both.
+pub fn fuzz(data: &[u8]) {
+    let Some((&[front, before, c0, c1, c2, c3], data)) = data.split_first_chunk() else { return };
+    let state = front >= 128;
+    let front = FRONTS[usize::from(front) % FRONTS.len()];
+    let mut steps = from_bytes(data, &step());
+    if state {
+        let after = steps.split_off(usize::from(before).min(steps.len()));
+        let Some(changes) = from_bytes(&[c0, c1, c2, c3], &changes()).pop() else { return };
+        no_saved_state_harms(front, &steps, &changes, &after);
+    } else {
+        no_access_harms(front, &steps);
+    }
+}
+
+#[cfg(test)]
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_access_harms_the_chipset(front in prop::sample::select(&FRONTS[..]), steps in vec(step(), 1..120)) {
-        let machine = Machine::new(front);
-        steps.iter().for_each(|step| machine.carry_out(step));
-        machine.run();
-        let saved = machine.save_chipset();
-        let clone = Machine::new(front);
-        prop_assert!(clone.restore_chipset(&saved));
-        let mut again = clone.save_chipset();
-        // The serial port raises its line in a clone if it has anything to say: an edge that the source may have had already.
-        let serial = 1 << SERIAL_PIN | 1 << AGENT_PIN;
-        prop_assert_eq!(again.0.ioapic.pending & saved.0.ioapic.pending & serial, saved.0.ioapic.pending & serial);
-        again.0.ioapic.pending &= saved.0.ioapic.pending | !serial;
-        prop_assert_eq!(again, saved);
-        machine.check_chipset();
-        clone.check_chipset();
+    fn no_access_harms_the_chipset(front in front(), steps in vec(step(), 1..120)) {
+        no_access_harms(front, &steps);
     }
 
     #[test]
     fn no_saved_state_harms_the_chipset(
-        front in prop::sample::select(&FRONTS[..]),
-        before in vec(step(), 0..20),
-        changes in vec((any::<prop::sample::Index>(), prop_oneof![any::<u8>(), 0u8..4, 250u8..]), 1..6),
-        after in vec(step(), 0..40),
+        front in front(), before in vec(step(), 0..20), changes in changes(), after in vec(step(), 0..40),
     ) {
-        let machine = Machine::new(front);
-        before.iter().for_each(|step| machine.carry_out(step));
-        let (chipset, agent, pc) = machine.save_chipset();
-        let saved = (changed(chipset, &changes), changed(agent, &changes), changed(pc, &changes));
-        let clone = Machine::new(front);
-        if clone.restore_chipset(&saved) {
-            after.iter().for_each(|step| clone.carry_out(step));
-            clone.check_chipset();
-        }
+        no_saved_state_harms(front, &before, &changes, &after);
     }
 }
 

@@ -14,10 +14,10 @@
 
 #![allow(unsafe_code)]
 
-mod chipset;
+pub mod chipset;
 mod driver;
 mod steps;
-mod virtio;
+pub mod virtio;
 
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
@@ -25,6 +25,8 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting};
+use proptest::strategy::{Strategy, ValueTree};
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
@@ -336,4 +338,22 @@ impl io::Write for Log {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Most steps that a fuzzer's bytes are made to.
+const STEPS_MAX: usize = 120;
+
+/// What a strategy makes of each four bytes: a fuzzer that changes, moves or copies some does so to one value of many.
+///
+/// (proptest's own generator for fuzzers cuts its bytes in half at every choice between strategies, of which there are
+/// many here, and past their end gives zeros, of which some samplers ask for another without end.)
+fn from_bytes<S: Strategy>(data: &[u8], strategy: &S) -> Vec<S::Value> {
+    let value = |bytes: &[u8; 4]| {
+        let mut seed = [0; 32];
+        seed[..4].copy_from_slice(bytes);
+        let config = Config { failure_persistence: None, ..Config::default() };
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &seed);
+        strategy.new_tree(&mut TestRunner::new_with_rng(config, rng)).ok().map(|tree| tree.current())
+    };
+    data.as_chunks().0.iter().take(STEPS_MAX).filter_map(value).collect()
 }

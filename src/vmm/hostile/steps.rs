@@ -148,6 +148,7 @@ pub fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
+#[cfg(test)]
 pub fn steps(most: usize) -> impl Strategy<Value = Vec<Step>> {
     vec(step(), 1..most)
 }

@@ -22,7 +22,7 @@ pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub mod testing;
 pub mod transport;
 

@@ -45,7 +45,7 @@ pub struct Tap {
     /// It knows checksum and segmentation offload.
     offloads: bool,
     /// For tests, which may make no TAP: `fd` is a packet socket, and this is what TUNSETOFFLOAD was told.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     imitation: Option<std::sync::Arc<std::sync::atomic::AtomicU32>>,
 }
 
@@ -112,13 +112,13 @@ impl Link {
         Ok(Self::Tap(Tap {
             fd,
             offloads,
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             imitation: None,
         }))
     }
 
     /// Something that behaves like a TAP, on a packet socket.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn imitation(fd: OwnedFd, told: std::sync::Arc<std::sync::atomic::AtomicU32>) -> Self {
         nonblocking(&fd).unwrap();
         Self::Tap(Tap { fd, offloads: true, imitation: Some(told) })
@@ -188,7 +188,7 @@ impl Link {
     /// Tells the host what it may leave undone in frames to the guest: `TUN_F_*`.
     pub fn set_receive_offloads(&self, offloads: libc::c_uint) -> io::Result<()> {
         match self {
-            #[cfg(test)]
+            #[cfg(any(test, fuzzing))]
             Self::Tap(Tap { imitation: Some(told), .. }) => {
                 told.store(offloads, std::sync::atomic::Ordering::SeqCst);
                 Ok(())
