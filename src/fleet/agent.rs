@@ -8,8 +8,9 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -121,6 +122,12 @@ impl AgentClient {
     /// Waits until no request is under way, holds new ones back and has streams stand still: a guest that is frozen in the
     /// middle of a frame *to* it would take its clones' first bytes for the rest of the old one, and a clone's host the rest
     /// of one *from* it for a new one (wire.rs).
+    ///
+    /// Waits as long as words come (a slow serial port may have 64 KiB to carry first), at most [`QUIET_TIMEOUT_MAX`], and
+    /// `within` when none do.
+    ///
+    /// # Errors
+    /// [`FleetError::AgentBusy`].
     pub async fn quiet(&self, within: Duration) -> Result<Quiet, FleetError> {
         self.now().quiet(within).await
     }
@@ -166,6 +173,8 @@ struct Conversation {
     hold: Arc<watch::Sender<u64>>,
     /// The number of the hold in which they do.
     still: watch::Receiver<u64>,
+    /// Bytes that came from the guest.
+    heard: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
@@ -215,6 +224,7 @@ impl Conversation {
         let (still_in, still) = watch::channel(0);
         let wake = Arc::new(Notify::new());
         let mut talk = Talk::new(inbox, presence_in, answers_in, Arc::clone(&wake), holds, still_in);
+        let heard = Arc::clone(&talk.heard);
         if resumed {
             talk.seek();
         }
@@ -230,6 +240,7 @@ impl Conversation {
             wake,
             hold: Arc::new(hold),
             still,
+            heard,
         }
     }
 
@@ -320,7 +331,18 @@ impl Conversation {
             let _ = self.still.clone().wait_for(|still| *still == number).await;
             Quiet { _hold: hold, _gate: gate }
         };
-        tokio::time::timeout(within, quiet).await.map_err(|_| FleetError::AgentBusy)
+        let mut quiet = std::pin::pin!(quiet);
+        let begun = Instant::now();
+        loop {
+            let heard = self.heard.load(Ordering::Relaxed);
+            match tokio::time::timeout(within, &mut quiet).await {
+                Ok(quiet) => return Ok(quiet),
+                Err(_)
+                    if self.heard.load(Ordering::Relaxed) != heard && begun.elapsed() < QUIET_TIMEOUT_MAX => {
+                }
+                Err(_) => return Err(FleetError::AgentBusy),
+            }
+        }
     }
 
     fn gone(&self) -> FleetError {
@@ -354,6 +376,7 @@ struct Talk {
     still: watch::Sender<u64>,
     hush: Hush,
     seeking: Option<Seeking>,
+    heard: Arc<AtomicU64>,
 }
 
 /// The place in the guest's words is not known: what comes is thrown away up to the reply to this conversation's first request, which a number
@@ -425,6 +448,7 @@ impl Talk {
             still,
             hush: Hush::No,
             seeking: None,
+            heard: Arc::default(),
         }
     }
 
@@ -495,6 +519,7 @@ impl Talk {
                 got = reader.read(&mut buffer) => match got {
                     Ok(0) => return "the agent port was closed: the VM has ended, or boots again".to_owned(),
                     Ok(count) => {
+                        self.heard.fetch_add(count as u64, Ordering::Relaxed);
                         let bytes = buffer.get(..count).unwrap_or_default();
                         if let Err(reason) = self.hear(bytes) {
                             return reason;

@@ -88,8 +88,9 @@ pub const SIGNALS_WAITING_MAX: usize = 16;
 pub const EXEC_TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a clone's agent may take to confirm its identity.
 pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a snapshot waits for the agent's answers under way.
+/// How long a snapshot waits for the agent's answers under way while nothing comes from it; and while something does.
 pub const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
+pub const QUIET_TIMEOUT_MAX: Duration = Duration::from_secs(60);
 
 pub const READY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 pub const READY_TIMEOUT_MAX: Duration = Duration::from_secs(3600);

@@ -272,6 +272,27 @@ async fn a_snapshot_hushes_streams_and_they_go_on_after_it() {
     quiet.unwrap();
 }
 
+/// A guest behind a slow serial port is waited for while it speaks, however long its words are.
+#[tokio::test]
+async fn quiet_comes_after_slow_words() {
+    let (ours, mut guest) = Guest::new();
+    let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+    let (_stream, id) = opened(&agent, &mut guest).await;
+    let patience = Duration::from_millis(400);
+    let slow = async {
+        let hush = guest.next().await;
+        let header = wire::Header { kind: wire::KIND_STREAM_DATA, status: 0, id, length: 15 };
+        let words = [&header.encode()[..], b"\x01\0\0\0slowly said"].concat();
+        for byte in words {
+            guest.socket.write_all(&[byte]).await.unwrap();
+            tokio::time::sleep(patience / 20).await;
+        }
+        guest.reply(&hush, 0, b"").await;
+    };
+    let (quiet, ()) = tokio::join!(agent.quiet(patience), slow);
+    quiet.unwrap();
+}
+
 #[tokio::test]
 async fn an_agent_that_starts_again_has_lost_its_streams() {
     let (ours, mut guest) = Guest::new();
