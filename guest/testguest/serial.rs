@@ -52,6 +52,13 @@ pub(crate) fn write(bytes: &[u8]) {
     }
 }
 
+/// Has the console's port ask for an interrupt, as its transmitter is empty.
+pub(crate) fn ask_for_interrupt() {
+    const INTERRUPT_ENABLE: u16 = DATA + 1;
+    out8(INTERRUPT_ENABLE, 0x02);
+    out8(INTERRUPT_ENABLE, 0);
+}
+
 /// The next byte that was typed; `None` if none comes for a long time.
 pub(crate) fn read() -> Option<u8> {
     (0..LOOKS_MAX).any(|_| in8(LINE_STATUS) & DATA_READY != 0).then(|| in8(DATA))

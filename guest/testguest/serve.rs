@@ -12,7 +12,7 @@ use crate::pattern::{Digest, Page};
 use crate::random::Generator;
 use crate::serial::{self, say};
 use crate::smp::Cpus;
-use crate::streams::Streams;
+use crate::streams::{Means, Streams};
 use crate::port::Port;
 use crate::virtio::{Devices, Failure};
 use crate::wire::*;
@@ -263,7 +263,13 @@ impl Server {
                 did |= network.step(&self.host_name[..self.host_name_bytes], second);
             }
             if self.streams.is_busy() {
-                did |= self.streams.step(console, frame, &mut self.random, &mut self.network);
+                let mut means = Means {
+                    random: &mut self.random,
+                    network: &mut self.network,
+                    arena: &mut self.arena,
+                    devices: self.devices,
+                };
+                did |= self.streams.step(console, frame, &mut means);
             }
             match &mut self.network {
                 _ if did => {}

@@ -12,6 +12,7 @@
 //! | `exit N`, `die N` | ends with that status, by that signal |
 //! | `yes BYTES`, `random BYTES` | so many on stdout |
 //! | `spin MS` | keeps its CPU busy |
+//! | `flood WHAT MS` | keeps its host busy, by printing (`console`), asking for interrupts of its own and of a serial port (`interrupts`), writing memory (`memory`), or writing and flushing its first disk (`disk`) |
 //! | `udp ADDRESS PORT WORDS` | sends its words there, and what comes back on stdout; status 1 after three seconds without an answer |
 //!
 //! A signal ends every command but `trap`. Commands take turns, one frame each, between requests. Files live in memory:
@@ -19,11 +20,15 @@
 
 use core::net::IpAddr;
 
+use crate::arena::Arena;
 use crate::gate::ticks;
+use crate::interrupts;
 use crate::network::Network;
-use crate::random::Generator;
-use crate::serve::{BAD_PAYLOAD, Refusal, Reply, send};
 use crate::port::Port;
+use crate::random::Generator;
+use crate::serial;
+use crate::serve::{BAD_PAYLOAD, Refusal, Reply, send};
+use crate::virtio::Devices;
 use crate::wire::*;
 
 /// Stdin of one stream that is not read yet.
@@ -74,10 +79,29 @@ enum Job {
     Yes { left: u64 },
     Random { left: u64 },
     Spin { until: u64 },
+    Flood { with: Flood, until: u64 },
     /// Address, port and words are in the buffer.
     Udp { until: u64, asked: bool },
     Put { file: usize, name: usize, mode: u32 },
     Get { file: usize, version: u64, at: usize },
+}
+
+#[derive(Clone, Copy)]
+enum Flood {
+    Console,
+    Interrupts,
+    /// The next page.
+    Memory(u64),
+    /// The next sector.
+    Disk(u64),
+}
+
+/// What commands work with.
+pub(crate) struct Means<'a> {
+    pub(crate) random: &'a mut Generator,
+    pub(crate) network: &'a mut Option<Network>,
+    pub(crate) arena: &'a mut Arena,
+    pub(crate) devices: &'a mut Devices,
 }
 
 struct File {
@@ -273,8 +297,7 @@ impl Streams {
         &mut self,
         console: &mut Port,
         frame: &mut [u8],
-        random: &mut Generator,
-        network: &mut Option<Network>,
+        means: &mut Means,
     ) -> bool {
         for _ in 0..STREAMS_MAX {
             self.turn = (self.turn + 1) % STREAMS_MAX;
@@ -283,7 +306,7 @@ impl Streams {
                 continue;
             }
             let mut worker = Worker { console, frame, slot: &mut self.slots[index], files: self.files };
-            match worker.step(random, network) {
+            match worker.step(means) {
                 Step::Waits => {}
                 Step::Did => return true,
                 Step::Ended((how, value, why)) => {
@@ -332,7 +355,7 @@ impl Worker<'_> {
         Step::Did
     }
 
-    fn step(&mut self, random: &mut Generator, network: &mut Option<Network>) -> Step {
+    fn step(&mut self, means: &mut Means) -> Step {
         if self.slot.ungranted as usize >= WINDOW / 2 {
             let bytes = core::mem::take(&mut self.slot.ungranted);
             self.send(KIND_STREAM_WINDOW, &[&PIPE_STDIN.to_le_bytes(), &bytes.to_le_bytes()]);
@@ -401,13 +424,25 @@ impl Worker<'_> {
             Job::Random { left } => {
                 let count = left.min(out as u64);
                 self.slot.job = Job::Random { left: left - count };
-                self.data(PIPE_STDOUT, count as usize, |room, _, _| random.fill(room))
+                self.data(PIPE_STDOUT, count as usize, |room, _, _| means.random.fill(room))
             }
             Job::Spin { until } => {
                 if ticks() >= until { Step::Ended(DONE) } else { Step::Did }
             }
+            Job::Flood { with, until } => {
+                if ticks() >= until {
+                    return Step::Ended(DONE);
+                }
+                match flood(with, means, self.frame) {
+                    Ok(with) => {
+                        self.slot.job = Job::Flood { with, until };
+                        Step::Did
+                    }
+                    Err(why) => Step::Ended((END_FAILED, 0, why)),
+                }
+            }
             Job::Udp { until, asked } => {
-                let Some(network) = network else {
+                let Some(network) = means.network else {
                     return Step::Ended((END_FAILED, 0, "the test guest has no network"));
                 };
                 if !asked {
@@ -501,6 +536,38 @@ fn signal_line(signal: u32) -> ([u8; SIGNAL_LINE_BYTES], usize) {
     (line, 18 - zeros)
 }
 
+/// One piece of a flood; gives what comes next, or why there is none.
+fn flood(with: Flood, means: &mut Means, room: &mut [u8]) -> Result<Flood, &'static str> {
+    const PIECE: u64 = 64;
+    Ok(match with {
+        Flood::Console => {
+            serial::write(&[b'x'; PIECE as usize]);
+            with
+        }
+        Flood::Interrupts => {
+            interrupts::call_cpu(interrupts::apic_id());
+            serial::ask_for_interrupt();
+            with
+        }
+        Flood::Memory(page) => {
+            let pages = means.arena.pages().max(1);
+            for page in page..page + PIECE {
+                means.arena.fill_page(page % pages, ticks());
+            }
+            Flood::Memory((page + PIECE) % pages)
+        }
+        Flood::Disk(sector) => {
+            let disk = means.devices.disk(0).ok_or("this flood needs a disk")?;
+            let sectors = disk.sectors();
+            let at = if sector + PIECE <= sectors { sector } else { 0 };
+            let data = &mut room[..PIECE as usize * SECTOR_BYTES];
+            data.fill(sector as u8);
+            disk.write(at, data).and_then(|()| disk.flush()).map_err(|_| "the disk refuses")?;
+            Flood::Disk(at + PIECE)
+        }
+    })
+}
+
 /// What a command is to do. Its words, where it prints any, are put in the slot's buffer.
 fn command(slot: &mut Slot, files: &[File; FILES], start: &ExecStart, tsc_khz: u32) -> Result<Job, Refusal> {
     let mut words = start.arguments;
@@ -522,6 +589,18 @@ fn command(slot: &mut Slot, files: &[File; FILES], start: &ExecStart, tsc_khz: u
             }
             let until = u64::from(tsc_khz).saturating_mul(3000).saturating_add(ticks());
             return Ok(Job::Udp { until, asked: false });
+        }
+        b"flood" => {
+            let with = match first.unwrap_or_default() {
+                b"console" => Flood::Console,
+                b"interrupts" => Flood::Interrupts,
+                b"memory" => Flood::Memory(0),
+                b"disk" => Flood::Disk(0),
+                _ => return Err((STATUS_BAD_PAYLOAD, "flood with console, interrupts, memory or disk")),
+            };
+            let ms = number(words.nth(1))?;
+            let until = ms.saturating_mul(tsc_khz.into()).saturating_add(ticks());
+            return Ok(Job::Flood { with, until });
         }
         b"spin" => {
             let until = number(first)?.saturating_mul(tsc_khz.into()).saturating_add(ticks());

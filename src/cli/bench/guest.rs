@@ -16,11 +16,22 @@ pub async fn snapshot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> any
 
 /// Cold-boots the embedded guest; gives its id.
 pub async fn boot(client: &mut Client, memory_bytes: u64, vcpus: u32) -> anyhow::Result<String> {
+    boot_with(client, memory_bytes, vcpus, Vec::new()).await
+}
+
+/// With disks.
+pub async fn boot_with(
+    client: &mut Client,
+    memory_bytes: u64,
+    vcpus: u32,
+    disks: Vec<proto::DiskFile>,
+) -> anyhow::Result<String> {
     use proto::create_vm_event::Event;
     let request = proto::CreateVmRequest {
         source: Some(proto::create_vm_request::Source::Embedded(true)),
         vcpus,
         memory_bytes,
+        disks,
         ..proto::CreateVmRequest::default()
     };
     let mut events = client.vms.create_vm(request).await?.into_inner();

@@ -8,6 +8,7 @@ mod first_answer;
 mod folios;
 mod guest;
 mod host;
+mod neighbours;
 mod peer;
 mod plot;
 mod resources;
@@ -51,6 +52,9 @@ pub enum Command {
     /// Many clones alive at once: how long they take to start, and the memory of each
     #[command(after_help = "Example:\n  coldspark bench density --n 1000 --memory 512M")]
     Density(density::Arguments),
+    /// A clone's first answer beside guests that spin, flood, write or never answer, as against alone
+    #[command(after_help = "Example:\n  coldspark bench neighbours --n 200 --neighbours 2 --cpu-limit 0.25")]
+    Neighbours(neighbours::Arguments),
 }
 
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -61,6 +65,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Snapshot(arguments) => snapshot::run(arguments).await,
         Command::Throughput(arguments) => throughput::run(arguments).await,
         Command::Density(arguments) => density::run(arguments).await,
+        Command::Neighbours(arguments) => neighbours::run(arguments).await,
     }
 }
 
