@@ -9,7 +9,9 @@ use crate::fleet::cgroup::Limits;
 use crate::fleet::profile::{Profile, ProfilePhase};
 use crate::fleet::vm::{Origin, State, Vm};
 use crate::fleet::watchdog;
-use crate::fleet::{Activity, AgentPort, BootProtocol, Hardware, MemoryMode, ModuleKind, Step, VcpuLook};
+use crate::fleet::{
+    Activity, AgentPort, BootProtocol, Hardware, MemoryMode, ModuleKind, Rate, Step, VcpuLook,
+};
 
 pub fn vm(vm: &Vm) -> proto::Vm {
     let status = vm.status();
@@ -55,13 +57,23 @@ pub fn limits_in(limits: Option<proto::ResourceLimits>) -> Limits {
     Limits {
         memory_bytes: nonzero(limits.memory_bytes),
         cpu_millis: (limits.cpu_millis > 0).then_some(limits.cpu_millis),
+        disk: rate(limits.disk_bytes_per_second, limits.disk_operations_per_second),
+        network: rate(limits.network_bytes_per_second, limits.network_frames_per_second),
     }
+}
+
+fn rate(bytes: u64, operations: u32) -> Rate {
+    Rate { bytes: nonzero(bytes), operations: (operations > 0).then_some(operations) }
 }
 
 pub fn limits_out(limits: Limits) -> Option<proto::ResourceLimits> {
     (!limits.is_none()).then(|| proto::ResourceLimits {
         memory_bytes: limits.memory_bytes.unwrap_or(0),
         cpu_millis: limits.cpu_millis.unwrap_or(0),
+        disk_bytes_per_second: limits.disk.bytes.unwrap_or(0),
+        disk_operations_per_second: limits.disk.operations.unwrap_or(0),
+        network_bytes_per_second: limits.network.bytes.unwrap_or(0),
+        network_frames_per_second: limits.network.operations.unwrap_or(0),
     })
 }
 

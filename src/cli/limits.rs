@@ -13,16 +13,32 @@ pub struct LimitArguments {
     /// Most processor time, in CPUs, as 0.5 or 2
     #[arg(long, value_name = "CPUS", value_parser = parse_cpus)]
     cpu_limit: Option<u32>,
+    /// Most that each disk may read and write in a second, as 50M
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    disk_rate: Option<u64>,
+    /// Most requests of each disk in a second
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    disk_iops: Option<u32>,
+    /// Most that each network interface may send in a second, and receive, as 10M
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_bytes)]
+    net_rate: Option<u64>,
+    /// Most frames of each network interface in a second, each way
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    net_pps: Option<u32>,
 }
 
 impl LimitArguments {
     /// `None`: none was given.
     pub fn limits(self) -> Option<proto::ResourceLimits> {
-        let given = self.memory_limit.is_some() || self.cpu_limit.is_some();
-        given.then(|| proto::ResourceLimits {
+        let limits = proto::ResourceLimits {
             memory_bytes: self.memory_limit.unwrap_or(0),
             cpu_millis: self.cpu_limit.unwrap_or(0),
-        })
+            disk_bytes_per_second: self.disk_rate.unwrap_or(0),
+            disk_operations_per_second: self.disk_iops.unwrap_or(0),
+            network_bytes_per_second: self.net_rate.unwrap_or(0),
+            network_frames_per_second: self.net_pps.unwrap_or(0),
+        };
+        (limits != proto::ResourceLimits::default()).then_some(limits)
     }
 }
 

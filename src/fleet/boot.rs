@@ -35,7 +35,7 @@ use crate::agent::Hello;
 use crate::telemetry::{metrics, trace};
 use crate::worker::channel::ChannelError;
 use crate::worker::protocol::{
-    AgentPort, BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Reply, Request, Step,
+    AgentPort, BootProtocol, BootSpec, Hardware, MemoryMode, Milestones, Rates, Reply, Request, Step,
 };
 use std::os::fd::OwnedFd;
 
@@ -120,7 +120,9 @@ pub(super) struct Start {
     pub memory: Option<Arc<File>>,
     pub faults: Option<Faults>,
     pub networks: Vec<VmNetwork>,
-    /// What it may take, if it has limits; its worker is in it.
+    /// What it may take.
+    pub limits: Limits,
+    /// Keeps some of them, if need be; its worker is in it.
     pub group: Option<Group>,
     /// If one of them is a slot.
     pub slot: Option<Lease>,
@@ -135,6 +137,16 @@ pub(super) struct Started {
     pub link: Arc<Link>,
     pub console: OwnedFd,
     pub agent: OwnedFd,
+}
+
+impl Started {
+    /// Has its devices keep to these rates. Before it is booted or restored.
+    pub(super) async fn limit(&self, rates: Rates) -> Result<(), FleetError> {
+        match self.link.request(Request::Rates(rates), &[]).await? {
+            (Reply::Done, _) => Ok(()),
+            _ => Err(FleetError::WorkerConfused),
+        }
+    }
 }
 
 impl Fleet {
@@ -173,7 +185,7 @@ impl Fleet {
             host_name: Mutex::default(),
             memory_mode: start.memory_mode,
             networks: start.networks,
-            limits: start.group.as_ref().map(|group| group.limits).unwrap_or_default(),
+            limits: start.limits,
             created_unix_ms: id::unix_ms(),
             number: self.registry.next_number(),
             console: Console::start(console.ours, &start.pattern),
@@ -292,6 +304,7 @@ impl Fleet {
                 memory: None,
                 faults: None,
                 networks,
+                limits: request.limits,
                 group,
                 slot,
                 again: request.restart_on_reset.then(|| Again {
@@ -408,6 +421,9 @@ impl Fleet {
         fds.extend(disks.iter().flat_map(VmDisk::fds));
         fds.extend(links.iter().flat_map(OpenLink::fd));
         let before_us = micros(arrived);
+        if let Some(rates) = vm.limits.rates() {
+            started.limit(rates).await?;
+        }
         let booted = match started.link.request(Request::Boot(spec), &fds).await {
             Ok((Reply::Booted(booted), _)) => booted,
             Ok(_) => return Err(FleetError::WorkerConfused),

@@ -15,12 +15,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::error::FleetError;
+use crate::worker::protocol::{Rate, Rates};
 
 /// Least memory limit: a worker itself takes some MiB.
 pub const MEMORY_LIMIT_MIN: u64 = 16 << 20;
 /// Limits of processor time, in thousandths of a CPU: the least that the kernel takes, and more than any host has.
 pub const CPU_MILLIS_MIN: u32 = 10;
 pub const CPU_MILLIS_MAX: u32 = 1024 * 1000;
+/// Bytes a second of a disk or a network interface: less than a second's worth of one request would let everything through late;
+/// more no device has.
+pub const RATE_BYTES_MIN: u64 = 4096;
+pub const RATE_BYTES_MAX: u64 = 1 << 50;
 /// Microseconds in which the processor time is given out (the kernel's usual).
 const PERIOD_US: u64 = 100_000;
 /// The group below its own in which the service and its workers without limits are.
@@ -36,6 +41,12 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// Thousandths of a CPU, over all its vCPUs and devices.
     pub cpu_millis: Option<u32>,
+    /// What each disk may do in a second.
+    #[serde(default)]
+    pub disk: Rate,
+    /// What each network interface may do in a second, in each direction.
+    #[serde(default)]
+    pub network: Rate,
 }
 
 impl Limits {
@@ -43,7 +54,18 @@ impl Limits {
         *self == Self::default()
     }
 
-    /// Refuses what no group can be told.
+    /// True if control groups have to keep some of them.
+    pub fn need_group(&self) -> bool {
+        self.memory_bytes.is_some() || self.cpu_millis.is_some()
+    }
+
+    /// Those that the VM's own devices keep, if there are any.
+    pub fn rates(&self) -> Option<Rates> {
+        let rates = Rates { disk: self.disk, network: self.network };
+        (rates != Rates::default()).then_some(rates)
+    }
+
+    /// Refuses what cannot be kept.
     pub fn check(&self) -> Result<(), FleetError> {
         if let Some(bytes) = self.memory_bytes.filter(|bytes| *bytes < MEMORY_LIMIT_MIN) {
             return Err(FleetError::Invalid(format!(
@@ -57,6 +79,19 @@ impl Limits {
             return Err(FleetError::Invalid(format!(
                 "a CPU limit of {millis} thousandths; give {CPU_MILLIS_MIN} to {CPU_MILLIS_MAX} (1000 is one CPU)"
             )));
+        }
+        for (what, rate) in [("disks", self.disk), ("network interfaces", self.network)] {
+            if let Some(bytes) = rate.bytes.filter(|bytes| !(RATE_BYTES_MIN..=RATE_BYTES_MAX).contains(bytes))
+            {
+                return Err(FleetError::Invalid(format!(
+                    "{what} limited to {bytes} bytes a second; give {RATE_BYTES_MIN} to {RATE_BYTES_MAX}"
+                )));
+            }
+            if rate.operations == Some(0) {
+                return Err(FleetError::Invalid(format!(
+                    "{what} limited to 0 operations a second; give 1 or more"
+                )));
+            }
         }
         Ok(())
     }
@@ -111,7 +146,7 @@ impl Cgroups {
 
     /// The group of a VM that an earlier service has started, if it has one.
     pub fn find(&self, vm: &str, limits: Limits) -> Option<Group> {
-        if limits.is_none() {
+        if !limits.need_group() {
             return None;
         }
         let places = self.known()?;
@@ -456,11 +491,19 @@ mod tests {
     #[test]
     fn limits_that_no_group_takes_are_refused() {
         assert!(Limits::default().is_none());
-        Limits { memory_bytes: Some(MEMORY_LIMIT_MIN), cpu_millis: Some(CPU_MILLIS_MAX) }.check().unwrap();
+        Limits {
+            memory_bytes: Some(MEMORY_LIMIT_MIN),
+            cpu_millis: Some(CPU_MILLIS_MAX),
+            ..Limits::default()
+        }
+        .check()
+        .unwrap();
         for wrong in [
-            Limits { memory_bytes: Some(MEMORY_LIMIT_MIN - 1), cpu_millis: None },
-            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MIN - 1) },
-            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MAX + 1) },
+            Limits { memory_bytes: Some(MEMORY_LIMIT_MIN - 1), cpu_millis: None, ..Limits::default() },
+            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MIN - 1), ..Limits::default() },
+            Limits { memory_bytes: None, cpu_millis: Some(CPU_MILLIS_MAX + 1), ..Limits::default() },
+            Limits { disk: Rate { bytes: Some(RATE_BYTES_MIN - 1), operations: None }, ..Limits::default() },
+            Limits { network: Rate { bytes: None, operations: Some(0) }, ..Limits::default() },
         ] {
             assert!(wrong.check().is_err(), "{wrong:?}");
         }
@@ -469,7 +512,7 @@ mod tests {
     #[test]
     fn a_group_is_set_up_by_the_files_of_its_version_and_tells_its_end() {
         let folder = tempfile::tempdir().unwrap();
-        let limits = Limits { memory_bytes: Some(64 << 20), cpu_millis: Some(500) };
+        let limits = Limits { memory_bytes: Some(64 << 20), cpu_millis: Some(500), ..Limits::default() };
         let cgroups = Cgroups { name: "coldspark-x".into(), places: Mutex::default() };
         let own = folder.path().to_owned();
         let places = Places::Unified { own: own.clone() };

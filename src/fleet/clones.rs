@@ -130,9 +130,9 @@ impl Fleet {
         Ok(Clones { vms, answer: None })
     }
 
-    /// Moves a shell into a group with these limits, if there are any.
+    /// Moves a shell into a group with these limits, if there are any that need one.
     pub(super) async fn limit(&self, shell: &Shell, limits: Limits) -> Result<Option<Group>, FleetError> {
-        if limits.is_none() {
+        if !limits.need_group() {
             return Ok(None);
         }
         let (cgroups, vm, pid) = (Arc::clone(&self.cgroups), shell.folder.id(), shell.process.pid());
@@ -201,11 +201,15 @@ impl Fleet {
                 memory: faults.as_ref().map(|_| Arc::clone(&source.open.memory)),
                 faults,
                 networks,
+                limits: request.limits,
                 group,
                 slot,
                 again: None,
             },
         )?;
+        if let Some(rates) = request.limits.rates() {
+            started.limit(rates).await?;
+        }
         clock.lap("prepare");
         // Asked before there is a guest: the questions wait for it in the agent's socket, which saves a way there and back.
         let talk = async {

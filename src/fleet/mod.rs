@@ -94,7 +94,7 @@ use snapshots::Snapshots;
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
     Activity, AgentPort, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats,
-    Stats, Step, VcpuLook,
+    Rate, Stats, Step, VcpuLook,
 };
 
 /// Threads that answer page faults of userfault clones.
@@ -221,7 +221,7 @@ impl Fleet {
     /// Refuses limits that this host cannot keep.
     async fn check_limits(&self, limits: cgroup::Limits) -> Result<(), FleetError> {
         limits.check()?;
-        if !limits.is_none() {
+        if limits.need_group() {
             let cgroups = Arc::clone(&self.cgroups);
             snapshots::blocking(move || cgroups.check()).await??;
         }

@@ -52,6 +52,7 @@ use super::virtio::net::counters::{Counted, Counters};
 use super::virtio::net::link::Link;
 use super::virtio::net::{Net, NetConfig};
 use super::virtio::pci::{VirtioFunction, Wires};
+use super::virtio::rate::Rates;
 use super::virtio::rng::Rng;
 use super::virtio::transport::{RestoreError, TransportError};
 use super::virtio::{DeviceError, VirtioDevice};
@@ -388,6 +389,17 @@ impl Machine {
         let machine = Machine { clock, ..frame.into_machine(host, shell, vcpus)? };
         done("vcpus");
         Ok((machine, loaded))
+    }
+
+    /// Limits what each device may do in a second. To be called before the machine is let go.
+    ///
+    /// # Errors
+    /// [`MachineError::Descriptors`].
+    pub fn limit(&self, rates: &Rates) -> Result<(), MachineError> {
+        for device in &self.bus.virtio {
+            lock(device).limit(rates).map_err(MachineError::Descriptors)?;
+        }
+        Ok(())
     }
 
     /// Lets it run.

@@ -250,7 +250,12 @@ fn run(setting: Setting) -> Result<(), String> {
             daemon.send(&FromWorker::Reply { id, result }, &[]);
         };
         match message.request {
-            Request::Boot(_) | Request::Restore(_) | Request::Expect | Request::Seat(_) | Request::Start
+            Request::Boot(_)
+            | Request::Restore(_)
+            | Request::Expect
+            | Request::Seat(_)
+            | Request::Start
+            | Request::Rates(_)
                 if vm.is_some() =>
             {
                 reply(Err(fault::wrong_state("this worker has its VM already")));
@@ -265,6 +270,10 @@ fn run(setting: Setting) -> Result<(), String> {
                     daemon.0.adoptable.store(true, Ordering::Release);
                     Reply::Done
                 }));
+            }
+            Request::Rates(rates) => {
+                shell.limit(rates);
+                reply(Ok(Reply::Done));
             }
             Request::Report => reply(shell.report().map(Reply::Report)),
             Request::Expect => reply(shell.expect(fds).map(|()| Reply::Done)),
@@ -348,6 +357,7 @@ fn ask(vm: &mut Vm, request: Request, fds: Vec<OwnedFd>) -> Result<Reply, Fault>
         Request::Boot(_)
         | Request::Restart(_)
         | Request::Keep { .. }
+        | Request::Rates(_)
         | Request::Report
         | Request::Expect
         | Request::Seat(_)

@@ -21,7 +21,7 @@ use crate::snapshot::working_set::Touched;
 
 /// Version of all that is said on the control socket. A daemon takes over workers of its own version only, so it changes with every change of a
 /// message here, and of what a message means.
-pub const CONTROL_VERSION: u32 = 3;
+pub const CONTROL_VERSION: u32 = 4;
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -210,6 +210,8 @@ pub enum Request {
         /// How long it waits for the next daemon before it ends.
         orphan_ms: u64,
     },
+    /// To a shell: what each device of its VM may do in a second; holds after a restart, too. Without it there is no limit.
+    Rates(Rates),
     /// To a shell: what its host can show a guest. (It takes a VM to know, and is the same for all workers of a host.)
     Report,
     /// To a shell: do ahead what is the same for all clones of a snapshot. Descriptor: its state file. Answered when done; a shell that
@@ -249,6 +251,24 @@ pub enum Request {
     /// Where each vCPU is. The vCPUs stand still for a moment; devices do not. Answered within [`LOOK_TIMEOUT`] also when one of
     /// them does not come out of its exit.
     Inspect,
+}
+
+/// What a device may do in a second; `None`: as much as it can.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rate {
+    pub bytes: Option<u64>,
+    /// Requests of a disk, frames of a network interface.
+    pub operations: Option<u32>,
+}
+
+/// What each device of a kind may do in a second.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rates {
+    /// Each disk.
+    pub disk: Rate,
+    /// Each network interface, in each direction.
+    pub network: Rate,
 }
 
 /// How the guest is entered.

@@ -19,8 +19,8 @@ use super::jail::Outside;
 use super::keep::{self, DiskFiles, Keep};
 use super::own::{self, Own};
 use super::protocol::{
-    Adopted, AgentPort, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason, FDS_MAX,
-    Fault, FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode,
+    self, Adopted, AgentPort, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason,
+    FDS_MAX, Fault, FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode,
     MemoryRegion, ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec,
     Stats, Step, instant_ns,
 };
@@ -43,6 +43,7 @@ use crate::vmm::vcpu::{EventSink, VcpuEvent};
 use crate::vmm::virtio::net::NetConfig;
 use crate::vmm::virtio::net::counters::Counted;
 use crate::vmm::virtio::net::link::Link;
+use crate::vmm::virtio::rate::{Rate, Rates};
 use crate::vmm::x86::{cpuid, features};
 
 /// What a worker prepares before it is told which VM to be.
@@ -58,6 +59,7 @@ pub struct Shell {
     uffd: Option<Result<Uffd, MapError>>,
     own: Option<Arc<Own>>,
     pages: OwnPages,
+    rates: Option<Rates>,
 }
 
 /// The VM.
@@ -275,6 +277,20 @@ impl Shell {
         self.own = Some(Arc::new(Own::open(outside)));
     }
 
+    /// [`Request::Rates`](super::protocol::Request::Rates).
+    pub fn limit(&mut self, rates: protocol::Rates) {
+        let rate = |rate: protocol::Rate| Rate { bytes: rate.bytes, operations: rate.operations };
+        self.rates = Some(Rates { disk: rate(rates.disk), network: rate(rates.network) });
+    }
+
+    /// Before it is let go.
+    fn keep_limits(&self, machine: &Machine) -> Result<(), Fault> {
+        match &self.rates {
+            Some(rates) => Ok(machine.limit(rates)?),
+            None => Ok(()),
+        }
+    }
+
     fn own(&self) -> Result<Arc<Own>, Fault> {
         self.own.clone().ok_or_else(|| fault::wrong_state("the worker is not prepared"))
     }
@@ -435,6 +451,7 @@ impl Shell {
         };
         let (machine, loaded) = Machine::boot(&host, shell, parts, &options, &mut |step| steps.done(step))?;
         let protocol = from_boot(loaded.protocol);
+        self.keep_limits(&machine)?;
         machine.resume()?;
         steps.done("start");
         let vm = Vm {
@@ -531,6 +548,7 @@ impl Shell {
         let host = self.host()?;
         let faults_before = faults();
         let machine = seat.machine.into_machine()?;
+        self.keep_limits(&machine)?;
         steps.done("time");
         if !paused {
             machine.resume()?;

@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
@@ -31,11 +32,12 @@ pub fn trials() -> Vec<Trial> {
         trial("limits/cpu", NEEDS, 180, cpu),
         trial("limits/adopted", NEEDS, 180, adopted),
         trial("limits/pools-and-functions", NEEDS, 180, pools_and_functions),
+        trial("limits/disk", &[Need::Kvm], 180, disk),
     ]
 }
 
 fn memory_limit(bytes: u64) -> Option<ResourceLimits> {
-    Some(ResourceLimits { memory_bytes: bytes, cpu_millis: 0 })
+    Some(ResourceLimits { memory_bytes: bytes, ..ResourceLimits::default() })
 }
 
 fn fill(pages: u64) -> TouchOp {
@@ -144,7 +146,7 @@ async fn cpu(stage: Stage) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     base(&mut client).await?;
-    let limits = Some(ResourceLimits { memory_bytes: 0, cpu_millis: 200 });
+    let limits = Some(ResourceLimits { cpu_millis: 200, ..ResourceLimits::default() });
     let vm = clone(&mut client, limits).await?;
     let groups = groups(&vm)?;
     let mut spinning = Command::open(&client, start(&vm.id, &["spin", "3000"])).await?;
@@ -154,6 +156,66 @@ async fn cpu(stage: Stage) -> anyhow::Result<()> {
     client.delete_vm(&vm.id).await?;
     all_gone(&groups).await?;
     stop(daemon, &groups).await
+}
+
+/// A disk keeps to its rate in a VM, after its reset, and in its clone; it does everything, only later.
+async fn disk(stage: Stage) -> anyhow::Result<()> {
+    const RATE: u64 = 256 << 10;
+    let image = stage.logs.join("disk.img");
+    fs::File::create(&image)?.set_len(4 << 20)?;
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let limits = Some(ResourceLimits { disk_bytes_per_second: RATE, ..ResourceLimits::default() });
+    let disk = DiskFile { path: image.to_string_lossy().into_owned(), mode: DiskMode::Overlay.into() };
+    let request = CreateVmRequest {
+        source: Some(Source::Embedded(true)),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        disks: vec![disk],
+        limits,
+        ..Default::default()
+    };
+    let vm = client.boot(request).await?.vm;
+    ensure!(client.vm(&vm.id).await?.limits == limits);
+    limited_writes(&mut client, &vm.id, RATE).await?;
+    let answers = client.vm(&vm.id).await?.restarts;
+    ask!(&mut client, &vm.id, Reset(ResetOp {}));
+    eventually("it is there again", 60, async || {
+        let now = client.vm(&vm.id).await?;
+        Ok(now.restarts > answers && now.agent)
+    })
+    .await?;
+    limited_writes(&mut client, &vm.id, RATE).await?;
+
+    client.snapshot(&vm.id, "base").await?;
+    let vm = clone(&mut client, limits).await?;
+    ensure!(client.vm(&vm.id).await?.limits == limits);
+    limited_writes(&mut client, &vm.id, RATE).await?;
+    ensure!(clone(&mut client, None).await?.limits.is_none());
+
+    let wrong = Some(ResourceLimits { disk_bytes_per_second: 1, ..ResourceLimits::default() });
+    let request = CloneVmRequest { snapshot: "base".into(), limits: wrong, ..Default::default() };
+    let told =
+        expect_status("too slow a disk", client.vms.clone_vm(request).await, &[Code::InvalidArgument])?;
+    ensure!(told.contains("4096"), "{told}");
+    Ok(())
+}
+
+/// Writes, and looks that it took the time that it has to, at least.
+async fn limited_writes(client: &mut Client, vm: &str, rate: u64) -> anyhow::Result<()> {
+    const BYTES: u64 = 128 << 10;
+    const WRITES: u64 = 5;
+    let begun = Instant::now();
+    for n in 0..WRITES {
+        let (first_sector, data) = (n * BYTES / 512, vec![n as u8 + 1; BYTES as usize].into());
+        ask!(client, vm, DiskWrite(DiskWriteOp { disk: 0, first_sector, data, flush: true }));
+    }
+    let read = ask!(client, vm, DiskRead(DiskReadOp { disk: 0, first_sector: BYTES / 512, sectors: 1 }));
+    ensure!(read.data[..] == [2; 512]);
+    // A second's worth may have been saved up, and the last one be owed.
+    let least = (WRITES * BYTES - rate - BYTES) as f64 / rate as f64;
+    ensure!(begun.elapsed().as_secs_f64() >= least, "{:?} and not {least} s", begun.elapsed());
+    Ok(())
 }
 
 async fn adopted(stage: Stage) -> anyhow::Result<()> {
@@ -185,7 +247,7 @@ async fn pools_and_functions(stage: Stage) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     base(&mut client).await?;
-    let limits = Some(ResourceLimits { memory_bytes: LIMIT, cpu_millis: 1500 });
+    let limits = Some(ResourceLimits { memory_bytes: LIMIT, cpu_millis: 1500, ..ResourceLimits::default() });
     for mode in [PoolMode::Shell, PoolMode::Running] {
         let name = format!("pool-{}", mode as i32);
         let request = CreatePoolRequest {
@@ -241,7 +303,7 @@ async fn pools_and_functions(stage: Stage) -> anyhow::Result<()> {
 
     let mut wrong = request;
     if let Some(settings) = &mut wrong.settings {
-        settings.limits = Some(ResourceLimits { memory_bytes: 0, cpu_millis: 1 });
+        settings.limits = Some(ResourceLimits { cpu_millis: 1, ..ResourceLimits::default() });
     }
     let mut events = client.functions.deploy(wrong).await?.into_inner();
     let said = expect_status("no time at all", events.message().await, &[Code::InvalidArgument])?;

@@ -13,6 +13,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
 
 use super::{Latencies, guest, host, ms, sort, spread, tell, with_service};
 use crate::api::client::Client;
@@ -27,6 +28,8 @@ use proto::agent_call_request::Op;
 const WARM_UP: u32 = 3;
 /// Of the neighbours' disk.
 const DISK_BYTES: u64 = 64 << 20;
+/// Each takes the guest some seconds.
+const COMPUTATIONS: u64 = 32;
 /// How long they would go on if they were not ended.
 const MS: &str = "3600000";
 
@@ -171,6 +174,7 @@ async fn neighbour_snapshot(service: &PrivateService, memory_bytes: u64) -> anyh
 
 /// Those of one turn, at it.
 struct Neighbours {
+    kind: Kind,
     vms: Vec<String>,
     /// Calls under way in them.
     calls: JoinSet<()>,
@@ -183,7 +187,7 @@ impl Neighbours {
         kind: Kind,
         arguments: &Arguments,
     ) -> anyhow::Result<Self> {
-        let mut neighbours = Self { vms: Vec::new(), calls: JoinSet::new() };
+        let mut neighbours = Self { kind, vms: Vec::new(), calls: JoinSet::new() };
         if kind == Kind::None {
             return Ok(neighbours);
         }
@@ -198,12 +202,13 @@ impl Neighbours {
         };
         for vm in client.vms.clone_vm(request).await?.into_inner().vms {
             if kind == Kind::Silent {
-                // It computes for hours, and hears nobody meanwhile.
-                let op = Op::RunOnAll(proto::RunOnAllOp { seed: 1, rounds: 1 << 32 });
-                neighbours.ask(
-                    &client,
-                    proto::AgentCallRequest { vm: vm.id.clone(), timeout_ms: 600_000, op: Some(op) },
-                );
+                // It computes for minutes, and hears nobody meanwhile.
+                for seed in 0..COMPUTATIONS {
+                    let op = Op::RunOnAll(proto::RunOnAllOp { seed, rounds: 1 << 32 });
+                    let call =
+                        proto::AgentCallRequest { vm: vm.id.clone(), timeout_ms: 600_000, op: Some(op) };
+                    neighbours.ask(&client, call);
+                }
                 neighbours.pester(&client, vm.id.clone());
             } else if let Some(command) = kind.command() {
                 neighbours.exec(&mut client, vm.id.clone(), command).await?;
@@ -216,7 +221,10 @@ impl Neighbours {
     fn ask(&mut self, client: &Client, call: proto::AgentCallRequest) {
         let mut agent = client.agent.clone();
         self.calls.spawn(async move {
-            let _ = agent.call(call).await;
+            // Until the VM's end: an answer is no end, and nothing to wait for.
+            if agent.call(call).await.is_ok() {
+                std::future::pending::<()>().await;
+            }
         });
     }
 
@@ -227,10 +235,13 @@ impl Neighbours {
             loop {
                 let op = Some(Op::Time(proto::TimeOp {}));
                 let call = proto::AgentCallRequest { vm: vm.clone(), timeout_ms: 50, op };
-                // Without a timeout of its own it is an answer, or the VM's end.
                 match agent.call(call).await {
-                    Err(status) if status.code() == tonic::Code::DeadlineExceeded => {}
-                    _ => return,
+                    Err(status)
+                        if !matches!(status.code(), Code::DeadlineExceeded | Code::ResourceExhausted) =>
+                    {
+                        return;
+                    }
+                    _ => {}
                 }
             }
         });
@@ -255,7 +266,8 @@ impl Neighbours {
 
     /// Looks that they are alive and at it, and ends them.
     async fn end(mut self, client: &mut Client) -> anyhow::Result<()> {
-        ensure!(self.calls.try_join_next().is_none(), "a neighbour did not go on to the end");
+        let name = self.kind.name();
+        ensure!(self.calls.try_join_next().is_none(), "a neighbour that was {name} did not go on to the end");
         for vm in self.vms {
             client.vms.delete_vm(proto::DeleteVmRequest { vm }).await?;
         }

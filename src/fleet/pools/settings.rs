@@ -176,7 +176,7 @@ mod tests {
             idle_ttl: Duration::from_millis(1500),
             memory_mode: MemoryMode::Userfault,
             managed: true,
-            limits: Limits { memory_bytes: Some(64 << 20), cpu_millis: None },
+            limits: Limits { memory_bytes: Some(64 << 20), ..Limits::default() },
         }
     }
 

@@ -21,6 +21,7 @@ pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
@@ -33,6 +34,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::Queue;
 
 use self::chain::ChainError;
+use self::rate::Rates;
 use crate::snapshot::codec::CodecError;
 use crate::vmm::memory::GuestMemory;
 
@@ -99,6 +101,15 @@ pub trait VirtioDevice: Send {
     /// is let go.
     fn take_wishes(&mut self) -> Wishes {
         Wishes::default()
+    }
+
+    /// Limits what the device may do in a second. Called once at most, before the VM is let go. Those that have nothing to
+    /// limit do nothing.
+    ///
+    /// # Errors
+    /// No timer descriptor.
+    fn limit(&mut self, _rates: &Rates) -> io::Result<()> {
+        Ok(())
     }
 
     /// The device's own state, encoded. Called after [`Self::quiesce`], while no vCPU runs and no event is being handled.

@@ -58,6 +58,9 @@ pub struct Machine {
     queues: Vec<(u16, u16)>,
 }
 
+/// How often nothing must be left to do before a machine is at rest.
+const RESTS: u32 = 3;
+
 impl Machine {
     /// A transport in reset, nothing negotiated.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
@@ -241,7 +244,7 @@ impl Machine {
     /// The device thread: answers every watched descriptor that is ready, until none is. At most so many rounds that
     /// a busy loop shows.
     pub fn run(&mut self) {
-        let mut settled = false;
+        let mut settled = 0;
         for _ in 0..10_000 {
             let mut polled: Vec<libc::pollfd> = self
                 .transport
@@ -258,20 +261,34 @@ impl Machine {
             let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, 0) };
             assert!(ready >= 0);
             if ready == 0 {
-                if settled {
+                if settled == RESTS {
                     return;
                 }
                 // Not at rest while requests are carried out elsewhere.
                 self.transport.lock().quiesce(&self.memory);
-                settled = true;
+                settled += 1;
                 continue;
             }
-            settled = false;
+            // The doorbell alone does not count for ever: a device that waits for its time rings it whenever it is asked to be quiet.
+            if polled.iter().skip(1).any(|entry| entry.revents != 0) {
+                settled = 0;
+            }
             for entry in polled.iter().filter(|entry| entry.revents != 0) {
                 self.transport.lock().host_event(entry.fd, &self.memory);
             }
         }
         panic!("the device thread never comes to rest");
+    }
+
+    /// Waits until a watched descriptor is ready, and runs.
+    pub fn wait(&mut self) {
+        let interest = self.transport.lock().host_interest();
+        let mut polled: Vec<libc::pollfd> =
+            interest.iter().map(|i| libc::pollfd { fd: i.fd, events: libc::POLLIN, revents: 0 }).collect();
+        // SAFETY: pointer and length are those of the vector.
+        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, -1) };
+        assert!(ready > 0);
+        self.run();
     }
 
     pub fn write_bytes(&self, address: u64, bytes: &[u8]) {

@@ -32,6 +32,7 @@ use virtio_queue::{Queue, QueueT};
 
 pub use self::doorbell::Doorbell;
 pub use self::persist::RestoreError;
+use super::rate::Rates;
 use super::{DeviceError, HostInterest, Progress, VirtioDevice};
 use crate::vmm::memory::GuestMemory;
 
@@ -183,6 +184,14 @@ impl Transport {
             let result = self.device.host_event(fd, &mut self.queues, memory);
             self.conclude(result, &before, None);
         }
+    }
+
+    /// Limits what the device may do in a second ([`VirtioDevice::limit`]).
+    ///
+    /// # Errors
+    /// No timer descriptor.
+    pub fn limit(&mut self, rates: &Rates) -> io::Result<()> {
+        self.device.limit(rates)
     }
 
     /// Waits until nothing is under way in the device. On the device thread, before a pause: after it guest memory and

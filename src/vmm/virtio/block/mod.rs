@@ -34,6 +34,7 @@ use self::pool::{Lane, Pool};
 use self::request::Target;
 use super::chain::{Chain, ChainError};
 use super::queue::{Outcome, give_back, work};
+use super::rate::{Limiter, Rates};
 use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, read_space};
 use crate::snapshot::codec;
 use crate::snapshot::layers::LayeredDisk;
@@ -68,6 +69,7 @@ pub struct Block {
     lane: Arc<Lane<Answer>>,
     /// The queue was left alone because too much was under way.
     starved: bool,
+    limiter: Option<Limiter>,
 }
 
 /// What a request ended with: bytes written at the start of its writable part.
@@ -90,6 +92,7 @@ impl Block {
             pool,
             lane: Lane::new()?,
             starved: false,
+            limiter: None,
         })
     }
 
@@ -156,11 +159,13 @@ impl VirtioDevice for Block {
     fn stop_queue(&mut self, _index: usize) {
         self.lane.abandon();
         self.starved = false;
+        self.limiter.as_mut().map(Limiter::expired);
     }
 
     fn reset(&mut self) {
         self.lane.abandon();
         self.starved = false;
+        self.limiter.as_mut().map(Limiter::expired);
         self.set_acked(0);
     }
 
@@ -171,7 +176,7 @@ impl VirtioDevice for Block {
         memory: &GuestMemory,
     ) -> Result<Progress, DeviceError> {
         let queue = queues.get_mut(index).ok_or(DeviceError::NoQueue(index))?;
-        let Self { target, pool, lane, starved, .. } = self;
+        let Self { target, pool, lane, starved, limiter, .. } = self;
         let worked = work(queue, memory, |chain| {
             if lane.open() >= IN_FLIGHT_MAX {
                 *starved = true;
@@ -180,6 +185,12 @@ impl VirtioDevice for Block {
             // Without a byte for the status there is no way to tell the driver but to stop.
             if chain.writable_bytes() == 0 {
                 return Err(ChainError::TooShort(0, 1).into());
+            }
+            if let Some(limiter) = limiter {
+                if !limiter.ready() {
+                    return Ok(Outcome::Keep);
+                }
+                limiter.charge(chain.readable_bytes().saturating_add(chain.writable_bytes()));
             }
             let (target, memory, buffers) = (Arc::clone(target), memory.clone(), chain.buffers().clone());
             lane.begin(pool, chain.head(), move |piece| {
@@ -191,21 +202,35 @@ impl VirtioDevice for Block {
     }
 
     fn host_interest(&self) -> Vec<HostInterest> {
-        vec![HostInterest { fd: self.lane.fd(), readable: true, writable: false }]
+        let waiting = self.limiter.as_ref().filter(|limiter| limiter.is_waiting());
+        let fds = [Some(self.lane.fd()), waiting.map(Limiter::fd)];
+        fds.into_iter().flatten().map(|fd| HostInterest { fd, readable: true, writable: false }).collect()
     }
 
     fn host_event(
         &mut self,
-        _: RawFd,
+        fd: RawFd,
         queues: &mut [Queue],
         memory: &GuestMemory,
     ) -> Result<Progress, DeviceError> {
+        if let Some(limiter) = self.limiter.as_mut().filter(|limiter| limiter.fd() == fd) {
+            limiter.expired();
+            return Ok(Progress { interrupt: false, more: true });
+        }
         self.collect(queues, memory)
     }
 
     fn quiesce(&mut self, queues: &mut [Queue], memory: &GuestMemory) -> Result<Progress, DeviceError> {
         self.lane.wait();
-        self.collect(queues, memory)
+        let mut progress = self.collect(queues, memory)?;
+        // What waits in the ring is to be looked at by whoever goes on with it.
+        progress.more |= self.limiter.as_ref().is_some_and(Limiter::is_waiting);
+        Ok(progress)
+    }
+
+    fn limit(&mut self, rates: &Rates) -> io::Result<()> {
+        self.limiter = Limiter::new(rates.disk)?;
+        Ok(())
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

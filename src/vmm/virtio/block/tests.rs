@@ -1,12 +1,14 @@
 //! The block device behind its transport, with a driver that is honest, odd, or hostile.
 
 use std::fs::File;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::*;
+use crate::vmm::virtio::rate::Rate;
 use crate::vmm::virtio::testing::{BUFFERS, INDIRECT, Machine, NEXT, WRITE};
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -528,4 +530,58 @@ proptest! {
         machine.start(16, 0);
         prop_assert_eq!(request(&mut machine, VIRTIO_BLK_T_IN, 0, &[(DATA, 512, true)]), (OK, 513));
     }
+}
+
+/// A limited disk leaves what is too much in the ring, and does it when its time has come: here, or in a clone, whose bucket is full.
+#[test]
+fn a_limited_disk_does_everything_in_its_time() {
+    let limited = |bytes| {
+        let mut device = block(shared(Some(file())), "x");
+        let rates = Rates { disk: Rate { bytes: Some(bytes), operations: None }, ..Rates::default() };
+        device.limit(&rates).unwrap();
+        Box::new(device)
+    };
+    let mut machine = Machine::started(limited(4096), 16, 0);
+    let begun = Instant::now();
+    put_header(&machine, HEADER, VIRTIO_BLK_T_OUT, 0);
+    for (at, status) in [(0, STATUS), (4, STATUS + 1)] {
+        machine.write_bytes(status, &[0xee]);
+        machine.add(0, at, &[(HEADER, 16, false), (DATA, 12 << 10, false), (status, 1, true)]);
+    }
+    machine.notify(0);
+    assert_eq!(machine.take_used(0), Some((0, 1)));
+    assert_eq!((machine.take_used(0), machine.read_bytes(STATUS + 1, 1)), (None, vec![0xee]));
+
+    machine.transport.lock().quiesce(&machine.memory);
+    let saved = machine.transport.lock().save().unwrap();
+    let mut copy = machine.copy_with(limited(1 << 20));
+    copy.transport.lock().restore(&saved, false, &copy.memory).unwrap();
+    copy.transport.lock().kick_after_restore();
+    copy.run();
+    assert_eq!((copy.take_used(0), copy.read_bytes(STATUS + 1, 1)), (Some((4, 1)), vec![OK]));
+
+    while machine.read_bytes(STATUS + 1, 1) != [OK] {
+        machine.wait();
+    }
+    assert_eq!(machine.take_used(0), Some((4, 1)));
+    // What had passed beyond the first second's worth had to be earned.
+    assert!(begun.elapsed() >= Duration::from_secs_f64((12 << 10) as f64 / 4096.0 - 1.0));
+    assert!(!machine.broken());
+}
+
+#[test]
+fn a_reset_forgets_what_a_limited_disk_was_waiting_for() {
+    let mut device = block(shared(Some(file())), "x");
+    let rates = Rates { disk: Rate { bytes: None, operations: Some(1) }, ..Rates::default() };
+    device.limit(&rates).unwrap();
+    let mut machine = Machine::started(Box::new(device), 16, 0);
+    for _ in 0..3 {
+        put_header(&machine, HEADER, VIRTIO_BLK_T_FLUSH, 0);
+        machine.add(0, 0, &[(HEADER, 16, false), (STATUS, 1, true)]);
+        machine.notify(0);
+    }
+    assert_eq!(machine.used_index(0), 2);
+    assert_eq!(machine.transport.lock().host_interest().len(), 3);
+    machine.start(16, 0);
+    assert_eq!(machine.transport.lock().host_interest().len(), 2);
 }

@@ -42,6 +42,7 @@ use virtio_queue::Queue;
 use self::counters::Counters;
 use self::filter::{Filter, Mac, TABLE_MAX, VLANS};
 use self::link::Link;
+use super::rate::{Limiter, Rates};
 use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, Wishes, read_space};
 use crate::snapshot::codec;
 use crate::snapshot::state::virtio::NetState;
@@ -50,6 +51,9 @@ use crate::vmm::memory::GuestMemory;
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const CONTROL: usize = 2;
+/// Ways of [`Net::limiters`].
+const IN: usize = 0;
+const OUT: usize = 1;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 64];
 
 /// `struct virtio_net_hdr` with the number of buffers, as always with VERSION_1, and on every link.
@@ -118,6 +122,8 @@ pub struct Net {
     held: usize,
     /// A frame on its way out.
     outgoing: Box<[u8]>,
+    /// Of frames in and out.
+    limiters: [Option<Limiter>; 2],
     wishes: Wishes,
 }
 
@@ -144,6 +150,7 @@ impl Net {
             incoming: frame(),
             held: 0,
             outgoing: frame(),
+            limiters: [None, None],
             wishes: Wishes::default(),
         }
     }
@@ -174,6 +181,11 @@ impl Net {
         self.link.set_receive_offloads(if checksum == 0 { 0 } else { checksum | segments })?;
         self.receive_offloads = offloads;
         Ok(())
+    }
+
+    /// That way something waits until its bucket is not empty any more.
+    fn is_limited(&self, way: usize) -> bool {
+        self.limiters.get(way).and_then(Option::as_ref).is_some_and(Limiter::is_waiting)
     }
 
     /// The other end is gone for good.
@@ -272,8 +284,14 @@ impl VirtioDevice for Net {
 
     fn stop_queue(&mut self, index: usize) {
         match index {
-            RECEIVE => self.receive_buffers = false,
-            TRANSMIT => self.transmit_blocked = false,
+            RECEIVE => {
+                self.receive_buffers = false;
+                self.limiters[IN].as_mut().map(Limiter::expired);
+            }
+            TRANSMIT => {
+                self.transmit_blocked = false;
+                self.limiters[OUT].as_mut().map(Limiter::expired);
+            }
             _ => {}
         }
     }
@@ -289,6 +307,7 @@ impl VirtioDevice for Net {
         self.transmit_blocked = false;
         self.receive_buffers = false;
         self.held = 0;
+        self.limiters.iter_mut().flatten().for_each(Limiter::expired);
         self.wishes = Wishes::default();
     }
 
@@ -307,12 +326,13 @@ impl VirtioDevice for Net {
     }
 
     fn host_interest(&self) -> Vec<HostInterest> {
-        let (readable, writable) = (self.receive_buffers, self.transmit_blocked);
+        let (readable, writable) = (self.receive_buffers && !self.is_limited(IN), self.transmit_blocked);
         // With neither, the descriptor must not be watched at all: a hang-up is reported whatever was asked for.
-        match self.link.fd() {
-            Some(fd) if readable || writable => vec![HostInterest { fd, readable, writable }],
-            _ => vec![],
-        }
+        let link = self.link.fd().filter(|_| readable || writable);
+        let waiting = self.limiters.iter().flatten().filter(|limiter| limiter.is_waiting());
+        let timers =
+            waiting.map(|limiter| HostInterest { fd: limiter.fd(), readable: true, writable: false });
+        link.map(|fd| HostInterest { fd, readable, writable }).into_iter().chain(timers).collect()
     }
 
     fn host_event(
@@ -322,6 +342,12 @@ impl VirtioDevice for Net {
         memory: &GuestMemory,
     ) -> Result<Progress, DeviceError> {
         let mut progress = Progress::default();
+        for (way, limiter) in [IN, OUT].into_iter().zip(&mut self.limiters) {
+            if let Some(limiter) = limiter.as_mut().filter(|limiter| limiter.fd() == fd) {
+                limiter.expired();
+                return if way == IN { self.receive(queues, memory) } else { self.transmit(queues, memory) };
+            }
+        }
         if self.link.fd() != Some(fd) {
             return Ok(progress);
         }
@@ -332,6 +358,11 @@ impl VirtioDevice for Net {
             progress.interrupt |= self.receive(queues, memory)?.interrupt;
         }
         Ok(progress)
+    }
+
+    fn limit(&mut self, rates: &Rates) -> std::io::Result<()> {
+        self.limiters = [Limiter::new(rates.network)?, Limiter::new(rates.network)?];
+        Ok(())
     }
 
     fn take_wishes(&mut self) -> Wishes {
@@ -351,7 +382,8 @@ impl VirtioDevice for Net {
             unicast: self.filter.unicast.clone(),
             multicast: self.filter.multicast.clone(),
             vlans: self.filter.vlans(),
-            transmit_blocked: self.transmit_blocked,
+            // The next one's link may have room, and its bucket is full.
+            transmit_blocked: self.transmit_blocked || self.is_limited(OUT),
             receive_buffers: self.receive_buffers,
             frame: self.incoming.get(..self.held).unwrap_or(&[]).to_vec(),
         };

@@ -14,7 +14,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::counters::{add, one};
 use super::link::Received;
-use super::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Net, RECEIVE, bit};
+use super::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, IN, Net, RECEIVE, bit};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::chain::{Chain, ChainError};
 use crate::vmm::virtio::queue::{add_used_together, wants_interrupt};
@@ -57,8 +57,17 @@ impl Net {
                 queue.disable_notification(memory)?;
             }
             if self.held == 0 {
+                if self.limiters[IN].as_mut().is_some_and(|limiter| !limiter.ready()) {
+                    // What comes stays in the link.
+                    break;
+                }
                 match self.link.receive(&mut self.incoming) {
-                    Received::Frame(bytes) => self.held = bytes,
+                    Received::Frame(bytes) => {
+                        self.held = bytes;
+                        if let Some(limiter) = &mut self.limiters[IN] {
+                            limiter.charge(bytes.saturating_sub(HEADER_BYTES) as u64);
+                        }
+                    }
                     Received::Empty => break,
                     Received::Gone => {
                         self.lose_link();

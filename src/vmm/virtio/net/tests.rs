@@ -11,6 +11,7 @@ use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::*;
+use crate::vmm::virtio::rate::Rate;
 use crate::vmm::virtio::testing::{BUFFERS, Machine};
 
 const RX: u16 = RECEIVE as u16;
@@ -548,4 +549,47 @@ fn what_is_no_link_is_refused() {
     let file = std::fs::File::open("/dev/null").unwrap();
     assert!(matches!(Link::wire(file.try_clone().unwrap().into()), Err(link::LinkError::Wire)));
     assert!(matches!(Link::tap(file.into()), Err(link::LinkError::Tap { call: "TUNGETIFF", .. })));
+}
+
+/// A limited interface lets frames wait: on their way out in the ring, on their way in at the link.
+#[test]
+fn a_limited_interface_drops_nothing() {
+    let limited = || {
+        let (mut device, peer) = wire();
+        let rate = Rate { bytes: None, operations: Some(1) };
+        device.limit(&Rates { network: rate, ..Rates::default() }).unwrap();
+        (device, peer)
+    };
+    let (device, peer) = limited();
+    let counters = device.counters();
+    let mut machine = Machine::started(device, 16, 0);
+    for at in 0..3 {
+        offer(&mut machine, at, &frame(60, at as u8));
+        machine.add(RX, at, &[(BUFFERS + u64::from(at) * 0x1000, 0x1000, true)]);
+        peer.send(&frame(60, 100 + at as u8)).unwrap();
+    }
+    machine.notify(TX);
+    machine.notify(RX);
+    // A bucket's one, and one that it owes.
+    assert_eq!((receive(&peer), receive(&peer)), (Some(frame(60, 0)), Some(frame(60, 1))));
+    assert_eq!((receive(&peer), machine.used_index(RX)), (None, 2));
+
+    // A clone's buckets are full: it sends what the source had not sent yet.
+    let saved = machine.transport.lock().save().unwrap();
+    let (device, its_peer) = limited();
+    let mut copy = machine.copy_with(device);
+    copy.transport.lock().restore(&saved, false, &copy.memory).unwrap();
+    copy.transport.lock().kick_after_restore();
+    copy.run();
+    assert_eq!((receive(&its_peer), receive(&its_peer)), (Some(frame(60, 2)), None));
+
+    let mut last = None;
+    while last.is_none() || machine.used_index(RX) < 3 {
+        machine.wait();
+        last = last.or_else(|| receive(&peer));
+    }
+    assert_eq!(last, Some(frame(60, 2)));
+    let counted = counters.read();
+    assert_eq!((counted.frames_in, counted.frames_out), (3, 3));
+    assert!(!machine.broken());
 }

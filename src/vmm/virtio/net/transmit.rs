@@ -9,7 +9,7 @@ use virtio_queue::Queue;
 
 use super::counters::{add, one};
 use super::link::Sent;
-use super::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Net, TRANSMIT};
+use super::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Net, OUT, TRANSMIT};
 use crate::vmm::memory::GuestMemory;
 use crate::vmm::virtio::chain::Chain;
 use crate::vmm::virtio::queue::{Outcome, work};
@@ -29,11 +29,20 @@ impl Net {
         let mut left = Some(CALL_BYTES_MAX);
         let worked = work(queue, memory, |chain| {
             let Some(budget) = left else { return Ok(Outcome::Keep) };
+            if self.limiters[OUT].as_mut().is_some_and(|limiter| !limiter.ready()) {
+                return Ok(Outcome::Keep);
+            }
             let outcome = self.transmit_chain(chain)?;
+            if let (Some(limiter), Outcome::Used(_)) = (&mut self.limiters[OUT], outcome) {
+                limiter.charge(chain.readable_bytes());
+            }
             left = budget.checked_sub(usize::try_from(chain.readable_bytes()).unwrap_or(usize::MAX));
             Ok(outcome)
         })?;
-        Ok(Progress { more: !worked.empty && !self.transmit_blocked, ..worked.progress })
+        Ok(Progress {
+            more: !worked.empty && !self.transmit_blocked && !self.is_limited(OUT),
+            ..worked.progress
+        })
     }
 
     fn transmit_chain(&mut self, chain: &Chain<'_>) -> Result<Outcome, DeviceError> {
