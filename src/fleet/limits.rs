@@ -108,6 +108,9 @@ pub const FREEZE_TIMEOUT: Duration = Duration::from_secs(900);
 pub const WORKER_EVENTS_MAX: usize = 64;
 /// Commands waiting for one VM's owner.
 pub const COMMANDS_MAX: usize = 16;
+/// Lines of one worker in the log: at once, and one more after each such time. What is left out is counted.
+pub const LOG_LINES_AT_ONCE: u32 = 200;
+pub const LOG_LINE_EVERY: Duration = Duration::from_secs(1);
 /// Longest line of a worker's stderr that is kept whole.
 pub const STDERR_LINE_BYTES_MAX: usize = 4 << 10;
 /// Snapshots whose files are kept open.

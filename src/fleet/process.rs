@@ -21,7 +21,7 @@ use tokio::sync::{Notify, oneshot, watch};
 
 use super::child::{Child, Ward};
 use super::error::FleetError;
-use super::limits::{LAST_WORDS_MAX, STDERR_LINE_BYTES_MAX, ZYGOTE_RETRY};
+use super::limits::{LAST_WORDS_MAX, LOG_LINE_EVERY, LOG_LINES_AT_ONCE, STDERR_LINE_BYTES_MAX, ZYGOTE_RETRY};
 use super::zygote::Zygote;
 use crate::worker::channel::Channel;
 use crate::worker::protocol::JailMode;
@@ -300,10 +300,45 @@ impl Pipes {
     }
 }
 
+/// How many lines of a worker are logged: a guest can have its worker complain as often as it likes.
+struct Lines {
+    left: u32,
+    /// When `left` was right.
+    since: Instant,
+    left_out: u64,
+}
+
+impl Lines {
+    fn new(now: Instant) -> Self {
+        Self { left: LOG_LINES_AT_ONCE, since: now, left_out: 0 }
+    }
+
+    /// Whether one more may be logged, and how many before it were not.
+    fn admit(&mut self, now: Instant) -> Option<u64> {
+        let earned = now.saturating_duration_since(self.since).as_nanos() / LOG_LINE_EVERY.as_nanos();
+        let earned = u32::try_from(earned).unwrap_or(u32::MAX);
+        if earned > 0 {
+            self.since += LOG_LINE_EVERY.saturating_mul(earned);
+            self.left = self.left.saturating_add(earned).min(LOG_LINES_AT_ONCE);
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => {
+                self.left = left;
+                Some(std::mem::take(&mut self.left_out))
+            }
+            None => {
+                self.left_out += 1;
+                None
+            }
+        }
+    }
+}
+
 /// Passes a worker's stderr on to the log and keeps the last lines.
 async fn listen(pid: u32, stderr: pipe::Receiver, tail: Arc<Mutex<VecDeque<String>>>) {
     let mut reader = BufReader::new(stderr);
     let mut line = Vec::new();
+    let mut lines = Lines::new(Instant::now());
     loop {
         line.clear();
         // A line without an end is taken in pieces.
@@ -315,7 +350,12 @@ async fn listen(pid: u32, stderr: pipe::Receiver, tail: Arc<Mutex<VecDeque<Strin
         if text.is_empty() {
             continue;
         }
-        tracing::info!(target: "coldspark::worker", pid, "{text}");
+        if let Some(left_out) = lines.admit(Instant::now()) {
+            if left_out > 0 {
+                tracing::warn!(target: "coldspark::worker", pid, left_out, "lines of this worker were left out: it said too much");
+            }
+            tracing::info!(target: "coldspark::worker", pid, "{text}");
+        }
         let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
         if tail.len() == LAST_WORDS_MAX {
             tail.pop_front();
@@ -342,6 +382,23 @@ mod tests {
         assert_eq!(text, "its worker ended with status 3; its last words: one | no memory");
         let channel = AsyncChannel::new(channel).unwrap();
         assert!(matches!(channel.recv::<u8>().await, Err(ChannelError::Closed)));
+    }
+
+    #[test]
+    fn a_worker_that_says_too_much_is_logged_in_part() {
+        let begun = Instant::now();
+        let mut lines = Lines::new(begun);
+        for _ in 0..LOG_LINES_AT_ONCE {
+            assert_eq!(lines.admit(begun), Some(0));
+        }
+        assert!((0..1000).all(|_| lines.admit(begun).is_none()));
+        // One each time that it has earned one, which tells how many were left out.
+        assert_eq!(lines.admit(begun + LOG_LINE_EVERY), Some(1000));
+        assert_eq!(lines.admit(begun + LOG_LINE_EVERY), None);
+        assert_eq!(lines.admit(begun + LOG_LINE_EVERY * 5 / 2), Some(1));
+        // No more is saved up than at the start.
+        let later = begun + LOG_LINE_EVERY * (LOG_LINES_AT_ONCE * 10);
+        assert_eq!((0..10_000).filter(|_| lines.admit(later).is_some()).count(), LOG_LINES_AT_ONCE as usize);
     }
 
     #[tokio::test]
