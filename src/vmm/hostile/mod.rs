@@ -258,9 +258,16 @@ impl Machine {
                 owners.push(Ok(index));
             }
         }
-        // SAFETY: pointer and length are those of the vector.
-        let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, 0) };
-        assert!(ready >= 0);
+        let ready = loop {
+            // SAFETY: pointer and length are those of the vector.
+            let ready = unsafe { libc::poll(polled.as_mut_ptr(), polled.len() as libc::nfds_t, 0) };
+            // A fuzzer has its own alarm clock, whose signal can come in between.
+            match ready {
+                -1 if std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted => {}
+                _ => break ready,
+            }
+        };
+        assert!(ready >= 0, "{}", std::io::Error::last_os_error());
         for (entry, owner) in polled.iter().zip(owners).filter(|(entry, _)| entry.revents != 0) {
             match owner {
                 Ok(index) => lock(&self.bus.virtio[index]).host_event(entry.fd, self.memory()),
