@@ -1,4 +1,5 @@
-//! What docs/specification.md names as holding a promise has to exist: trials in `tests/system` and `tests/crash`, and tests of modules in `src`.
+//! What docs/specification.md names as holding a promise has to exist: trials in `tests/system` and `tests/crash`, and tests of modules in `src`
+//! and `tests/models.rs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,9 @@ fn everything_that_holds_a_promise_exists() {
     assert!(names.len() > 60, "only {} names", names.len());
     let (mut modules, mut trials) = (Vec::new(), Vec::new());
     sources(&top.join("src"), &mut modules);
+    let models = top.join("tests/models.rs");
+    let text_of_models = fs::read_to_string(&models).unwrap();
+    modules.push((models, text_of_models));
     sources(&top.join("tests/system"), &mut trials);
     sources(&top.join("tests/crash"), &mut trials);
     let trials: String = trials.into_iter().map(|(_, text)| text).collect();

@@ -71,7 +71,6 @@ pub mod watchdog;
 pub mod zygote;
 
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -84,13 +83,13 @@ use images::Images;
 use pools::Pools;
 use process::{Spawner, WorkerProgram};
 use registry::Registry;
-use rustix::fs::FlockOperation;
 use sampling::Sampling;
 use shells::Shells;
 use slots::Slots;
 use slots::addresses::Plan;
 use snapshots::Snapshots;
 
+use crate::snapshot::folder::Lock;
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
     Activity, AgentPort, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats,
@@ -164,7 +163,7 @@ pub struct Fleet {
     /// What an earlier daemon left in `vms/`, by name.
     left: Mutex<Vec<String>>,
     /// Held as long as this fleet lives: nobody else works in `vms/`.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl Fleet {
@@ -275,19 +274,16 @@ impl Fleet {
     }
 }
 
-fn lock(vms_dir: &Path) -> Result<File, FleetError> {
+fn lock(vms_dir: &Path) -> Result<Lock, FleetError> {
     let path = vms_dir.join(".lock");
     let file = File::create(&path).map_err(FleetError::io(format!("cannot make {}", path.display())))?;
-    // The lock goes with the descriptor.
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(error) => Err(match io::Error::from(error) {
-            error if error.kind() == io::ErrorKind::WouldBlock => FleetError::WrongState(format!(
-                "another coldspark works in {}; stop it, or choose another --data-dir",
-                vms_dir.display()
-            )),
-            source => FleetError::Io { what: format!("cannot lock {}", path.display()), source },
-        }),
+    match Lock::of(file) {
+        Ok(Some(lock)) => Ok(lock),
+        Ok(None) => Err(FleetError::WrongState(format!(
+            "another coldspark works in {}; stop it, or choose another --data-dir",
+            vms_dir.display()
+        ))),
+        Err(source) => Err(FleetError::Io { what: format!("cannot lock {}", path.display()), source }),
     }
 }
 

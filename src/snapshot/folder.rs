@@ -73,7 +73,7 @@ pub struct Folder {
     path: PathBuf,
     handle: File,
     /// Locked as long as it is open.
-    _lock: File,
+    _lock: Lock,
 }
 
 /// Why a folder cannot be opened.
@@ -83,6 +83,31 @@ pub enum OpenError {
     Locked(PathBuf),
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+/// A file that is locked for one process, with flock(2), for as long as this is held.
+///
+/// It is unlocked, not only closed: a child that is between its fork and its exec has the same open file, and would keep the lock for
+/// that long. (After SIGKILL that moment is left: the lock goes when the last such child has begun its program.)
+#[derive(Debug)]
+pub struct Lock(File);
+
+impl Lock {
+    /// Nothing if somebody else has it.
+    pub fn of(file: File) -> io::Result<Option<Lock>> {
+        match file.try_lock() {
+            Ok(()) => Ok(Some(Lock(file))),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // What cannot be unlocked goes with its last descriptor.
+        let _ = self.0.unlock();
+    }
 }
 
 impl Folder {
@@ -98,11 +123,11 @@ impl Folder {
             .mode(0o600)
             .open(&lock_path);
         let lock = lock.map_err(failed(&lock_path, "opened"))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(OpenError::Locked(path.to_path_buf())),
-            Err(TryLockError::Error(error)) => return Err(failed(&lock_path, "locked")(error).into()),
-        }
+        let lock = match Lock::of(lock) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return Err(OpenError::Locked(path.to_path_buf())),
+            Err(error) => return Err(failed(&lock_path, "locked")(error).into()),
+        };
         let handle = File::open(path).map_err(failed(path, "opened"))?;
         let folder = Folder { path: path.to_path_buf(), handle, _lock: lock };
         let mut leftovers = folder.names()?;

@@ -20,8 +20,10 @@
 //! May touch: the files it is handed. The shape (backing file, layers over it) is the usual one of disk images; the
 //! format is our own.
 
+mod bitmap;
 pub mod format;
 mod overlay;
+mod synced;
 #[cfg(test)]
 mod tests;
 
@@ -31,7 +33,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::format::{BLOCK_BYTES, FrozenBitmap, Layout};
-use self::overlay::{Overlay, Sync, punch};
+use self::overlay::{Overlay, punch};
+use self::synced::Synced;
 use super::cause::Cause;
 pub use super::limits::{DISK_BYTES_MAX, LAYERS_MAX, SECTOR_BYTES};
 
@@ -121,7 +124,7 @@ enum Top {
     ReadOnly,
     Overlay(Overlay),
     /// Into the base itself.
-    Base(Sync),
+    Base(Synced),
 }
 
 /// Which file holds a block.
@@ -165,7 +168,7 @@ impl LayeredDisk {
     pub fn open_direct(file: File, disk_bytes: u64) -> Result<Self, LayerError> {
         let layout = layout(disk_bytes)?;
         check_base(&file, disk_bytes)?;
-        let stack = Stack { layout, base: Some(file), frozen: Vec::new(), top: Top::Base(Sync::default()) };
+        let stack = Stack { layout, base: Some(file), frozen: Vec::new(), top: Top::Base(Synced::new()) };
         Ok(Self { layout, stack: RwLock::new(stack) })
     }
 
@@ -242,7 +245,7 @@ impl LayeredDisk {
         let stack = self.shared();
         match (&stack.top, &stack.base) {
             (Top::Overlay(overlay), _) => overlay.flush(),
-            (Top::Base(sync), Some(base)) => sync.flush(base),
+            (Top::Base(synced), Some(base)) => overlay::flush(synced, base),
             (Top::Base(_) | Top::ReadOnly, _) => Ok(()),
         }
     }
@@ -401,9 +404,9 @@ impl Stack {
         match (&self.top, &self.base) {
             _ if buffer.is_empty() => Ok(()),
             (Top::Overlay(overlay), _) => overlay.write(buffer, offset, self.layout.disk_bytes),
-            (Top::Base(sync), Some(base)) => {
+            (Top::Base(synced), Some(base)) => {
                 let written = base.write_all_at(buffer, offset);
-                sync.touched();
+                synced.touched();
                 written.map_err(|source| LayerError::Io { what: "write the disk", source })
             }
             (Top::Base(_) | Top::ReadOnly, _) => Err(LayerError::ReadOnly),
@@ -436,9 +439,9 @@ impl Stack {
         let (from, to) = (first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes));
         match (&self.top, &self.base) {
             (Top::Overlay(overlay), _) => overlay.zero(first, end, disk_bytes),
-            (Top::Base(sync), Some(base)) => {
+            (Top::Base(synced), Some(base)) => {
                 let punched = punch(base, from, to);
-                sync.touched();
+                synced.touched();
                 punched
             }
             (Top::Base(_) | Top::ReadOnly, _) => Err(LayerError::ReadOnly),

@@ -33,6 +33,7 @@ pub mod memory;
 pub mod milestones;
 pub mod random;
 pub mod shell;
+mod stop;
 pub mod threads;
 pub mod vcpu;
 pub mod vcpu_state;

@@ -25,6 +25,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::bus::Bus;
 use super::chipset::PortEffect;
 use super::look::{self, Look};
+use super::stop::Stop;
 use super::threads::{self, Role};
 use super::vcpu_state::{self, VcpuStateError};
 use crate::snapshot::state::vcpu::VcpuState;
@@ -177,8 +178,7 @@ impl VcpuHandle {
 
     /// Lets the guest run.
     pub fn resume(&self) -> Result<(), VcpuError> {
-        self.page.immediate_exit().store(0, Ordering::SeqCst);
-        self.stop.store(false, Ordering::SeqCst);
+        self.stop().take_back();
         self.send(Command::Run)
     }
 
@@ -190,9 +190,12 @@ impl VcpuHandle {
         Ok(Pausing { wait, index: self.index })
     }
 
+    fn stop(&self) -> Stop<'_> {
+        Stop { flag: &self.stop, immediate_exit: self.page.immediate_exit() }
+    }
+
     fn kick(&self) {
-        self.stop.store(true, Ordering::SeqCst);
-        self.page.immediate_exit().store(1, Ordering::SeqCst);
+        self.stop().ask();
         if let Some(thread) = &self.thread
             && !thread.is_finished()
         {
@@ -302,16 +305,16 @@ impl Runner {
         if self.index == 0 {
             self.bus.milestones.entered.get_or_init(Instant::now);
         }
-        // A run that was ended late left it set after the handle had cleared it. A stop that comes now sets its flag before this byte,
-        // so it is seen just below.
-        self.page.immediate_exit().store(0, Ordering::SeqCst);
-        while !self.dead && !self.stop.load(Ordering::SeqCst) {
+        let (flag, page) = (self.stop.clone(), self.page.clone());
+        let stop = Stop { flag: &flag, immediate_exit: page.immediate_exit() };
+        stop.begin();
+        while !self.dead && !stop.asked() {
             self.step();
         }
         // Finish an exit that waits for its answer, without running the guest. A page-crossing access comes in a
         // few parts; more would be a loop.
         for _ in 0..8 {
-            self.page.immediate_exit().store(1, Ordering::SeqCst);
+            stop.finish();
             if self.dead || matches!(self.step(), Step::Interrupted) {
                 return;
             }

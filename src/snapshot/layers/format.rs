@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memmap2::{Mmap, MmapOptions};
 
 use super::LayerError;
+use super::bitmap::Bitmap;
 
 /// Bytes of a block: what is in a layer or not in it.
 pub const BLOCK_BYTES: u64 = 4096;
@@ -62,49 +63,14 @@ impl Layout {
     }
 }
 
-/// Which blocks are in the writable overlay. Several threads may add to it at once.
-#[derive(Debug)]
-pub struct Bitmap {
-    words: Vec<AtomicU64>,
-    present: AtomicU64,
-}
-
-impl Bitmap {
-    /// No block present. The memory is the kernel's zero page until a bit is set.
-    pub fn new(layout: &Layout) -> Self {
-        // Asked for as plain zeros, which costs nothing until they are touched, whatever the size of the disk.
-        let mut zeros = ManuallyDrop::new(vec![0u64; (layout.bitmap_bytes / 8) as usize]);
-        let (pointer, length, capacity) = (zeros.as_mut_ptr(), zeros.len(), zeros.capacity());
-        // SAFETY: the parts are those of a vector that is not dropped, and AtomicU64 has the size, alignment and bit
-        // validity of u64 on this architecture, the only one of this program.
-        let words = unsafe { Vec::from_raw_parts(pointer.cast::<AtomicU64>(), length, capacity) };
-        Self { words, present: AtomicU64::new(0) }
-    }
-
-    /// Number of blocks present.
-    pub fn present(&self) -> u64 {
-        self.present.load(Ordering::Acquire)
-    }
-
-    pub fn contains(&self, block: u64) -> bool {
-        // Acquire, with the release below: who sees the bit sees the block's data.
-        let word = self.words.get((block / 64) as usize);
-        word.is_some_and(|word| word.load(Ordering::Acquire) >> (block % 64) & 1 == 1)
-    }
-
-    /// Adds the blocks `first..end`.
-    pub fn insert(&self, first: u64, end: u64) {
-        let mut block = first;
-        while block < end {
-            let Some(word) = self.words.get((block / 64) as usize) else { return };
-            let low = block % 64;
-            let count = (end - block).min(64 - low);
-            let mask = (u64::MAX >> (64 - count)) << low;
-            let before = word.fetch_or(mask, Ordering::AcqRel);
-            self.present.fetch_add(u64::from((mask & !before).count_ones()), Ordering::AcqRel);
-            block += count;
-        }
-    }
+/// No block present, for a disk of this layout. The memory is the kernel's zero page until a bit is set.
+pub fn no_blocks(layout: &Layout) -> Bitmap {
+    // Asked for as plain zeros, which costs nothing until they are touched, whatever the size of the disk.
+    let mut zeros = ManuallyDrop::new(vec![0u64; (layout.bitmap_bytes / 8) as usize]);
+    let (pointer, length, capacity) = (zeros.as_mut_ptr(), zeros.len(), zeros.capacity());
+    // SAFETY: the parts are those of a vector that is not dropped, and AtomicU64 has the size, alignment and bit
+    // validity of u64 on this architecture, the only one of this program.
+    Bitmap::new(unsafe { Vec::from_raw_parts(pointer.cast::<AtomicU64>(), length, capacity) })
 }
 
 /// The blocks of a frozen layer, as its file has them: mapped, so that opening costs the same for every size.
@@ -139,7 +105,7 @@ pub fn seal(file: &File, layout: &Layout, bitmap: &Bitmap) -> Result<(), LayerEr
     let mut page = [0u8; BLOCK_BYTES as usize];
     // Zero pages of the bitmap stay holes: a big disk with few blocks makes a small file.
     file.set_len(layout.bitmap_offset).map_err(io("cut a disk layer to its data"))?;
-    for (index, words) in bitmap.words.chunks(page.len() / 8).enumerate() {
+    for (index, words) in bitmap.words().chunks(page.len() / 8).enumerate() {
         let bytes = words.len() * 8;
         let mut any = 0;
         for (slot, word) in page.chunks_exact_mut(8).zip(words) {

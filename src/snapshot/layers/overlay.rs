@@ -6,39 +6,18 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use super::LayerError;
-use super::format::{self, BLOCK_BYTES, Bitmap, FrozenBitmap, Layout};
+use super::bitmap::Bitmap;
+use super::format::{self, BLOCK_BYTES, FrozenBitmap, Layout};
+use super::synced::Synced;
 
-/// Whether a file was written since it was synced.
-#[derive(Debug, Default)]
-pub struct Sync {
-    dirty: AtomicBool,
-    /// Held while syncing: a second flush must not return before the first, which took its writes along, has ended.
-    syncing: Mutex<()>,
-}
-
-impl Sync {
-    /// A write has been done (not: is about to be).
-    pub fn touched(&self) {
-        self.dirty.store(true, Ordering::Release);
-    }
-
-    /// Brings what was written to stable storage, with what is needed to find it again.
-    pub fn flush(&self, file: &File) -> Result<(), LayerError> {
-        let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.dirty.swap(false, Ordering::AcqRel) {
-            return Ok(());
-        }
-        file.sync_data().map_err(|source| {
-            self.touched();
-            LayerError::Io { what: "flush the disk", source }
-        })
-    }
+/// Brings what was written to stable storage, with what is needed to find it again.
+pub fn flush(synced: &Synced, file: &File) -> Result<(), LayerError> {
+    synced.flush(|| file.sync_data()).map_err(|source| LayerError::Io { what: "flush the disk", source })
 }
 
 /// The overlay.
@@ -48,7 +27,7 @@ pub struct Overlay {
     bitmap: Bitmap,
     /// The file has the disk's length (it gets it with the first change, not at restore).
     sized: AtomicBool,
-    sync: Sync,
+    synced: Synced,
 }
 
 impl Overlay {
@@ -58,7 +37,12 @@ impl Overlay {
         if bytes != 0 {
             return Err(LayerError::OverlayNotEmpty(bytes));
         }
-        Ok(Self { file, bitmap: Bitmap::new(layout), sized: AtomicBool::new(false), sync: Sync::default() })
+        Ok(Self {
+            file,
+            bitmap: format::no_blocks(layout),
+            sized: AtomicBool::new(false),
+            synced: Synced::new(),
+        })
     }
 
     pub fn file(&self) -> &File {
@@ -94,7 +78,7 @@ impl Overlay {
     pub fn write(&self, buffer: &[u8], offset: u64, disk_bytes: u64) -> Result<(), LayerError> {
         self.size(disk_bytes)?;
         let written = self.file.write_all_at(buffer, offset);
-        self.sync.touched();
+        self.synced.touched();
         written.map_err(|source| LayerError::Io { what: "write the disk's overlay", source })?;
         self.bitmap.insert(offset / BLOCK_BYTES, (offset + buffer.len() as u64).div_ceil(BLOCK_BYTES));
         Ok(())
@@ -104,14 +88,14 @@ impl Overlay {
     pub fn zero(&self, first: u64, end: u64, disk_bytes: u64) -> Result<(), LayerError> {
         self.size(disk_bytes)?;
         let punched = punch(&self.file, first * BLOCK_BYTES, (end * BLOCK_BYTES).min(disk_bytes));
-        self.sync.touched();
+        self.synced.touched();
         punched?;
         self.bitmap.insert(first, end);
         Ok(())
     }
 
     pub fn flush(&self) -> Result<(), LayerError> {
-        self.sync.flush(&self.file)
+        flush(&self.synced, &self.file)
     }
 
     /// Makes the file a frozen layer, number `index` from the lowest.

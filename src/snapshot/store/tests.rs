@@ -5,7 +5,6 @@ use std::{
     os::unix::{fs::FileExt, process::CommandExt},
     path::PathBuf,
     process::{Command, Stdio},
-    sync::Mutex,
 };
 
 use super::*;
@@ -15,11 +14,7 @@ use crate::snapshot::{
     sums::Sum,
 };
 
-/// Held while a child is made: until it has begun its program it has the locks of stores that were closed meanwhile.
-static FORKING: Mutex<()> = Mutex::new(());
-
 fn open(path: &Path) -> Arc<SnapshotStore> {
-    let _nobody_forks = FORKING.lock().unwrap();
     Arc::new(SnapshotStore::open(path, Signing::default()).unwrap())
 }
 
@@ -472,11 +467,7 @@ fn in_child(
     // SAFETY: `prepare` makes system calls only.
     unsafe { command.pre_exec(prepare) };
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let child = {
-        let _forking = FORKING.lock().unwrap();
-        command.spawn().unwrap()
-    };
-    child.wait_with_output().unwrap()
+    command.spawn().unwrap().wait_with_output().unwrap()
 }
 
 const FULL_DISK_FOLDER: &str = "COLDSPARK_TEST_FULL_DISK_FOLDER";

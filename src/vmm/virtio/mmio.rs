@@ -9,6 +9,7 @@
 //! Facts: virtio 1.2 clauses 4.2.2, 4.2.3; FreeBSD's `sys/dev/virtio/mmio/virtio_mmio.c`: negotiates both feature words,
 //! asks `QueueNumMax`, reads configuration fields in their own width between two reads of `ConfigGeneration`.
 
+mod causes;
 mod hot;
 #[cfg(test)]
 mod race;

@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod doorbell;
+mod pending;
 mod persist;
 
 use std::io;

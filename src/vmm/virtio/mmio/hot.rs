@@ -4,17 +4,14 @@
 //! handler that reads and acknowledges the interrupt status must not wait for that, nor a driver that notifies. So
 //! these three registers (`QueueNotify`, `InterruptStatus`, `InterruptACK`) and the list of notified queues live here,
 //! in atomics; vCPU threads ask [`HotRegisters`] first and take the lock only for what it does not know.
-//!
-//! Order: the device writes the used ring, then sets the status bit, then raises the line. The driver acknowledges,
-//! then reads the used ring; so a bit that is set once for two causes is enough, and one cleared is never missed.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_NOTIFY,
 };
 
+use super::causes::Causes;
 use crate::vmm::irq::Interrupt;
 use crate::vmm::virtio::transport::{CAUSE_CHANGED, CAUSE_USED, Doorbell, Signal};
 
@@ -25,13 +22,13 @@ const ACKNOWLEDGE: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
 /// Registers of one transport that any thread may access at any time, and its interrupt line.
 pub struct HotRegisters {
     doorbell: Arc<Doorbell>,
-    interrupt_status: AtomicU32,
+    interrupt_status: Causes,
     line: Arc<dyn Interrupt>,
 }
 
 impl HotRegisters {
     pub(super) fn new(doorbell: Arc<Doorbell>, line: Arc<dyn Interrupt>) -> Self {
-        Self { doorbell, interrupt_status: AtomicU32::new(0), line }
+        Self { doorbell, interrupt_status: Causes::new(), line }
     }
 
     /// Answers a read, if it is one of these registers: true.
@@ -54,7 +51,7 @@ impl HotRegisters {
                 true
             }
             ACKNOWLEDGE => {
-                self.interrupt_status.fetch_and(!value, Ordering::SeqCst);
+                self.interrupt_status.acknowledge(value);
                 true
             }
             _ => false,
@@ -62,8 +59,7 @@ impl HotRegisters {
     }
 
     fn raise(&self, cause: u32) {
-        self.interrupt_status.fetch_or(cause, Ordering::SeqCst);
-        self.line.raise();
+        self.interrupt_status.raise(cause, || self.line.raise());
     }
 }
 
@@ -77,15 +73,15 @@ impl Signal for HotRegisters {
     }
 
     fn causes(&self) -> u32 {
-        self.interrupt_status.load(Ordering::SeqCst)
+        self.interrupt_status.get()
     }
 
     fn reset(&self) {
-        self.interrupt_status.store(0, Ordering::SeqCst);
+        self.interrupt_status.set(0);
     }
 
     fn restore(&self, causes: u32) {
-        self.interrupt_status.store(causes, Ordering::SeqCst);
+        self.interrupt_status.set(causes);
     }
 
     fn again(&self) {

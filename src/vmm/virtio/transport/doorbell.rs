@@ -2,19 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::QUEUES_MAX;
+use super::pending::Pending;
 
 /// The list of notified queues of one device, and what wakes the device thread.
 #[derive(Debug)]
 pub struct Doorbell {
     /// Queues that exist; bit = number.
     queues: u32,
-    /// Queues that the device thread is to look at.
-    pending: AtomicU32,
+    pending: Pending,
     /// Wakes the device thread.
     kick: EventFd,
 }
@@ -23,7 +22,7 @@ impl Doorbell {
     pub(super) fn new(queue_count: usize) -> io::Result<Self> {
         let queues = (0..queue_count.min(QUEUES_MAX)).fold(0, |mask, queue| mask | 1 << queue);
         let kick = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self { queues, pending: AtomicU32::new(0), kick })
+        Ok(Self { queues, pending: Pending::new(), kick })
     }
 
     /// The driver notifies queue `number`. One that does not exist: nothing to do.
@@ -36,20 +35,18 @@ impl Doorbell {
 
     /// Has the device thread look at the queues of `mask` and those noted before.
     pub(super) fn kick(&self, mask: u32) {
-        self.pending.fetch_or(mask, Ordering::SeqCst);
         // It fails only if the counter is full, and then the thread is woken already.
-        let _ = self.kick.write(1);
+        self.pending.note(mask, || drop(self.kick.write(1)));
     }
 
     pub(in crate::vmm::virtio) fn kick_fd(&self) -> RawFd {
         self.kick.as_raw_fd()
     }
 
-    /// Takes the queues to look at. The descriptor is emptied first: whatever is noted after that wakes again.
+    /// Takes the queues to look at.
     pub(super) fn take_pending(&self) -> u32 {
         // It fails only if it is empty already.
-        let _ = self.kick.read();
-        self.pending.swap(0, Ordering::SeqCst)
+        self.pending.take(|| drop(self.kick.read()))
     }
 
     pub(super) fn queues(&self) -> u32 {
@@ -57,10 +54,10 @@ impl Doorbell {
     }
 
     pub(super) fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+        self.pending.get()
     }
 
     pub(super) fn set_pending(&self, pending: u32) {
-        self.pending.store(pending, Ordering::SeqCst);
+        self.pending.set(pending);
     }
 }
