@@ -58,9 +58,16 @@ impl Event {
     }
 }
 
+/// For models that would take minutes: all orders in which threads are interrupted at most three times where they need not wait.
+fn interrupted_thrice(model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    builder.check(model);
+}
+
 #[test]
 fn a_queue_that_is_rung_is_looked_at() {
-    loom::model(|| {
+    interrupted_thrice(|| {
         #[derive(Default)]
         struct World {
             kick: Event,
@@ -172,7 +179,7 @@ impl Kvm {
 
 #[test]
 fn a_vcpu_that_is_told_to_stop_stops_and_one_that_is_told_to_run_runs() {
-    loom::model(|| {
+    interrupted_thrice(|| {
         struct World {
             kvm: Kvm,
             flag: AtomicBool,
