@@ -8,7 +8,7 @@
 //! | [`cli`] | one file per subcommand; speaks gRPC, or starts the daemon | `api`, `fleet`, `worker`, `agent`, `media`, `telemetry` |
 //! | [`api`] | tonic services: proto to domain and back | `fleet`, `agent`, `telemetry` |
 //! | [`fleet`] | the daemon's domain: images, VMs, snapshots; one owner task per VM | `worker::protocol`, `worker::channel`, `snapshot`, `agent`, `media`, `telemetry` |
-//! | [`worker`] | the process around one VM, its control protocol | `vmm`, `snapshot` |
+//! | [`worker`] | the process around one VM, its control protocol | `vmm`, `snapshot`, `agent::wire` |
 //! | [`snapshot`] | what a frozen VM is: manifest, state, codec, store, memory, disk layers | `atomics` |
 //! | [`vmm`] | the machine itself: no policy, no async, no network API | `snapshot::{state, codec, layers}`, `media`, `atomics` |
 //! | [`media`] | what is on disks and in the files in which people bring them: partitions, UFS, compressed images, downloads | nothing of ours |

@@ -46,6 +46,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         panic: vm.console.words().borrow().panic.clone().unwrap_or_default(),
         pool: vm.pool.as_deref().unwrap_or_default().to_owned(),
         ready_in_pool: vm.is_held(),
+        unclaimed: vm.is_unclaimed(),
         host_name: vm.host_name(),
         limits: limits_out(vm.limits),
         networks: vm.networks.iter().map(super::network::network_out).collect(),

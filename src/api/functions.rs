@@ -66,6 +66,13 @@ impl Functions {
     }
 }
 
+/// The same bytes for the same request: a map's entries come in any order.
+fn content(request: &proto::InvokeRequest) -> Vec<u8> {
+    let env: std::collections::BTreeMap<_, _> = request.env.iter().collect();
+    let rest = proto::InvokeRequest { env: HashMap::new(), ..request.clone() };
+    format!("{env:?}").into_bytes().into_iter().chain(rest.encode_to_vec()).collect()
+}
+
 type Deploying = Pin<Box<dyn Stream<Item = Result<proto::DeployEvent, Status>> + Send>>;
 type Invoking = Pin<Box<dyn Stream<Item = Result<proto::InvokeStreamResponse, Status>> + Send>>;
 
@@ -140,7 +147,7 @@ impl FunctionService for Functions {
         if request.request_id.is_empty() {
             return Ok(Response::new(self.run(request).await?));
         }
-        let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
+        let (id, asked) = (request.request_id.clone(), content(&request));
         Ok(Response::new(self.replays.once(&id, &asked, self.run(request)).await?))
     }
 
@@ -354,5 +361,26 @@ fn function_out(look: Look) -> proto::Function {
         refused: look.refused,
         cancelled: look.cancelled,
         reused: look.reused,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_request_has_the_same_content_whatever_order_a_map_has() {
+        let env =
+            |names: &mut dyn Iterator<Item = u32>| names.map(|n| (n.to_string(), "x".to_owned())).collect();
+        let request =
+            proto::InvokeRequest { function: "f".into(), env: env(&mut (0..50)), ..Default::default() };
+        let same = proto::InvokeRequest { env: env(&mut (0..50).rev()), ..request.clone() };
+        assert_eq!(content(&request), content(&same));
+        let other = proto::InvokeRequest { env: env(&mut (1..51)), ..request.clone() };
+        assert_ne!(content(&request), content(&other));
+        assert_ne!(
+            content(&request),
+            content(&proto::InvokeRequest { function: "g".into(), ..request.clone() })
+        );
     }
 }

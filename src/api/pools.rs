@@ -14,6 +14,8 @@ use super::proto::pool_service_server::PoolService;
 use super::replays::Replays;
 use super::status::invalid;
 use crate::fleet::Fleet;
+use crate::fleet::claims::{Claim, Method};
+use crate::fleet::error::FleetError;
 use crate::fleet::pools::settings::{Mode, Settings};
 use crate::fleet::pools::stock::Look;
 use crate::fleet::pools::{ChangePool, CreatePool, Named, TakeVm};
@@ -29,11 +31,15 @@ impl Pools {
         Self { fleet, replays: Replays::default() }
     }
 
-    async fn take(&self, request: proto::TakeVmRequest) -> Result<proto::TakeVmResponse, Status> {
+    async fn take(
+        &self,
+        request: proto::TakeVmRequest,
+        claim: Option<Claim>,
+    ) -> Result<proto::TakeVmResponse, Status> {
         let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
         let request = TakeVm { pool: request.pool, name: optional(request.name), first_call };
-        let taken = self.fleet.take_vm(request).await?;
-        let answer = match (op, taken.answer) {
+        let mut taken = self.fleet.take_vm(request).await?;
+        let answer = match (op, taken.answer.take()) {
             (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
                 Ok(answer) => Some(answer),
                 Err(status) => {
@@ -44,7 +50,20 @@ impl Pools {
             },
             _ => None,
         };
-        Ok(proto::TakeVmResponse { vm: Some(convert::vm(&taken.vm)), answer, was_ready: taken.was_ready })
+        let mut response = proto::TakeVmResponse { vm: None, answer, was_ready: taken.was_ready };
+        taken.settle(claim.map(|claim| (claim, response.encode_to_vec())));
+        response.vm = Some(convert::vm(&taken.vm));
+        Ok(response)
+    }
+
+    /// What an earlier daemon took for this request.
+    fn earlier(&self, claim: Option<&Claim>) -> Result<Option<proto::TakeVmResponse>, Status> {
+        let Some(earlier) = self.fleet.earlier(claim)? else { return Ok(None) };
+        let response = proto::TakeVmResponse::decode(&earlier.answer[..]);
+        let mut response =
+            response.map_err(|_| FleetError::Internal("a kept answer is damaged".to_owned()))?;
+        response.vm = earlier.vms.first().map(|vm| convert::vm(vm));
+        Ok(Some(response))
     }
 }
 
@@ -119,7 +138,11 @@ impl PoolService for Pools {
     ) -> Result<Response<proto::TakeVmResponse>, Status> {
         let request = request.into_inner();
         let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
-        Ok(Response::new(self.replays.once(&id, &asked, self.take(request)).await?))
+        let claim = Claim::new(Method::TakeVm, &id, &asked);
+        if let Some(response) = self.earlier(claim.as_ref())? {
+            return Ok(Response::new(response));
+        }
+        Ok(Response::new(self.replays.once(&id, &asked, self.take(request, claim)).await?))
     }
 }
 

@@ -1,20 +1,22 @@
 //! Requests that are sent again: a client that lost the answer gets it again, and nothing is done twice.
+//!
+//! These answers end with this process. What an earlier one has answered is in the records of its VMs ([`crate::fleet::claims`]), and is
+//! asked for before.
 
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use prost::Message;
 use tokio::sync::OnceCell;
 use tonic::Status;
 
 use super::status::invalid;
+use crate::fleet::claims::{KEPT_FOR, another};
 
 /// Longest request id.
 const ID_BYTES_MAX: usize = 64;
-/// How long an answer is kept.
-const KEPT_FOR: Duration = Duration::from_secs(600);
 /// Most answers kept, and their bytes; beyond that the oldest go.
 const ENTRIES_MAX: usize = 4096;
 const BYTES_MAX: usize = 64 << 20;
@@ -62,9 +64,7 @@ impl<T: Message + Clone + Send + Sync> Replays<T> {
         }
         let entry = self.entry(id, asked);
         if *entry.asked != *asked {
-            return Err(invalid(format!(
-                "the request id {id:?} was used for another request; take a new one"
-            )));
+            return Err(invalid(another(id)));
         }
         let mut is_ours = false;
         let answer = entry.answer.get_or_try_init(|| async {

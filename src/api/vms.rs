@@ -20,9 +20,11 @@ use super::status::{invalid, limit_reached};
 use super::{agent, network};
 use crate::fleet::Fleet;
 use crate::fleet::boot::{CreateVm, Created, Progress};
+use crate::fleet::claims::{Claim, Method};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
 use crate::fleet::disk_files::{DiskFile, DiskMode};
+use crate::fleet::error::FleetError;
 use crate::fleet::limits::{
     CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT, STOP_TIMEOUT_DEFAULT, STOP_TIMEOUT_MAX,
 };
@@ -48,7 +50,11 @@ impl Vms {
         }
     }
 
-    async fn make_clones(&self, request: proto::CloneVmRequest) -> Result<proto::CloneVmResponse, Status> {
+    async fn make_clones(
+        &self,
+        request: proto::CloneVmRequest,
+        claim: Option<Claim>,
+    ) -> Result<proto::CloneVmResponse, Status> {
         let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
         let request = CloneVm {
             snapshot: request.snapshot,
@@ -60,8 +66,8 @@ impl Vms {
             limits: convert::limits_in(request.limits),
             first_call,
         };
-        let clones = self.fleet.clone_vm(request).await?;
-        let answer = match (op, clones.answer) {
+        let mut clones = self.fleet.clone_vm(request).await?;
+        let answer = match (op, clones.answer.take()) {
             (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
                 Ok(answer) => Some(answer),
                 Err(status) => {
@@ -74,8 +80,20 @@ impl Vms {
             },
             _ => None,
         };
-        let vms = clones.vms.iter().map(|vm| convert::vm(vm)).collect();
-        Ok(proto::CloneVmResponse { vms, answer })
+        let mut response = proto::CloneVmResponse { vms: Vec::new(), answer };
+        clones.settle(claim.map(|claim| (claim, response.encode_to_vec())));
+        response.vms = clones.vms.iter().map(|vm| convert::vm(vm)).collect();
+        Ok(response)
+    }
+
+    /// What an earlier daemon made for this request.
+    fn earlier(&self, claim: Option<&Claim>) -> Result<Option<proto::CloneVmResponse>, Status> {
+        let Some(earlier) = self.fleet.earlier(claim)? else { return Ok(None) };
+        let response = proto::CloneVmResponse::decode(&earlier.answer[..]);
+        let mut response =
+            response.map_err(|_| FleetError::Internal("a kept answer is damaged".to_owned()))?;
+        response.vms = earlier.vms.iter().map(|vm| convert::vm(vm)).collect();
+        Ok(Some(response))
     }
 }
 
@@ -144,7 +162,11 @@ impl VmService for Vms {
         check_slots(&request, &request.get_ref().networks)?;
         let request = request.into_inner();
         let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
-        let response = self.replays.once(&id, &asked, self.make_clones(request)).await?;
+        let claim = Claim::new(Method::CloneVm, &id, &asked);
+        if let Some(response) = self.earlier(claim.as_ref())? {
+            return Ok(Response::new(response));
+        }
+        let response = self.replays.once(&id, &asked, self.make_clones(request, claim)).await?;
         Ok(Response::new(response))
     }
 

@@ -55,6 +55,9 @@ pub struct Arguments {
     /// When this service is killed its VMs go on; how many seconds they wait for the next one before they end [0: they end with this one]
     #[arg(long, env = "COLDSPARK_ORPHAN_TIME", value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=604_800))]
     orphan_time: u64,
+    /// End a VM that was taken over from a killed service, of which its caller may never have heard: no call has ever named it, and in so many seconds none does [0: never]
+    #[arg(long, env = "COLDSPARK_UNCLAIMED_TIME", value_name = "SECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=604_800))]
+    unclaimed_time: u64,
     /// When this service is stopped leave its VMs running, for the next one to take over within --orphan-time: to replace the program
     #[arg(long, env = "COLDSPARK_KEEP_VMS", value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_value_t = false, default_missing_value = "true", action = clap::ArgAction::Set)]
@@ -341,6 +344,7 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         networks: arguments.network.networks.into(),
         network_plan: arguments.network.plan()?,
         orphan_time: Some(Duration::from_secs(arguments.orphan_time)).filter(|time| !time.is_zero()),
+        unclaimed_time: Some(Duration::from_secs(arguments.unclaimed_time)).filter(|time| !time.is_zero()),
         signing,
     };
     if let Err(problem) = config.signing.check_own() {

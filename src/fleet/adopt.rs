@@ -3,9 +3,9 @@
 //! For each folder in `vms/`: if nobody is behind its door, the VM has ended, and the folder is removed. If somebody is and the record is
 //! empty, the VM was half made, or nobody's that this daemon could know: it is ended. Otherwise it is taken over with its console, its
 //! agent's port, its page faults and its disks. Nothing here changes a VM before that is done, so a daemon that is killed meanwhile leaves it
-//! as it was, for the next one.
+//! as it was, for the next one. VMs of one request are its caller's all together: if one of them is not settled, none is.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -88,6 +88,20 @@ impl Fleet {
                 (folder, record, slot)
             })
             .collect();
+        let unsettled: HashSet<String> = found
+            .iter()
+            .filter(|(_, record, _)| matches!(record, Ok(None)))
+            .map(|(folder, ..)| folder.id())
+            .collect();
+        for (folder, found, _) in &mut found {
+            if let Ok(Some(record)) = found {
+                match record.siblings.iter().any(|sibling| unsettled.contains(sibling)) {
+                    // Killed in the middle of settling them: nobody has heard of any.
+                    true => *found = Ok(None),
+                    false => self.claims.found(&folder.id(), record, folder.path()),
+                }
+            }
+        }
         // In the order in which they were made.
         found.sort_by_key(|(_, record, _)| match record {
             Ok(Some(record)) => (record.created_unix_ms, record.number),
@@ -96,7 +110,12 @@ impl Fleet {
         let mut under_way = JoinSet::new();
         for (folder, record, slot) in found {
             let (fleet, number) = (Arc::clone(self), self.registry.next_number());
-            under_way.spawn(async move { fleet.adopt_one(folder, record, slot, number).await });
+            under_way.spawn(async move {
+                let id = folder.id();
+                let fate = Arc::clone(&fleet).adopt_one(folder, record, slot, number).await;
+                fleet.claims.done(&id);
+                fate
+            });
         }
         let mut fates = Vec::new();
         let all = async {
@@ -277,7 +296,15 @@ impl Fleet {
         if let Some(pool) = &vm.pool {
             self.pools.adopt(pool, &vm);
         }
-        tracing::info!(vm = %vm.id, pid = vm.process.pid(), "taken over from an earlier service");
+        tracing::info!(
+            vm = %vm.id,
+            pid = vm.process.pid(),
+            unclaimed = vm.is_unclaimed(),
+            "taken over from an earlier service"
+        );
+        if let Some(time) = self.unclaimed_time.filter(|_| vm.is_unclaimed()) {
+            tokio::spawn(end_unclaimed(Arc::clone(&vm), time));
+        }
         tokio::spawn(owner.run());
         Ok(())
     }
@@ -345,6 +372,17 @@ impl Fleet {
             return None;
         }
         Some(Again { spec: again.spec.clone(), kernel: bootable.kernel, module: bootable.module })
+    }
+}
+
+/// Ends a VM of which its caller may never have heard, if nobody names it for so long.
+async fn end_unclaimed(vm: Arc<Vm>, time: Duration) {
+    if tokio::time::timeout(time, vm.ended()).await.is_err() && vm.is_unclaimed() {
+        let seconds = time.as_secs();
+        tracing::warn!(vm = %vm.id, seconds, "a VM that was taken over and that nobody has ever named is ended");
+        vm.kill(&format!(
+            "an earlier service made it, and in {seconds} s (--unclaimed-time) no call has named it: its caller never heard of it"
+        ));
     }
 }
 

@@ -24,7 +24,7 @@ use super::link::Link;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::{Again, Ears, Faults, Owner, Phase};
 use super::profile::{Profile, Profiler, phase_name};
-use super::record::Papers;
+use super::record::{Papers, Settled};
 use super::registry::Guard;
 use super::shells::Shell;
 use super::slots::Lease;
@@ -237,7 +237,7 @@ impl Fleet {
         progress: mpsc::Sender<Progress>,
     ) -> Result<Created, FleetError> {
         let created = self.create_for_now(request, progress).await?;
-        created.vm.settle();
+        created.vm.settle(Settled::default());
         Ok(created)
     }
 

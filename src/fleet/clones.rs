@@ -12,10 +12,12 @@ use tokio::task::JoinSet;
 use super::agent::Asked;
 use super::boot::{Start, Started, micros, step};
 use super::cgroup::{Group, Limits};
+use super::claims::Claim;
 use super::error::FleetError;
 use super::limits::*;
 use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
+use super::record::Settled;
 use super::registry::Guard;
 use super::shells::Shell;
 use super::snapshots::{Source, blocking};
@@ -71,16 +73,22 @@ pub struct Clones {
     pub answer: Option<(AgentReply, u64)>,
 }
 
-impl Fleet {
-    /// Starts clones, all at once, all or none. They outlive this daemon.
-    pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
-        let clones = self.clone_for_now(request).await?;
-        clones.vms.iter().for_each(|vm| vm.settle());
-        Ok(clones)
+impl Clones {
+    /// They are their caller's from now on, and outlive this daemon. `claim`: the request, if it has an id, and what it is answered besides.
+    pub fn settle(&self, claim: Option<(Claim, Vec<u8>)>) {
+        let siblings: Vec<String> = match self.vms.len() {
+            1 => Vec::new(),
+            _ => self.vms.iter().map(|vm| vm.id.clone()).collect(),
+        };
+        for vm in &self.vms {
+            vm.settle(Settled { claim: claim.clone(), siblings: siblings.clone() });
+        }
     }
+}
 
-    /// The same, but the next daemon would end them.
-    pub(super) async fn clone_for_now(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
+impl Fleet {
+    /// Starts clones, all at once, all or none. The next daemon would end them until they are [settled](Clones::settle).
+    pub async fn clone_vm(self: &Arc<Self>, request: CloneVm) -> Result<Clones, FleetError> {
         let arrived = Instant::now();
         if !(1..=CLONES_MAX).contains(&request.count) {
             return Err(FleetError::Invalid(format!(

@@ -50,6 +50,10 @@ pub enum FleetError {
     Invalid(String),
     #[error("{0}")]
     WrongState(String),
+    #[error(
+        "the VM {0}, which this request has made, is being taken over from an earlier service still; ask again"
+    )]
+    TakenOverLater(String),
     #[error("{what} are at their limit of {limit}; {hint}")]
     Limit { what: &'static str, limit: usize, hint: &'static str },
     #[error(
@@ -122,6 +126,7 @@ impl FleetError {
             Self::Limit { .. }
             | Self::PoolFull { .. }
             | Self::FunctionBusy { .. }
+            | Self::TakenOverLater(_)
             | Self::LittleMemory { .. } => Kind::ResourceExhausted,
             Self::NotReady { .. } | Self::AgentTimeout(_) | Self::ExecTimeout(_) | Self::WorkerTimeout(_) => {
                 Kind::DeadlineExceeded

@@ -7,6 +7,7 @@
 //! | [`boot`] | cold boots up to the ready point |
 //! | [`profile`] | where a cold boot's time went |
 //! | [`watchdog`] | where a guest is that hangs |
+//! | [`claims`] | requests that are sent again to the next daemon |
 //! | [`clones`], [`identity`] | starting clones of a snapshot, making each somebody of its own |
 //! | [`functions`] | commands run in fresh clones |
 //! | [`pools`] | clones that stand ready |
@@ -33,6 +34,7 @@ pub mod agent;
 pub mod boot;
 pub mod cgroup;
 pub mod child;
+pub mod claims;
 pub mod clones;
 pub mod console;
 pub mod disk_files;
@@ -76,6 +78,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cgroup::Cgroups;
+use claims::Claims;
 use error::FleetError;
 use functions::Functions;
 use headroom::Headroom;
@@ -116,6 +119,8 @@ pub struct Config {
     pub memory_reserve: Option<u64>,
     /// How long VMs outlive this daemon when it is killed, waiting for the next one; `None`: they end with it.
     pub orphan_time: Option<Duration>,
+    /// How long a VM that was taken over lives when nobody has ever named it in a call; `None`: as any.
+    pub unclaimed_time: Option<Duration>,
     /// What snapshots are signed with, and whose may be used.
     pub signing: snapshots::signing::Signing,
     /// Network slots kept ready; 0: none are made.
@@ -136,6 +141,7 @@ impl Config {
             refill_share: 50,
             memory_reserve: None,
             orphan_time: None,
+            unclaimed_time: None,
             signing: Default::default(),
             networks: 0,
             network_plan: Plan::default(),
@@ -158,7 +164,9 @@ pub struct Fleet {
     pub(crate) pager: Arc<Pager>,
     pub(crate) events: events::Events,
     pub(crate) slots: Arc<Slots>,
+    pub(crate) claims: Claims,
     sampling: Sampling,
+    unclaimed_time: Option<Duration>,
     vms_dir: PathBuf,
     /// What an earlier daemon left in `vms/`, by name.
     left: Mutex<Vec<String>>,
@@ -198,7 +206,9 @@ impl Fleet {
             pager: Arc::new(pager),
             events: events::Events::default(),
             slots,
+            claims: Claims::default(),
             sampling: Sampling::default(),
+            unclaimed_time: config.unclaimed_time,
             vms_dir,
             left: Mutex::new(left),
             _lock: lock,

@@ -18,6 +18,7 @@ impl FleetError {
             Self::BadName { .. } => "BAD_NAME",
             Self::Invalid(_) => "INVALID_REQUEST",
             Self::WrongState(_) => "WRONG_STATE",
+            Self::TakenOverLater(_) => "TAKEN_OVER_LATER",
             Self::Limit { .. } => "LIMIT_REACHED",
             Self::LittleMemory { .. } => "LITTLE_MEMORY",
             Self::NoLimits(_) => "LIMITS_UNAVAILABLE",
@@ -78,6 +79,7 @@ impl FleetError {
             Self::FunctionBusy { .. }
             | Self::PoolFull { .. }
             | Self::AgentBusy
+            | Self::TakenOverLater(_)
             | Self::LittleMemory { .. } => true,
             Self::Network(NetworkError::Slot(error)) => error.passes(),
             _ => false,

@@ -2,17 +2,20 @@
 //!
 //! It is empty (blanks) until the VM is *settled*: until then the VM is half made, or stands ready in a pool, or runs an invocation whose caller is
 //! known to this daemon only; a daemon that finds it so ends it. Settling is one write into a file that is there, just before the caller
-//! hears of the VM: it has to outlive this process, not the host, so nothing is synced. Later changes replace the file.
+//! hears of the VM: it has to outlive this process, not the host, so nothing is synced. Later changes replace the file. Its last byte is a
+//! blank; a line feed once somebody has named the VM in a call.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Limits;
+use super::claims::{Claim, ClaimRecord};
 use super::disks::{FrozenFile, RECORD, RECORD_ROOM, VmDisk};
 use super::network::VmNetwork;
 use super::owner::Again;
@@ -27,6 +30,9 @@ use crate::worker::protocol::{BootProtocol, BootSpec, DiskSpec, MemoryMode};
 const FORMAT: u32 = 1;
 /// Longest file.
 const BYTES_MAX: u64 = 256 << 10;
+/// Its last byte: nobody has named the VM in a call, or somebody has. For JSON both are nothing.
+const UNNAMED: u8 = b' ';
+const NAMED: u8 = b'\n';
 
 /// A file of this host, whatever its name is now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,6 +95,24 @@ pub struct Record {
     /// The memory file of a clone whose page faults the daemon answers.
     pub memory: Option<FileId>,
     pub again: Option<AgainRecord>,
+    /// The request that it was made for, if that has an id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<ClaimRecord>,
+    /// All VMs of the request, itself among them, if there are several: they are their caller's all together.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub siblings: Vec<String>,
+    /// Somebody has named it in a call.
+    #[serde(skip)]
+    pub named: bool,
+}
+
+/// What is settled together with a VM.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// With the answer besides the VMs.
+    pub claim: Option<(Claim, Vec<u8>)>,
+    /// As in [`Record`].
+    pub siblings: Vec<String>,
 }
 
 /// What all versions of the file have.
@@ -122,7 +146,10 @@ impl Record {
         }
         let head: Head = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
         match head.format {
-            FORMAT => serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(&error)),
+            FORMAT => {
+                let record = serde_json::from_slice(&bytes).map_err(|error| damaged(&error))?;
+                Ok(Some(Self { named: bytes.last() == Some(&NAMED), ..record }))
+            }
             other => Err(Unreadable::OtherVersion(other)),
         }
     }
@@ -178,10 +205,16 @@ pub struct Papers {
     /// `None`: this daemon's VMs end with it.
     path: Option<PathBuf>,
     kept: Mutex<Kept>,
+    /// An earlier daemon settled it.
+    adopted: bool,
+    /// Somebody has named it in a call.
+    named: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Kept {
+    claim: Option<ClaimRecord>,
+    siblings: Vec<String>,
     disks: Vec<DiskSpec>,
     files: Vec<KnownFile>,
     memory: Option<FileId>,
@@ -199,7 +232,7 @@ impl Papers {
         memory: Option<&File>,
         again: Option<&Again>,
     ) -> io::Result<Self> {
-        let Some((folder, empty)) = folder else { return Ok(Self { path: None, kept: Mutex::default() }) };
+        let Some((folder, empty)) = folder else { return Ok(Self::with(None, Kept::default())) };
         let mut files = Vec::with_capacity(disks.len() * 3);
         for disk in disks {
             for frozen in std::iter::once(&disk.base).chain(&disk.layers) {
@@ -219,6 +252,8 @@ impl Papers {
             })
         });
         let kept = Kept {
+            claim: None,
+            siblings: Vec::new(),
             disks: disks.iter().map(VmDisk::spec).collect(),
             files,
             memory: memory.map(FileId::of).transpose()?,
@@ -226,12 +261,18 @@ impl Papers {
             empty,
             settled: false,
         };
-        Ok(Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) })
+        Ok(Self::with(Some(folder.join(RECORD)), kept))
+    }
+
+    fn with(path: Option<PathBuf>, kept: Kept) -> Self {
+        Self { path, kept: Mutex::new(kept), adopted: false, named: AtomicBool::new(false) }
     }
 
     /// Of a VM that was taken over.
     pub fn adopted(folder: &Path, record: &Record) -> Self {
         let kept = Kept {
+            claim: record.claim.clone(),
+            siblings: record.siblings.clone(),
             disks: record.disks.clone(),
             files: record.files.clone(),
             memory: record.memory,
@@ -239,7 +280,8 @@ impl Papers {
             empty: None,
             settled: true,
         };
-        Self { path: Some(folder.join(RECORD)), kept: Mutex::new(kept) }
+        let named = AtomicBool::new(record.named);
+        Self { adopted: true, named, ..Self::with(Some(folder.join(RECORD)), kept) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
@@ -249,12 +291,20 @@ impl Papers {
 
 impl Vm {
     /// The VM is its caller's from now on, and outlives this daemon.
-    pub(super) fn settle(&self) {
+    pub(super) fn settle(&self, settled: Settled) {
         let mut kept = self.papers.lock();
         if let Some(path) = &self.papers.path
             && !kept.settled
         {
             kept.settled = true;
+            kept.siblings = settled.siblings;
+            if let (Some((claim, answer)), Some(folder)) = (settled.claim, path.parent()) {
+                match ClaimRecord::new(claim, &answer, folder) {
+                    Ok(claim) => kept.claim = Some(claim),
+                    // As if the record could not: a VM whose caller would be given another.
+                    Err(error) => return self.written(Err(error)),
+                }
+            }
             let record = self.record(&kept);
             self.written(match kept.empty.take() {
                 // What it is shorter by are blanks behind it.
@@ -262,6 +312,30 @@ impl Vm {
                 _ => fs::write(path, record),
             });
         }
+    }
+
+    /// Somebody has named it in a call, so it is not one of which its caller never heard.
+    pub(super) fn has_been_named(&self) {
+        if self.papers.named.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let kept = self.papers.lock();
+        if let Some(path) = self.papers.path.as_ref().filter(|_| kept.settled) {
+            let mark = || {
+                let file = OpenOptions::new().write(true).open(path)?;
+                // An empty one is of a VM that could not be settled.
+                match file.metadata()?.len().checked_sub(1) {
+                    Some(last) => file.write_all_at(&[NAMED], last),
+                    None => Ok(()),
+                }
+            };
+            self.written(mark());
+        }
+    }
+
+    /// It was taken over from an earlier daemon, and nobody has ever named it in a call: its caller may never have heard of it.
+    pub fn is_unclaimed(&self) -> bool {
+        self.papers.adopted && !self.papers.named.load(Ordering::Relaxed)
     }
 
     /// Whether it outlives this daemon.
@@ -336,9 +410,14 @@ impl Vm {
             files: kept.files.clone(),
             memory: kept.memory,
             again: kept.again.clone(),
+            claim: kept.claim.clone(),
+            siblings: kept.siblings.clone(),
+            named: false,
         };
         // Nothing in it can fail; an empty record says that the VM is half made.
-        serde_json::to_vec(&record).unwrap_or_default()
+        let mut bytes = serde_json::to_vec(&record).unwrap_or_default();
+        bytes.push(if self.papers.named.load(Ordering::Relaxed) { NAMED } else { UNNAMED });
+        bytes
     }
 
     /// The state that it has when it runs.
@@ -352,9 +431,8 @@ impl Vm {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
-
     use super::*;
+    use crate::fleet::claims::Method;
 
     fn file(folder: &Path, name: &str) -> Arc<File> {
         Arc::new(File::create(folder.join(name)).unwrap())
@@ -399,6 +477,9 @@ mod tests {
             files: kept.files.clone(),
             memory: None,
             again: None,
+            claim: kept.claim.clone(),
+            siblings: kept.siblings.clone(),
+            named: false,
         }
     }
 
@@ -426,6 +507,29 @@ mod tests {
         told[0].layers = 1;
         let disks = record.disks(&told, vec![open("base"), open("overlay"), open("overlay")]).unwrap();
         assert_eq!((disks[0].bytes, disks[0].layers.len()), (4096, 1));
+    }
+
+    #[test]
+    fn a_record_of_before_claims_is_read_and_the_last_byte_tells_whether_it_was_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(RECORD);
+        let mut kept = record(&Papers::new(None, &[], None, None).unwrap());
+        let old = serde_json::to_string(&kept).unwrap();
+        assert!(!old.contains("claim") && !old.contains("siblings") && !old.contains("named"));
+        fs::write(&path, &old).unwrap();
+        let read = Record::read(folder.path()).unwrap().unwrap();
+        assert!(read.claim.is_none() && read.siblings.is_empty() && !read.named);
+
+        let claim = Claim::new(Method::CloneVm, "again", b"asked").unwrap();
+        kept.claim = Some(ClaimRecord::new(claim, b"answered", folder.path()).unwrap());
+        kept.siblings = vec!["vm-1".into(), "vm-2".into()];
+        for (last, named) in [(UNNAMED, false), (NAMED, true)] {
+            let bytes = [serde_json::to_vec(&kept).unwrap(), vec![b' '; 100], vec![last]].concat();
+            fs::write(&path, bytes).unwrap();
+            let read = Record::read(folder.path()).unwrap().unwrap();
+            assert_eq!((read.claim, read.siblings), (kept.claim.clone(), kept.siblings.clone()));
+            assert_eq!(read.named, named);
+        }
     }
 
     #[test]

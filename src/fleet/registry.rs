@@ -207,9 +207,11 @@ impl Drop for Guard {
 }
 
 impl Fleet {
-    /// One VM, by id or name.
+    /// One VM, by id or name, for somebody who calls it so.
     pub fn vm(&self, id_or_name: &str) -> Result<Arc<Vm>, FleetError> {
-        self.registry.get(id_or_name)
+        let vm = self.registry.get(id_or_name)?;
+        vm.has_been_named();
+        Ok(vm)
     }
 
     /// All VMs, oldest first, those that stand ready in pools among them.

@@ -406,7 +406,7 @@ impl Fleet {
 
     async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let arrived = Instant::now();
-        let vm = self.registry.get(&request.vm)?;
+        let vm = self.vm(&request.vm)?;
         let store = Arc::clone(&self.snapshots.store);
         if let Some(name) = &request.name {
             super::id::check_name("a snapshot", name)?;

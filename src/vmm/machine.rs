@@ -46,7 +46,7 @@ use super::vcpu::{EventSink, Looking, VcpuError, VcpuHandle};
 use super::vcpu_state::{self, VcpuStateError};
 use super::virtio::block::pool::Pool;
 use super::virtio::block::{Block, SharedDisk};
-use super::virtio::console::Console;
+use super::virtio::console::{Console, MessageLength};
 use super::virtio::mmio::MmioTransport;
 use super::virtio::net::counters::{Counted, Counters};
 use super::virtio::net::link::Link;
@@ -138,6 +138,8 @@ pub struct Parts {
     pub agent: UnixStream,
     /// What it is plugged into in the guest.
     pub agent_port: AgentPort,
+    /// What is said to the agent is cut into messages so.
+    pub agent_messages: MessageLength,
     pub disks: Vec<DiskPart>,
     pub networks: Vec<NetworkPart>,
     pub ready_port: Option<u16>,
@@ -228,7 +230,9 @@ impl Frame {
             disks.push(disk);
             serials.push(part.serial);
         }
-        virtio.extend(on_virtio.map(|agent| Box::new(Console::new(agent)) as Box<dyn VirtioDevice>));
+        virtio.extend(on_virtio.map(|agent| {
+            Box::new(Console::of_messages(agent, parts.agent_messages)) as Box<dyn VirtioDevice>
+        }));
         virtio.push(Box::new(Rng::new()));
         let mut networks = Vec::new();
         for part in parts.networks {
@@ -400,6 +404,13 @@ impl Machine {
             lock(device).limit(rates).map_err(MachineError::Descriptors)?;
         }
         Ok(())
+    }
+
+    /// Another peer takes the place of the one behind the agent's port, who writes no more.
+    pub fn new_peer(&self) {
+        for device in &self.bus.virtio {
+            lock(device).new_peer();
+        }
     }
 
     /// Lets it run.

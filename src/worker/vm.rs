@@ -26,6 +26,7 @@ use super::protocol::{
 };
 use super::warm::OwnPages;
 use super::{Daemon, duplicate, resident};
+use crate::agent::wire::{self, Header};
 use crate::snapshot::layers::{Freeze, LayeredDisk};
 use crate::snapshot::memory::image::{Rest, SourceRegion, write_image};
 use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
@@ -132,6 +133,12 @@ unsafe impl Backing for Backed {
     fn bytes(&self) -> u64 {
         self.0.bytes() as u64
     }
+}
+
+/// How long a frame to the agent is. What begins none is passed on as it comes.
+fn request_length(bytes: &[u8]) -> Option<usize> {
+    let header = bytes.first_chunk::<{ wire::HEADER_BYTES }>()?;
+    Some(Header::decode(header).map_or(bytes.len(), |header| wire::HEADER_BYTES + header.length as usize))
 }
 
 /// Collects timed steps.
@@ -436,6 +443,7 @@ impl Shell {
             console,
             agent,
             agent_port: to_port(spec.agent_port),
+            agent_messages: request_length,
             disks,
             networks,
             ready_port: spec.ready_port,
@@ -534,6 +542,7 @@ impl Shell {
             agent,
             // The state knows.
             agent_port: chipset::AgentPort::default(),
+            agent_messages: request_length,
             disks,
             networks,
             ready_port: spec.ready_port,
@@ -671,6 +680,8 @@ impl Vm {
             disks: self.files.iter().map(|disk| disk.spec.clone()).collect(),
             files: u32::try_from(files.len()).unwrap_or(u32::MAX),
         };
+        // Nobody writes to the agent until the next daemon has its socket.
+        self.machine.new_peer();
         let mut first = keep.fds();
         if let (Some((uffd, regions)), Some(memory)) = (&self.uffd, &self.parent) {
             // The last daemon may have read of faults and not answered them: those who wait look again, and ask again.

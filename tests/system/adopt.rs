@@ -136,10 +136,8 @@ async fn killed(stage: Stage, mode: MemoryMode) -> anyhow::Result<()> {
     let pause = PauseVmRequest { vm: vms[0].id.clone() };
     client.vms.pause_vm(pause).await?;
     // In the middle of a flood from the guest: the daemon has read a part of a frame, in all likelihood.
-    let mut flood = Command::open(&client, start(&vms[2].id, &["flood", FLOOD])).await;
-    if let Ok(flood) = &mut flood {
-        flood.answers.message().await.context("the flood begins")?;
-    }
+    let mut flood = Command::open(&client, start(&vms[2].id, &["yes", FLOOD])).await?;
+    flood.stdout().await.context("the flood begins")?;
     for vm in &mut vms {
         *vm = client.vm(&vm.id).await?;
     }

@@ -345,10 +345,10 @@ async fn works(client: &mut Client, snapshot: &str) -> anyhow::Result<()> {
 // --- a full disk ---
 
 /// A small tmpfs, unmounted at the end.
-struct SmallDisk(tempfile::TempDir);
+pub struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
-    fn mount(bytes: u64) -> anyhow::Result<SmallDisk> {
+    pub fn mount(bytes: u64) -> anyhow::Result<SmallDisk> {
         let folder = tempfile::Builder::new().prefix("coldspark-small-").tempdir()?;
         let target = CString::new(folder.path().as_os_str().as_encoded_bytes())?;
         let options = CString::new(format!("size={bytes},mode=755"))?;
@@ -361,7 +361,7 @@ impl SmallDisk {
         Ok(SmallDisk(folder))
     }
 
-    fn data(&self) -> PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.0.path().join("data")
     }
 }

@@ -1,33 +1,45 @@
-//! Load and faults: clients that clone, ask, invoke and destroy, while workers and the daemon are killed and other clients vanish in the
-//! middle of calls or read too slowly. Short by default; as long as `COLDSPARK_FAULTS_SECONDS` says (docs/testing.md). Counts and
-//! latencies are in the trial's `faults.txt`.
+//! Load and faults: clients that clone, ask, invoke and destroy, while workers and the daemon are killed, the disk is full at times, clones need
+//! more memory than they may have, and other clients vanish in the middle of calls or read too slowly. Short by default; as long as
+//! `COLDSPARK_FAULTS_SECONDS` says (docs/testing.md). Each request has an id and is sent again when its daemon was killed, so in the end no VM is
+//! left that nobody knows of. What came of all is in the trial's `faults.txt`.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+mod clients;
+mod counts;
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
-use coldspark::api::proto::agent_call_request::Op;
-use coldspark::api::proto::agent_call_response::Result as Answer;
 use coldspark::api::proto::deploy_event::Event;
 use coldspark::api::proto::deploy_request::From;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
-use tokio::sync::Notify;
-use tonic::{Code, Status};
 
+use crate::bad_input::SmallDisk;
 use crate::client::Client;
-use crate::daemon::{Daemon, connect, eventually};
+use crate::daemon::{Daemon, eventually};
 use crate::host::{self, Need};
 use crate::trial::{Stage, trial};
+use clients::{Caller, Common};
+use counts::Outcome;
 
 const CLIENTS: u64 = 8;
 /// The daemon is killed at most so many times in all, and no sooner than so many requests were answered since the last time:
 /// on a slow host there is something to kill then, too.
 const DAEMON_KILLS: u32 = 20;
 const ANSWERED_A_KILL: u64 = 4;
+/// How often the disk is full, for a third of the time between but no longer than this.
+const FULL_TIMES: u32 = 10;
+const FULL_AT_MOST: Duration = Duration::from_secs(5);
+/// The data folder's disk.
+const DISK_BYTES: u64 = 256 << 20;
+/// Memory that the daemon may have more at the end than at the beginning.
+const GROWN_KIB_MAX: u64 = 64 << 10;
+
+/// Shells that the daemon keeps.
+const SHELLS: usize = 4;
 
 /// A worker is killed after so many requests.
 fn requests_a_kill() -> u64 {
@@ -36,180 +48,80 @@ fn requests_a_kill() -> u64 {
 
 pub fn trials() -> Vec<Trial> {
     let seconds = host::faults_seconds();
-    vec![trial("faults/load", &[Need::Kvm], 120 + 2 * seconds, move |stage| load(stage, seconds))]
+    let limit = 240 + 2 * seconds;
+    let all = &[Need::Kvm, Need::Mount, Need::Limits];
+    vec![
+        trial("faults/load", &[Need::Kvm], limit, move |stage| load(stage, seconds, false)),
+        trial("faults/load-full-disk-and-limits", all, limit, move |stage| load(stage, seconds, true)),
+    ]
 }
 
-/// What came of a request.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Outcome {
-    Ok,
-    /// A limit: to be asked again.
-    Refused,
-    /// Its VM's worker was killed.
-    Killed,
-    /// The daemon was killed.
-    Lost,
-}
+/// A file that takes all that is left of a disk.
+struct Filler(PathBuf);
 
-#[derive(Default)]
-struct Counts {
-    outcomes: BTreeMap<(&'static str, Outcome), u64>,
-    /// Of clones that were made and answered.
-    clone_us: Vec<u64>,
-    invoke_us: Vec<u64>,
-    /// What should not have come.
-    wrong: Vec<String>,
-}
-
-/// What all tasks share.
-struct Common {
-    socket: PathBuf,
-    logs: PathBuf,
-    over: AtomicBool,
-    /// Requests that have ended, and of these the ones that a daemon answered.
-    done: AtomicU64,
-    answered: AtomicU64,
-    more: Notify,
-    counts: Mutex<Counts>,
-}
-
-impl Common {
-    fn count(&self, what: &'static str, began: Instant, result: &Result<(), Status>) {
-        let us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let outcome = match result {
-            Ok(()) => Outcome::Ok,
-            Err(status) => match status.code() {
-                Code::ResourceExhausted => Outcome::Refused,
-                // Its worker was killed, before, in or after the call.
-                Code::Aborted | Code::FailedPrecondition => Outcome::Killed,
-                // What is left of a connection whose other end is gone.
-                Code::Unavailable | Code::Unknown | Code::Cancelled => Outcome::Lost,
-                Code::Internal
-                    if status.message().contains("h2") || status.message().contains("connection") =>
-                {
-                    Outcome::Lost
-                }
-                // A clone of a daemon that is gone, whose end was asked for from the next.
-                Code::NotFound => Outcome::Lost,
-                _ => {
-                    counts.wrong.push(format!("{what}: {status:?}"));
-                    Outcome::Lost
-                }
-            },
-        };
-        match (what, outcome) {
-            ("clone", Outcome::Ok) => counts.clone_us.push(us),
-            ("invoke", Outcome::Ok) => counts.invoke_us.push(us),
-            _ => {}
-        }
-        *counts.outcomes.entry((what, outcome)).or_default() += 1;
-        drop(counts);
-        if outcome != Outcome::Lost {
-            self.answered.fetch_add(1, Ordering::Relaxed);
-        }
-        self.done.fetch_add(1, Ordering::Relaxed);
-        self.more.notify_waiters();
-    }
-
-    fn is_over(&self) -> bool {
-        self.over.load(Ordering::Relaxed)
-    }
-
-    async fn connect(&self) -> Option<Client> {
-        while !self.is_over() {
-            if let Ok(channel) = connect(&self.socket).await {
-                return Some(Client::new(channel, self.logs.clone()));
-            }
-            // Nobody announces that a daemon is there again.
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        None
-    }
-}
-
-fn echo(text: &str) -> AgentCallRequest {
-    AgentCallRequest { op: Some(Op::Echo(EchoOp { data: text.to_owned().into() })), ..Default::default() }
-}
-
-/// A clone that answers, and its end.
-async fn clone(client: &mut Client, word: &str) -> Result<(), Status> {
-    let request =
-        CloneVmRequest { snapshot: "base".into(), first_call: Some(echo(word)), ..Default::default() };
-    let made = client.vms.clone_vm(request).await?.into_inner();
-    match made.answer.and_then(|answer| answer.result) {
-        Some(Answer::Echo(echo)) if echo.data == word.as_bytes() => {}
-        other => return Err(Status::data_loss(format!("the clone answered {other:?}"))),
-    }
-    for vm in made.vms {
-        client.delete_vm(&vm.id).await?;
-    }
-    Ok(())
-}
-
-async fn invoke(client: &mut Client, word: &str) -> Result<(), Status> {
-    let request =
-        InvokeRequest { function: "shout".into(), payload: word.to_owned().into(), ..Default::default() };
-    let answer = client.functions.invoke(request).await?.into_inner();
-    match answer.output[..] == *word.to_uppercase().as_bytes() {
-        true => Ok(()),
-        // Its guest went away under it.
-        false if answer.output.is_empty() => Err(Status::aborted("no output")),
-        false => Err(Status::data_loss(format!("it shouted {:?}", answer.output))),
-    }
-}
-
-/// Until it is over; a client's every third request is an invocation, every 16th is given up in its middle.
-async fn client(common: Arc<Common>, number: u64) {
-    let Some(mut client) = common.connect().await else { return };
-    let mut request = number;
-    while !common.is_over() {
-        request += CLIENTS;
-        let word = format!("request {request}");
-        let began = Instant::now();
-        if request.is_multiple_of(16) {
-            // Somewhere in the call: the service ends what it was making.
-            let within = Duration::from_micros(100 * (request % 40));
-            let _ = tokio::time::timeout(within, clone(&mut client, &word)).await;
-            continue;
-        }
-        let (what, result) = match request.is_multiple_of(3) {
-            true => ("invoke", invoke(&mut client, &word).await),
-            false => ("clone", clone(&mut client, &word).await),
-        };
-        common.count(what, began, &result);
-        if result.is_err_and(|status| status.code() != Code::ResourceExhausted) {
-            match common.connect().await {
-                Some(again) => client = again,
-                None => return,
+impl Filler {
+    fn fill(folder: &Path) -> anyhow::Result<Filler> {
+        let filler = Filler(folder.join("filler"));
+        let file = File::create(&filler.0)?;
+        let (mut bytes, mut piece) = (0_u64, 16_u64 << 20);
+        while piece >= 4096 {
+            // SAFETY: a call on a descriptor that is open; it touches no memory of ours.
+            match unsafe {
+                libc::fallocate(std::os::fd::AsRawFd::as_raw_fd(&file), 0, bytes as i64, piece as i64)
+            } {
+                0 => bytes += piece,
+                _ => piece /= 2,
             }
         }
+        ensure!(bytes > 0, "nothing could be filled");
+        Ok(filler)
     }
 }
 
-/// Opens consoles and reads nothing of them.
-async fn slow_client(common: Arc<Common>) {
-    let mut kept = Vec::new();
-    while let Some(mut client) = common.connect().await {
-        let before = common.done.load(Ordering::Relaxed);
-        for vm in client.list_vms().await.unwrap_or_default().into_iter().take(2) {
-            if let Ok(console) = client.console(&vm.id).await {
-                kept.push(console);
-            }
-        }
-        kept.truncate(16);
-        while common.done.load(Ordering::Relaxed) < before + 50 && !common.is_over() {
-            common.more.notified().await;
-        }
+impl Drop for Filler {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
 }
 
-async fn load(stage: Stage, seconds: u64) -> anyhow::Result<()> {
-    let mut daemon = Daemon::start(&stage).await?;
-    let mut first = daemon.client().await?;
-    let vm = first.boot_embedded(64 << 20).await?;
-    let snapshot = first.snapshot(&vm.id, "base").await?.id;
-    first.delete_vm(&vm.id).await?;
+/// What a daemon has when nobody asks it for anything.
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    processes: usize,
+    folders: usize,
+    descriptors: usize,
+    memory_kib: u64,
+}
+
+impl Rest {
+    /// The zygote and the shells, each of which has a folder.
+    fn is_reached(&self) -> bool {
+        (self.processes, self.folders) == (1 + SHELLS, SHELLS)
+    }
+
+    fn of(daemon: &Daemon) -> anyhow::Result<Rest> {
+        let folders = fs::read_dir(daemon.data.join("vms"))?.flatten();
+        let folders = folders.filter(|entry| entry.file_name().to_string_lossy().starts_with("vm-"));
+        Ok(Rest {
+            processes: daemon.processes().len(),
+            folders: folders.count(),
+            descriptors: daemon.descriptors()?,
+            memory_kib: memory_kib(daemon.pid())?,
+        })
+    }
+}
+
+/// Memory that a process has for itself alone.
+fn memory_kib(pid: i32) -> anyhow::Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+    Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+async fn prepare(client: &mut Client, memory_bytes: u64) -> anyhow::Result<String> {
+    let vm = client.boot_embedded(memory_bytes).await?;
+    let snapshot = client.snapshot(&vm.id, "base").await?.id;
+    client.delete_vm(&vm.id).await?;
     let handler = GuestCommand { args: vec!["upper".into()], ..Default::default() };
     let settings = FunctionSettings { handler: Some(handler), ..Default::default() };
     let request = DeployRequest {
@@ -218,49 +130,79 @@ async fn load(stage: Stage, seconds: u64) -> anyhow::Result<()> {
         settings: Some(settings),
         ..Default::default()
     };
-    let mut events = first.functions.deploy(request).await?.into_inner();
+    let mut events = client.functions.deploy(request).await?.into_inner();
     while let Some(event) = events.message().await? {
         if let Some(Event::Function(_)) = event.event {
-            break;
+            return Ok(snapshot);
         }
     }
+    bail!("the function was not deployed")
+}
 
-    let common = Arc::new(Common {
-        socket: daemon.socket(),
-        logs: stage.logs.clone(),
-        over: AtomicBool::new(false),
-        done: AtomicU64::new(0),
-        answered: AtomicU64::new(0),
-        more: Notify::new(),
-        counts: Mutex::default(),
-    });
+async fn load(stage: Stage, seconds: u64, all: bool) -> anyhow::Result<()> {
+    let disk = all.then(|| SmallDisk::mount(DISK_BYTES)).transpose()?;
+    let mut daemon = match &disk {
+        Some(disk) => {
+            fs::create_dir(disk.data())?;
+            Daemon::start_at(&stage, &disk.data()).await?
+        }
+        None => Daemon::start(&stage).await?,
+    };
+    let mut first = daemon.client().await?;
+    let snapshot = prepare(&mut first, if all { clients::HOG_VM_BYTES } else { 64 << 20 }).await?;
+    let common = Arc::new(Common::new(daemon.socket(), stage.logs.clone()));
+    // Once round, so that all that a request needs is there when it is counted.
+    let mut caller = Caller::new(&common, "first");
+    let warm = [caller.clone("one", 0).await, caller.invoke("two").await];
+    ensure!(warm == [Outcome::Ok, Outcome::Ok], "before any fault: {warm:?}");
+    let mut before = Rest::of(&daemon)?;
+    eventually("the daemon rests", 90, async || {
+        before = Rest::of(&daemon)?;
+        Ok(before.is_reached() && first.list_vms().await?.is_empty())
+    })
+    .await
+    .with_context(|| format!("before any fault: {before:?}"))?;
+
     let mut tasks: Vec<_> =
-        (0..CLIENTS).map(|number| tokio::spawn(client(Arc::clone(&common), number))).collect();
-    tasks.push(tokio::spawn(slow_client(Arc::clone(&common))));
+        (0..CLIENTS).map(|number| tokio::spawn(clients::client(Arc::clone(&common), number))).collect();
+    tasks.push(tokio::spawn(clients::slow_reader(Arc::clone(&common))));
+    if all {
+        tasks.push(tokio::spawn(clients::hog(Arc::clone(&common))));
+    }
 
     let began = Instant::now();
     let length = Duration::from_secs(seconds);
     let (mut worker_kills, mut daemon_kills, mut restarts_ms) = (0_u64, 0_u32, Vec::new());
-    let mut descriptors = Vec::new();
+    let (mut descriptors, mut memory) = (Vec::new(), Vec::new());
     let (mut kill_at, mut daemon_kill_at) = (requests_a_kill(), ANSWERED_A_KILL);
+    let (mut filler, mut filled, mut started_full) = (None, 0_u32, 0_u32);
     while began.elapsed() < length {
         // Woken by requests, and at the end.
         let left = length.saturating_sub(began.elapsed());
-        let _ = tokio::time::timeout(left, common.more.notified()).await;
+        let _ = tokio::time::timeout(left.min(Duration::from_millis(100)), common.more.notified()).await;
+        if let Some(disk) = &disk {
+            let every = length / (FULL_TIMES + 1);
+            let since = began.elapsed().saturating_sub(every * (filled + 1));
+            if filler.is_none() && filled < FULL_TIMES && !since.is_zero() {
+                filler = Some(Filler::fill(&disk.data())?);
+            } else if filler.is_some() && since >= (every / 3).min(FULL_AT_MOST) {
+                filler = None;
+                filled += 1;
+            }
+        }
         let due = length * (daemon_kills + 1) / (DAEMON_KILLS + 1);
-        if daemon_kills < DAEMON_KILLS
-            && began.elapsed() >= due
-            && common.answered.load(Ordering::Relaxed) >= daemon_kill_at
-        {
+        if daemon_kills < DAEMON_KILLS && began.elapsed() >= due && common.answered() >= daemon_kill_at {
             descriptors.push(daemon.descriptors()?);
+            memory.push(memory_kib(daemon.pid())? >> 10);
             daemon.kill_hard()?;
             let down = Instant::now();
             daemon.start_again().await.with_context(|| format!("after kill {daemon_kills}"))?;
             restarts_ms.push(down.elapsed().as_millis());
+            started_full += u32::from(filler.is_some());
             daemon_kills += 1;
-            daemon_kill_at = common.answered.load(Ordering::Relaxed) + ANSWERED_A_KILL;
+            daemon_kill_at = common.answered() + ANSWERED_A_KILL;
         }
-        let done = common.done.load(Ordering::Relaxed);
+        let done = common.done();
         if done >= kill_at {
             kill_at = done + requests_a_kill();
             let workers: Vec<_> = daemon
@@ -274,57 +216,54 @@ async fn load(stage: Stage, seconds: u64) -> anyhow::Result<()> {
             }
         }
     }
-    common.over.store(true, Ordering::Relaxed);
-    common.more.notify_waiters();
+    drop(filler);
+    common.end();
     for task in tasks {
         tokio::time::timeout(crate::trial::limit(60), task).await.context("a client hangs")??;
     }
 
-    // What nobody was told of, or could not end because its daemon was gone, is ended now; then nothing is left.
+    // Every caller has ended what it was told of, so nothing is left.
     let mut last = daemon.client().await?;
-    let mut ended = 0;
-    for vm in last.list_vms().await? {
-        last.delete_vm(&vm.id).await?;
-        ended += 1;
-    }
-    eventually("no VM is left", 60, async || Ok(last.list_vms().await?.is_empty())).await?;
+    let left: Vec<String> = last.list_vms().await?.iter().map(|vm| format!("{vm:?}")).collect();
     eventually("no process of an earlier daemon is left", 60, async || Ok(daemon.orphans().is_empty()))
         .await?;
     ensure!(last.verify(&snapshot).await? > 0);
-    ensure!(invoke(&mut last, "after it all").await.is_ok(), "the function is gone");
+    let mut caller = Caller::new(&common, "last");
+    let works = [caller.clone("one", 0).await, caller.invoke("after it all").await];
+    let mut after = Rest::of(&daemon)?;
+    let rests = eventually("the daemon rests", 90, async || {
+        after = Rest::of(&daemon)?;
+        Ok(after.is_reached())
+    })
+    .await;
 
-    let mut counts = std::mem::take(&mut *common.counts.lock().unwrap_or_else(PoisonError::into_inner));
-    let of = |what: &str, outcome| counts.outcomes.get(&(what, outcome)).copied().unwrap_or(0);
+    let mut counts = common.take_counts();
     let mut text = format!(
-        "{seconds} s, {CLIENTS} clients; {worker_kills} workers killed, the daemon {daemon_kills} times (down for at most {} ms); \
-         {ended} VMs left by callers that were cut off\n",
-        restarts_ms.iter().max().copied().unwrap_or(0)
+        "{seconds} s, {CLIENTS} clients; {worker_kills} workers killed, the daemon {daemon_kills} times (away for at most {} ms); \
+         the disk was full {filled} times, {started_full} times when a daemon started; {} VMs left in nobody's hands\n",
+        restarts_ms.iter().max().copied().unwrap_or(0),
+        left.len()
     );
+    text += &counts.text();
+    text += &format!("at rest before: {before:?}\nat rest after:  {after:?}\n");
+    text += &format!("at each kill: descriptors {descriptors:?}, MiB of memory {memory:?}\n");
+    fs::write(stage.logs.join("faults.txt"), &text)?;
+    let wrong = counts.wrong();
+    ensure!(wrong.is_empty(), "{} answers that should not be:\n{}\n{text}", wrong.len(), wrong.join("\n"));
+    ensure!(left.is_empty(), "VMs that nobody knows of:\n{}\n{text}", left.join("\n"));
+    ensure!(works == [Outcome::Ok, Outcome::Ok], "after it all: {works:?}\n{text}");
+    rests.with_context(|| text.clone())?;
+    ensure!(after.descriptors <= before.descriptors + 40, "descriptors are left open:\n{text}");
+    ensure!(after.memory_kib <= before.memory_kib + GROWN_KIB_MAX, "the daemon has grown:\n{text}");
     for what in ["clone", "invoke"] {
-        text += &format!(
-            "{what}: {} ok, {} refused, {} with a killed worker, {} with a killed daemon\n",
-            of(what, Outcome::Ok),
-            of(what, Outcome::Refused),
-            of(what, Outcome::Killed),
-            of(what, Outcome::Lost)
-        );
+        ensure!(counts.of(what, &Outcome::Ok) > 0, "not one {what} went well:\n{text}");
     }
-    for (what, us) in [("clone", &mut counts.clone_us), ("invoke", &mut counts.invoke_us)] {
-        us.sort_unstable();
-        let at = |share: usize| us.get(us.len() * share / 1000).copied().unwrap_or(0) as f64 / 1000.0;
-        text += &format!(
-            "{what}, to its end: p50 {:.2} ms, p99 {:.2} ms, p99.9 {:.2} ms\n",
-            at(500),
-            at(990),
-            at(999)
-        );
-    }
-    text += &format!("descriptors of the daemon at each kill: {descriptors:?}\n");
-    std::fs::write(stage.logs.join("faults.txt"), &text)?;
-    if !counts.wrong.is_empty() {
-        bail!("{} answers that should not be:\n{}\n{text}", counts.wrong.len(), counts.wrong.join("\n"));
-    }
-    ensure!(of("clone", Outcome::Ok) > 0 && of("invoke", Outcome::Ok) > 0, "nothing went well:\n{text}");
     ensure!(daemon_kills > 0 && worker_kills > 0, "nothing was killed:\n{text}");
+    if all {
+        ensure!(
+            filled > 0 && counts.of("hog", &Outcome::Ok) > 0,
+            "no disk was full, or no limit reached:\n{text}"
+        );
+    }
     Ok(())
 }

@@ -14,6 +14,7 @@
 //! | `events` | Watch, by a client and by `coldspark watch` |
 //! | `adopt` | VMs that outlive a daemon, and the next one that goes on with them |
 //! | `death` | workers and daemons that are killed |
+//! | `claims` | requests that are sent again after a daemon's death, VMs of which nobody has heard |
 //! | `faults` | load, while workers and the daemon are killed and clients vanish |
 //! | `workers` | worker processes and their zygote: who may die, and that nothing is left |
 //! | `jail` | what a worker cannot do, tried in its place; what real workers have on |
@@ -38,6 +39,7 @@ mod access;
 mod adopt;
 mod bad_input;
 mod bench;
+mod claims;
 mod client;
 mod commands;
 mod console;
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         jail::trials(),
         faults::trials(),
         adopt::trials(),
+        claims::trials(),
         bad_input::trials(),
         many_cpus::trials(),
         serial::trials(),

@@ -51,6 +51,9 @@ pub enum Command {
         net: Box<network::NetArguments>,
         #[command(flatten)]
         limits: LimitArguments,
+        /// The same id gets the same VMs, for 10 minutes, also of a service that was started again
+        #[arg(long, value_name = "ID", default_value = "")]
+        request_id: String,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -225,7 +228,19 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Exec(arguments) => return exec::exec(arguments).await,
         Command::Cp(arguments) => exec::copy(arguments).await?,
         Command::Console { socket, vm, no_backlog } => console::run(&socket, vm, no_backlog).await?,
-        Command::Clone { socket, snapshot, count, memory_mode, identity, name, net, limits, json, steps } => {
+        Command::Clone {
+            socket,
+            snapshot,
+            count,
+            memory_mode,
+            identity,
+            name,
+            net,
+            limits,
+            request_id,
+            json,
+            steps,
+        } => {
             let request = proto::CloneVmRequest {
                 snapshot,
                 count,
@@ -235,7 +250,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 networks: net.interfaces()?,
                 limits: limits.limits(),
                 first_call: None,
-                request_id: String::new(),
+                request_id,
             };
             let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
             if json {
@@ -346,6 +361,12 @@ async fn list(socket: &SocketArgument, shape: Shape, all: bool) -> anyhow::Resul
         ]);
     }
     output::print(&table.text())?;
+    for vm in vms.iter().filter(|vm| vm.unclaimed) {
+        output::note(&format!(
+            "{} is unclaimed: made by an earlier service, and no call has ever named it",
+            vm.id
+        ));
+    }
     for vm in vms.iter().filter(|vm| !vm.panic.is_empty()) {
         output::note(&format!("{} panicked: {}", vm.id, vm.panic));
     }
@@ -383,6 +404,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "state": state_name(vm),
         "pool": vm.pool,
         "ready_in_pool": vm.ready_in_pool,
+        "unclaimed": vm.unclaimed,
         "exit_reason": vm.exit_reason,
         "origin": origin(vm),
         "vcpus": vm.vcpus,

@@ -126,7 +126,7 @@ impl Fleet {
                     limits: Limits::default(),
                     first_call: None,
                 };
-                let vms = self.clone_for_now(clone).await?.vms;
+                let vms = self.clone_vm(clone).await?.vms;
                 let vm = vms.into_iter().next().ok_or(FleetError::WorkerConfused)?;
                 tell(progress, format!("{} started from snapshot {name}", vm.id)).await;
                 (vm, format!("snapshot {name}"))

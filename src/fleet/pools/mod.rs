@@ -30,10 +30,12 @@ use stock::{Look, Ready};
 use super::Fleet;
 use super::boot::{micros, step};
 use super::cgroup::Limits;
+use super::claims::Claim;
 use super::clones::{FirstCall, Place, answer};
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::limits::WORKER_TIMEOUT;
+use super::record::Settled;
 use super::registry::Guard;
 use super::snapshots::{Source, blocking};
 use super::stored::Files;
@@ -97,6 +99,13 @@ pub struct Taken {
     pub answer: Option<(AgentReply, u64)>,
     /// It stood ready; otherwise it was started for the request.
     pub was_ready: bool,
+}
+
+impl Taken {
+    /// It outlives this daemon from now on. `claim`: the request, if it has an id, and what it is answered besides.
+    pub fn settle(&self, claim: Option<(Claim, Vec<u8>)>) {
+        self.vm.settle(Settled { claim, siblings: Vec::new() });
+    }
 }
 
 /// A pool as it is.
@@ -288,12 +297,11 @@ impl Fleet {
         blocking(move || files.write(&name, &stored)).await?
     }
 
-    /// Takes one out of a pool: one that stands ready, or if there is none one that is started for it. It is the caller's alone.
+    /// Takes one out of a pool: one that stands ready, or if there is none one that is started for it. It is the caller's alone; the next daemon
+    /// would end it until it is [settled](Taken::settle).
     pub async fn take_vm(self: &Arc<Self>, request: TakeVm) -> Result<Taken, FleetError> {
         let pool = self.pools.get(&request.pool)?;
-        let taken = self.take_from(&pool, request).await?;
-        taken.vm.settle();
-        Ok(taken)
+        self.take_from(&pool, request).await
     }
 
     /// As [`take_vm`](Self::take_vm), of a pool that is known.

@@ -103,6 +103,10 @@ pub trait VirtioDevice: Send {
         Wishes::default()
     }
 
+    /// Another peer takes the place of the one behind the device's socket, who writes no more: what of its last message has not come
+    /// never will. Those that have no peer do nothing.
+    fn new_peer(&mut self) {}
+
     /// Limits what the device may do in a second. Called once at most, before the VM is let go. Those that have nothing to
     /// limit do nothing.
     ///

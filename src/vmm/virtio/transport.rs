@@ -187,6 +187,12 @@ impl Transport {
         }
     }
 
+    /// Another peer takes the place of the device's ([`VirtioDevice::new_peer`]).
+    pub fn new_peer(&mut self) {
+        self.device.new_peer();
+        self.grant_wishes();
+    }
+
     /// Limits what the device may do in a second ([`VirtioDevice::limit`]).
     ///
     /// # Errors

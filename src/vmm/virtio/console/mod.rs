@@ -5,6 +5,9 @@
 //! how much it took is the only state ([`ConsoleState`]). A peer that is gone makes output vanish, as on a line that
 //! nobody listens to; it costs no wake-ups.
 //!
+//! To the guest go whole messages only, however large ([`intake`]): a peer that dies in the middle of one leaves nothing
+//! of it in the guest, so that the next one can go on ([`VirtioDevice::new_peer`]).
+//!
 //! Facts: virtio 1.2 clause 5.3 (without the multiport feature: queue 0 receives, queue 1 transmits); FreeBSD's
 //! `sys/dev/virtio/console/virtio_console.c`: attaches as ttyV0.0, gives 128-byte receive buffers, fills the receive
 //! queue before `DRIVER_OK`, and **polls** each transmitted chain until it is used, so a socket that nobody reads
@@ -12,6 +15,7 @@
 
 #![forbid(unsafe_code)]
 
+mod intake;
 #[cfg(test)]
 mod tests;
 
@@ -22,9 +26,12 @@ use rustix::net::{RecvFlags, SendFlags};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use virtio_queue::Queue;
 
+pub use intake::MessageLength;
+use intake::{Intake, any_bytes};
+
 use super::chain::{Chain, ChainError};
 use super::queue::{Outcome, work};
-use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, read_space};
+use super::{DeviceError, HostInterest, Progress, RING_FEATURES, VirtioDevice, Wishes, read_space};
 use crate::snapshot::codec;
 use crate::snapshot::state::virtio::ConsoleState;
 use crate::vmm::memory::GuestMemory;
@@ -34,6 +41,8 @@ const TRANSMIT: usize = 1;
 const QUEUE_SIZES: [u16; 2] = [128, 128];
 /// Most bytes moved by one system call.
 const PIECE_BYTES: usize = 16 << 10;
+/// Most pieces that are taken when the peer changes; more than any socket holds.
+const PEER_PIECES_MAX: u32 = 1024;
 /// Most bytes moved one way in one call.
 const CALL_BYTES_MAX: usize = 1 << 20;
 
@@ -51,12 +60,20 @@ pub struct Console {
     receive_buffers: bool,
     /// The peer writes no more.
     receive_closed: bool,
+    /// What came from the peer and was not given to the guest.
+    intake: Intake,
+    wishes: Wishes,
     piece: Box<[u8]>,
 }
 
 impl Console {
-    /// A console on a connected Unix stream socket. The socket's blocking mode does not matter.
+    /// A console on a connected Unix stream socket, for any bytes. The socket's blocking mode does not matter.
     pub fn new(socket: impl Into<OwnedFd>) -> Self {
+        Self::of_messages(socket, any_bytes)
+    }
+
+    /// The same; the peer sends messages, whose lengths this tells.
+    pub fn of_messages(socket: impl Into<OwnedFd>, length: MessageLength) -> Self {
         Self {
             socket: socket.into(),
             transmit_offset: 0,
@@ -64,6 +81,8 @@ impl Console {
             transmit_closed: false,
             receive_buffers: false,
             receive_closed: false,
+            intake: Intake::new(length),
+            wishes: Wishes::default(),
             piece: vec![0; PIECE_BYTES].into_boxed_slice(),
         }
     }
@@ -113,8 +132,9 @@ impl Console {
         let queue = queues.get_mut(RECEIVE).ok_or(DeviceError::NoQueue(RECEIVE))?;
         let worked = work(queue, memory, |chain| self.receive_chain(chain))?;
         self.receive_buffers = !worked.empty;
-        // Chains that are left wait for the socket, which its readiness tells.
-        Ok(Progress { more: false, ..worked.progress })
+        // Chains that are left wait for the socket, which its readiness tells, unless there is something for them here.
+        let more = self.receive_buffers && !self.intake.ready().is_empty();
+        Ok(Progress { more, ..worked.progress })
     }
 
     fn receive_chain(&mut self, chain: &Chain<'_>) -> Result<Outcome, DeviceError> {
@@ -124,15 +144,31 @@ impl Console {
         if bytes == 0 {
             return Err(ChainError::TooShort(0, 1).into());
         }
+        loop {
+            let ready = self.intake.ready();
+            if !ready.is_empty() {
+                let ready = ready.get(..bytes).unwrap_or(ready);
+                chain.write(0, ready)?;
+                let given = ready.len();
+                self.intake.gave(given);
+                return Ok(Outcome::Used(given as u32));
+            }
+            if !self.take_in() {
+                return Ok(Outcome::Keep);
+            }
+        }
+    }
+
+    /// Takes one piece from the socket, if there is one.
+    fn take_in(&mut self) -> bool {
         while !self.receive_closed {
-            let Some(piece) = self.piece.get_mut(..bytes) else { break };
-            match receive(&self.socket, piece) {
+            match receive(&self.socket, &mut self.piece) {
                 Ok(0) => self.receive_closed = true,
                 Ok(got) => {
-                    chain.write(0, piece.get(..got).unwrap_or(piece))?;
-                    return Ok(Outcome::Used(got as u32));
+                    self.intake.came(self.piece.get(..got).unwrap_or(&self.piece));
+                    return true;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     tracing::debug!(%error, "nobody writes to the console any more");
@@ -140,7 +176,7 @@ impl Console {
                 }
             }
         }
-        Ok(Outcome::Keep)
+        false
     }
 }
 
@@ -223,9 +259,26 @@ impl VirtioDevice for Console {
             progress = self.transmit(queues, memory)?;
         }
         if self.receive_buffers && !self.receive_closed {
-            progress.interrupt |= self.receive(queues, memory)?.interrupt;
+            let received = self.receive(queues, memory)?;
+            progress.interrupt |= received.interrupt;
+            progress.more |= received.more;
         }
         Ok(progress)
+    }
+
+    fn new_peer(&mut self) {
+        // The one before writes no more and the next one has not begun: this is all there is of it, a socket full.
+        for _ in 0..PEER_PIECES_MAX {
+            if !self.take_in() {
+                break;
+            }
+        }
+        self.intake.forget_begun();
+        self.wishes.queues |= 1 << RECEIVE;
+    }
+
+    fn take_wishes(&mut self) -> Wishes {
+        std::mem::take(&mut self.wishes)
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

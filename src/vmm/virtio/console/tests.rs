@@ -315,3 +315,57 @@ proptest! {
         prop_assert!(!in_guest.is_empty() && to_guest.starts_with(&in_guest));
     }
 }
+
+/// A byte that says how many KiB follow.
+fn counted(bytes: &[u8]) -> Option<usize> {
+    bytes.first().map(|count| 1 + usize::from(*count) * 1024)
+}
+
+/// As when the daemon is killed in the middle of a large request: the guest gets nothing of it, and what the next one says.
+#[test]
+fn of_a_message_whose_sender_died_in_the_middle_the_guest_gets_nothing() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let mut machine = Machine::started(Box::new(Console::of_messages(ours, counted)), 16, 0);
+    for entry in 0..4 {
+        machine.add(RX, entry, &[(BUFFERS + u64::from(entry) * 0x1_0000, 0x1_0000, true)]);
+    }
+    machine.notify(RX);
+    let whole = [&[0u8][..], &[1], &[0x11; 1024]].concat();
+    peer.write_all(&whole).unwrap();
+    peer.write_all(&[&[200u8][..], &[0x22; 100_000]].concat()).unwrap();
+    machine.run();
+    machine.run();
+    assert_eq!(machine.take_used(RX), Some((0, whole.len() as u32)), "what was whole");
+    assert_eq!(machine.read_bytes(BUFFERS, whole.len()), whole);
+    assert_eq!(machine.take_used(RX), None, "a part of a message");
+    // More that was sent, and that the device has not looked at.
+    peer.write_all(&[0x22; 20_000]).unwrap();
+    machine.transport.lock().new_peer();
+    peer.write_all(&[&[1u8][..], &[0x33; 1024]].concat()).unwrap();
+    machine.run();
+    assert_eq!(machine.take_used(RX), Some((1, 1025)));
+    assert_eq!(machine.read_bytes(BUFFERS + 0x1_0000, 2), [1, 0x33]);
+}
+
+/// What is whole and waits in the device reaches the guest after the change, too.
+#[test]
+fn what_is_whole_outlives_its_sender() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let mut machine = Machine::started(Box::new(Console::of_messages(ours, counted)), 16, 0);
+    peer.write_all(&[&[30u8][..], &[0x44; 30 << 10], &[9], &[0x55; 100]].concat()).unwrap();
+    machine.transport.lock().new_peer();
+    let mut got = 0;
+    for entry in 0..8 {
+        machine.add(RX, entry, &[(BUFFERS, 0x1000, true)]);
+        machine.notify(RX);
+        machine.run();
+        got += machine.take_used(RX).map_or(0, |(_, bytes)| bytes);
+    }
+    assert_eq!(got, 1 + (30 << 10));
+    // The buffer that was given in vain is for the next one.
+    machine.add(RX, 8, &[(BUFFERS, 0x1000, true)]);
+    machine.notify(RX);
+    peer.write_all(&[0]).unwrap();
+    machine.run();
+    assert_eq!(machine.take_used(RX).map(|(_, bytes)| bytes), None.or(Some(1)));
+}
