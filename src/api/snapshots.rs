@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::convert::{self, optional};
 use super::pages::Page;
 use super::proto;
 use super::proto::snapshot_service_server::SnapshotService;
+use super::replays::Replays;
 use crate::fleet::Fleet;
+use crate::fleet::claims::{Claim, Method};
 use crate::fleet::keeping::KeptSoFar;
 use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, Signed, WorkingSet};
 
@@ -18,11 +21,12 @@ const DAMAGED_MAX: usize = 100;
 /// The service.
 pub struct Snapshots {
     fleet: Arc<Fleet>,
+    replays: Replays<proto::CreateSnapshotResponse>,
 }
 
 impl Snapshots {
     pub fn new(fleet: Arc<Fleet>) -> Self {
-        Self { fleet }
+        Self { fleet, replays: Replays::default() }
     }
 }
 
@@ -33,19 +37,30 @@ impl SnapshotService for Snapshots {
         request: Request<proto::CreateSnapshotRequest>,
     ) -> Result<Response<proto::CreateSnapshotResponse>, Status> {
         let request = request.into_inner();
-        let request = CreateSnapshot {
-            vm: request.vm,
-            name: optional(request.name),
-            stop_after: request.stop_after,
-            function: None,
+        let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
+        let claim = Claim::new(Method::CreateSnapshot, &id, &asked);
+        let take = async {
+            if let Some(earlier) = self.fleet.earlier_snapshot(claim.as_ref()).await? {
+                let response =
+                    proto::CreateSnapshotResponse { snapshot: Some(snapshot(earlier)), ..Default::default() };
+                return Ok(response);
+            }
+            let request = CreateSnapshot {
+                vm: request.vm,
+                name: optional(request.name),
+                stop_after: request.stop_after,
+                function: None,
+                claim,
+            };
+            let taken = self.fleet.create_snapshot(request).await?;
+            Ok(proto::CreateSnapshotResponse {
+                snapshot: Some(snapshot(taken.snapshot)),
+                pause_us: taken.pause_us,
+                total_us: taken.total_us,
+                steps: convert::steps(taken.steps),
+            })
         };
-        let taken = self.fleet.create_snapshot(request).await?;
-        Ok(Response::new(proto::CreateSnapshotResponse {
-            snapshot: Some(snapshot(taken.snapshot)),
-            pause_us: taken.pause_us,
-            total_us: taken.total_us,
-            steps: convert::steps(taken.steps),
-        }))
+        Ok(Response::new(self.replays.once(&id, &asked, take).await?))
     }
 
     async fn list_snapshots(

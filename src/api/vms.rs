@@ -19,7 +19,7 @@ use super::replays::Replays;
 use super::status::{invalid, limit_reached};
 use super::{agent, network};
 use crate::fleet::Fleet;
-use crate::fleet::boot::{CreateVm, Created, Progress};
+use crate::fleet::boot::{CreateVm, Progress};
 use crate::fleet::claims::{Claim, Method};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
@@ -39,6 +39,7 @@ pub struct Vms {
     fleet: Arc<Fleet>,
     console_streams: Arc<Semaphore>,
     replays: Replays<proto::CloneVmResponse>,
+    created: Arc<Replays<proto::Vm>>,
 }
 
 impl Vms {
@@ -47,6 +48,7 @@ impl Vms {
             fleet,
             console_streams: Arc::new(Semaphore::new(CONSOLE_STREAMS_MAX)),
             replays: Replays::default(),
+            created: Arc::default(),
         }
     }
 
@@ -113,43 +115,34 @@ impl VmService for Vms {
             admins_only(&request, "a VM with a file of the host as a disk")?;
         }
         check_slots(&request, &request.get_ref().networks)?;
+        let (id, asked) = (request.get_ref().request_id.clone(), request.get_ref().encode_to_vec());
+        let claim = Claim::new(Method::CreateVm, &id, &asked);
         let request = create(request.into_inner())?;
         let (events, stream) = mpsc::channel(PROGRESS_MAX);
-        let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
-        let fleet = Arc::clone(&self.fleet);
+        if let Some(earlier) = self.fleet.earlier(claim.as_ref())?
+            && let Some(vm) = earlier.vms.first()
+        {
+            return Ok(Response::new(Box::pin(tokio_stream::iter(told_again(convert::vm(vm)).map(Ok)))));
+        }
+        let (fleet, created) = (Arc::clone(&self.fleet), Arc::clone(&self.created));
         let booting = async move {
-            let boot = fleet.create_vm(request, progress_in);
-            tokio::pin!(boot);
-            let end = loop {
-                tokio::select! {
-                    biased;
-                    Some(event) = progress.recv() => {
-                        if events.send(Ok(created(event))).await.is_err() {
-                            // Nobody listens: the boot sees that and ends the VM.
-                            progress.close();
-                            let _ = (&mut boot).await;
-                            return;
-                        }
-                    }
-                    () = events.closed() => {
-                        progress.close();
-                        let _ = (&mut boot).await;
-                        return;
-                    }
-                    result = &mut boot => break result,
-                }
+            let mut booted = false;
+            let work = async {
+                booted = true;
+                boot(&fleet, request, claim, &events).await
             };
-            while let Ok(event) = progress.try_recv() {
-                if events.send(Ok(created(event))).await.is_err() {
-                    break;
+            let last = match created.once(&id, &asked, work).await {
+                Ok(vm) => {
+                    // Who has not booted it hears of it now.
+                    let [accepted, ready] = told_again(vm);
+                    if !booted {
+                        let _ = events.send(Ok(accepted)).await;
+                    }
+                    Ok(ready)
                 }
-            }
-            if let Ok(Created { profile: Some(profile), .. }) = &end {
-                let profile = proto::create_vm_event::Event::Profile(convert::profile(profile));
-                let _ = events.send(Ok(event(profile))).await;
-            }
-            let last = end.map(|new| event(proto::create_vm_event::Event::Ready(convert::vm(&new.vm))));
-            let _ = events.send(last.map_err(Status::from)).await;
+                Err(status) => Err(status),
+            };
+            let _ = events.send(last).await;
         };
         tokio::spawn(Place::carry(Place::here(), booting));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -322,6 +315,51 @@ async fn follow(
             () = output.closed() => return,
         }
     }
+}
+
+/// What there is to tell of a VM that was booted for this request before.
+fn told_again(vm: proto::Vm) -> [proto::CreateVmEvent; 2] {
+    use proto::create_vm_event::Event;
+    [Event::Accepted(vm.clone()), Event::Ready(vm)].map(event)
+}
+
+/// Boots a VM and tells the caller of its way; if nobody listens any more the VM is ended.
+async fn boot(
+    fleet: &Arc<Fleet>,
+    request: CreateVm,
+    claim: Option<Claim>,
+    events: &mpsc::Sender<Result<proto::CreateVmEvent, Status>>,
+) -> Result<proto::Vm, Status> {
+    let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
+    let boot = fleet.create_vm(request, claim, progress_in);
+    tokio::pin!(boot);
+    let end = loop {
+        tokio::select! {
+            biased;
+            Some(event) = progress.recv() => if events.send(Ok(created(event))).await.is_err() {
+                break None;
+            },
+            () = events.closed() => break None,
+            result = &mut boot => break Some(result),
+        }
+    };
+    let Some(end) = end else {
+        // The boot sees that nobody listens and ends the VM.
+        progress.close();
+        let _ = boot.await;
+        return Err(Status::cancelled("the caller went away"));
+    };
+    while let Ok(event) = progress.try_recv() {
+        if events.send(Ok(created(event))).await.is_err() {
+            break;
+        }
+    }
+    let new = end?;
+    if let Some(profile) = new.profile {
+        let _ =
+            events.send(Ok(event(proto::create_vm_event::Event::Profile(convert::profile(&profile))))).await;
+    }
+    Ok(convert::vm(&new.vm))
 }
 
 /// Refuses to callers who are no admins what only these may open.

@@ -160,8 +160,12 @@ async fn show(
 
     bar.set_message("snapshot");
     let begin = Instant::now();
-    let request =
-        proto::CreateSnapshotRequest { vm: booted.id.clone(), name: String::new(), stop_after: false };
+    let request = proto::CreateSnapshotRequest {
+        vm: booted.id.clone(),
+        name: String::new(),
+        stop_after: false,
+        ..Default::default()
+    };
     let taken = client.snapshots.create_snapshot(request).await?.into_inner();
     let snapshot_ms = ms(begin);
     let snapshot = taken.snapshot.context("the service's answer has no snapshot")?;

@@ -70,11 +70,10 @@ pub enum Command {
         /// The same id gets the same VM, for 10 minutes
         #[arg(long, value_name = "ID", default_value = "")]
         request_id: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        shape: Shape,
         /// Show where the time went
-        #[arg(long)]
+        #[arg(long, conflicts_with = "quiet")]
         steps: bool,
     },
 }
@@ -171,11 +170,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::line(&pool)?;
             }
         }
-        Command::Take { socket, pool, name, request_id, json, steps } => {
+        Command::Take { socket, pool, name, request_id, shape, steps } => {
             let request = proto::TakeVmRequest { pool, name, first_call: None, request_id };
             let taken = socket.connect().await?.pools.take_vm(request).await?.into_inner();
             let vm = taken.vm.unwrap_or_default();
-            if json {
+            if shape.quiet {
+                output::line(&vm.id)?;
+            } else if shape.json {
                 output::json(&json!({ "vm": vm::value(&vm), "was_ready": taken.was_ready }))?;
             } else {
                 let how = if taken.was_ready { "was ready" } else { "was started" };

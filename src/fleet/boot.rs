@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::agent::AgentClient;
 use super::cgroup::{Group, Limits};
+use super::claims::Claim;
 use super::clones::parts;
 use super::console::{Console, Output};
 use super::disk_files::{self, DiskFile};
@@ -234,10 +235,11 @@ impl Fleet {
     pub async fn create_vm(
         self: &Arc<Self>,
         request: CreateVm,
+        claim: Option<Claim>,
         progress: mpsc::Sender<Progress>,
     ) -> Result<Created, FleetError> {
         let created = self.create_for_now(request, progress).await?;
-        created.vm.settle(Settled::default());
+        created.vm.settle(Settled { claim: claim.map(|claim| (claim, Vec::new())), ..Settled::default() });
         Ok(created)
     }
 

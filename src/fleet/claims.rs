@@ -15,9 +15,11 @@ use serde::{Deserialize, Serialize};
 
 use super::error::FleetError;
 use super::record::Record;
+use super::snapshots::{Described, blocking, describe};
 use super::vm::{State, Vm};
 use super::{Fleet, id};
 use crate::snapshot::folder;
+use crate::snapshot::store::Listed;
 
 /// How long a request that is sent again gets the first one's answer.
 pub const KEPT_FOR: Duration = Duration::from_secs(600);
@@ -28,11 +30,16 @@ const INLINE_BYTES_MAX: usize = 512;
 const ANSWER: &str = "answer";
 const ANSWER_BYTES_MAX: u64 = 2 << 20;
 
+/// Label of a snapshot that was made for a request with an id.
+const REQUEST_LABEL: &str = "coldspark.request";
+
 /// What was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Method {
     CloneVm,
     TakeVm,
+    CreateVm,
+    CreateSnapshot,
 }
 
 /// A request that has an id.
@@ -49,6 +56,11 @@ impl Claim {
     pub fn new(method: Method, id: &str, asked: &[u8]) -> Option<Self> {
         let digest = || blake3::hash(asked).to_hex().to_string();
         (!id.is_empty()).then(|| Self { method, id: id.to_owned(), digest: digest() })
+    }
+
+    /// What the manifest of a snapshot says of the request that it was made for. Of the id, which may be any text, the digest.
+    pub fn label(&self) -> (String, String) {
+        (REQUEST_LABEL.to_owned(), format!("{} {}", blake3::hash(self.id.as_bytes()).to_hex(), self.digest))
     }
 }
 
@@ -190,6 +202,36 @@ impl Fleet {
             ))
         })?;
         Ok(Some(Earlier { vms, answer }))
+    }
+}
+
+impl Fleet {
+    /// The snapshot that was made for this request, by this daemon or an earlier one.
+    pub async fn earlier_snapshot(&self, claim: Option<&Claim>) -> Result<Option<Described>, FleetError> {
+        let Some(claim) = claim.cloned() else { return Ok(None) };
+        let store = Arc::clone(&self.snapshots.store);
+        blocking(move || {
+            let (_, wanted) = claim.label();
+            let wanted_id = wanted.split(' ').next();
+            let kept_ms = u64::try_from(KEPT_FOR.as_millis()).unwrap_or(u64::MAX);
+            for listed in store.list() {
+                let Listed::Whole(snapshot) = listed else { continue };
+                let Some(label) = snapshot.manifest().facts.labels.get(REQUEST_LABEL) else { continue };
+                if label.split(' ').next() != wanted_id {
+                    continue;
+                }
+                let made = describe(&snapshot, store.signing())?;
+                if id::unix_ms().saturating_sub(made.created_unix_ms) > kept_ms {
+                    continue;
+                }
+                return match *label == wanted {
+                    true => Ok(Some(made)),
+                    false => Err(another_request(&claim.id)),
+                };
+            }
+            Ok(None)
+        })
+        .await?
     }
 }
 

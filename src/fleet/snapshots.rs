@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::Fleet;
 use super::boot::{micros, step};
+use super::claims::Claim;
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
@@ -48,6 +49,17 @@ pub struct CreateSnapshot {
     pub stop_after: bool,
     /// The function that it is made for.
     pub function: Option<String>,
+    /// The request, if it has an id.
+    pub claim: Option<Claim>,
+}
+
+impl CreateSnapshot {
+    /// What the manifest says of the request.
+    fn labels(&self) -> BTreeMap<String, String> {
+        let function = self.function.clone().map(|function| (FUNCTION_LABEL.to_owned(), function));
+        let claim = self.claim.as_ref().map(Claim::label);
+        function.into_iter().chain(claim).collect()
+    }
 }
 
 /// A snapshot that was taken.
@@ -118,7 +130,7 @@ pub struct Listing {
 /// The store, and the open files of the snapshots that clones are made of.
 #[derive(Debug)]
 pub struct Snapshots {
-    store: Arc<SnapshotStore>,
+    pub(super) store: Arc<SnapshotStore>,
     sources: Mutex<HashMap<String, Arc<Source>>>,
     /// Learn them, and use them.
     working_sets: bool,
@@ -259,7 +271,7 @@ fn protocol(protocol: Protocol) -> BootProtocol {
 }
 
 /// Reads sizes from the disk.
-fn describe(snapshot: &Snapshot, signing: &Signing) -> Result<Described, FleetError> {
+pub(super) fn describe(snapshot: &Snapshot, signing: &Signing) -> Result<Described, FleetError> {
     let manifest = snapshot.manifest();
     let facts = &manifest.facts;
     Ok(Described {
@@ -406,6 +418,7 @@ impl Fleet {
 
     async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let arrived = Instant::now();
+        let labels = request.labels();
         let vm = self.vm(&request.vm)?;
         let store = Arc::clone(&self.snapshots.store);
         if let Some(name) = &request.name {
@@ -424,7 +437,7 @@ impl Fleet {
         let pause_us = frozen.frozen.pause_us;
         metrics().snapshot_paused(Duration::from_micros(pause_us));
         let publishing = Instant::now();
-        match self.publish(&vm, frozen, request.name, request.function).await {
+        match self.publish(&vm, frozen, request.name, labels).await {
             Ok((snapshot, source)) => {
                 self.events.tell(|| {
                     Event::new(Kind::Snapshot, Change::Made, &snapshot.id, snapshot.name.as_deref())
@@ -453,14 +466,14 @@ impl Fleet {
         vm: &Arc<Vm>,
         frozen: FrozenVm,
         name: Option<String>,
-        function: Option<String>,
+        labels: BTreeMap<String, String>,
     ) -> Result<(Described, Arc<Source>), FleetError> {
         let FrozenVm { mut draft, frozen, disks } = frozen;
         let (vm, working_sets) = (Arc::clone(vm), self.snapshots.working_sets);
         let store = Arc::clone(&self.snapshots.store);
         blocking(move || {
             let lines = link_into(&mut draft, &disks)?;
-            let facts = facts(&vm, &frozen, name, function, lines)?;
+            let facts = facts(&vm, &frozen, name, labels, lines)?;
             let draft: Draft = *draft;
             let snapshot = draft.publish(facts)?;
             let source = Arc::new(Source::open(&snapshot, working_sets)?);
@@ -537,16 +550,12 @@ fn facts(
     vm: &Vm,
     frozen: &Frozen,
     name: Option<String>,
-    function: Option<String>,
+    mut labels: BTreeMap<String, String>,
     disks: Vec<crate::snapshot::manifest::Disk>,
 ) -> Result<Facts, FleetError> {
     let hello = vm.agent.hello();
-    let mut labels = BTreeMap::new();
     if let Some(hello) = &hello {
         labels.insert(HELLO_LABEL.to_owned(), hello_text(hello)?);
-    }
-    if let Some(function) = function {
-        labels.insert(FUNCTION_LABEL.to_owned(), function);
     }
     let parent = match &vm.origin {
         Origin::Snapshot(id) => id.parse().ok(),

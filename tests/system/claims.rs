@@ -23,6 +23,7 @@ const RECORD_BYTES: u64 = 4096;
 pub fn trials() -> Vec<Trial> {
     vec![
         trial("adopt/request-ids", &[Need::Kvm], 180, request_ids),
+        trial("adopt/request-ids-of-what-is-made", &[Need::Kvm], 180, made),
         trial("adopt/all-or-none", &[Need::Kvm], 120, all_or_none),
         trial("adopt/unclaimed", &[Need::Kvm], 120, unclaimed),
         trial("adopt/large-request", &[Need::Kvm], 300, large_request),
@@ -171,6 +172,48 @@ async fn request_ids(stage: Stage) -> anyhow::Result<()> {
 }
 
 /// The daemon was killed when it had settled some VMs of a request and not the others.
+/// A boot and a snapshot that are asked for again, from the same daemon and from the next.
+async fn made(stage: Stage) -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let boot = CreateVmRequest {
+        source: Some(create_vm_request::Source::Embedded(true)),
+        memory_bytes: 64 << 20,
+        request_id: "boot".into(),
+        ..Default::default()
+    };
+    // Two at a time: one boots, the other waits for it.
+    let mut other = daemon.client().await?;
+    let (first, second) = tokio::join!(client.boot(boot.clone()), other.boot(boot.clone()));
+    let vm = first?.vm.id;
+    ensure!(second?.vm.id == vm, "the second of two boots at once was another VM");
+    let freeze = CreateSnapshotRequest { vm: vm.clone(), request_id: "freeze".into(), ..Default::default() };
+    let snapshot = client.snapshots.create_snapshot(freeze.clone()).await?.into_inner().snapshot;
+    let snapshot = snapshot.context("no snapshot")?.id;
+    for round in 0..2 {
+        let again_vm = client.boot(boot.clone()).await?.vm.id;
+        ensure!(again_vm == vm, "round {round}: {again_vm} was booted, not {vm} told");
+        let taken = client.snapshots.create_snapshot(freeze.clone()).await?.into_inner();
+        let again_snapshot = taken.snapshot.context("no snapshot")?.id;
+        ensure!(again_snapshot == snapshot, "round {round}: {again_snapshot}, not {snapshot}");
+        let another = CreateVmRequest { vcpus: 2, ..boot.clone() };
+        expect_status("another boot of that id", client.boot(another).await, &[Code::InvalidArgument])?;
+        let another = CreateSnapshotRequest { name: "another".into(), ..freeze.clone() };
+        let refused = client.snapshots.create_snapshot(another).await;
+        expect_status("another snapshot of that id", refused, &[Code::InvalidArgument])?;
+        if round == 0 {
+            client = again(&mut daemon).await?;
+        }
+    }
+    let snapshots = client.snapshots.list_snapshots(ListSnapshotsRequest::default()).await?.into_inner();
+    ensure!(snapshots.snapshots.len() == 1, "{} snapshots", snapshots.snapshots.len());
+    // A VM that has ended is no answer of a daemon that took it over.
+    client.delete_vm(&vm).await?;
+    let new = client.boot(boot).await?.vm.id;
+    ensure!(new != vm, "a VM that had ended was told");
+    Ok(())
+}
+
 async fn all_or_none(stage: Stage) -> anyhow::Result<()> {
     let mut daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;

@@ -239,7 +239,12 @@ impl Client {
     // --- snapshots ---
 
     pub async fn snapshot(&mut self, vm: &str, name: &str) -> Result<Snapshot, Status> {
-        let request = CreateSnapshotRequest { vm: vm.into(), name: name.into(), stop_after: false };
+        let request = CreateSnapshotRequest {
+            vm: vm.into(),
+            name: name.into(),
+            stop_after: false,
+            ..Default::default()
+        };
         let response = self.snapshots.create_snapshot(request).await?.into_inner();
         response.snapshot.ok_or_else(|| Status::internal("trial: no snapshot in the answer"))
     }

@@ -46,7 +46,8 @@ pub async fn boot_with(
 
 /// Takes a snapshot and ends the VM; gives the snapshot's id.
 pub async fn freeze(client: &mut Client, vm: String) -> anyhow::Result<String> {
-    let request = proto::CreateSnapshotRequest { vm, name: String::new(), stop_after: true };
+    let request =
+        proto::CreateSnapshotRequest { vm, name: String::new(), stop_after: true, ..Default::default() };
     let taken = client.snapshots.create_snapshot(request).await?.into_inner();
     Ok(taken.snapshot.context("the service's answer has no snapshot")?.id)
 }

@@ -79,7 +79,12 @@ async fn measure(service: &PrivateService, arguments: &Arguments) -> anyhow::Res
     for n in 0..u64::from(arguments.count) + WARM_UP {
         // Something new each time.
         guest::fill(&mut client, &vm, arguments.touch / PAGE_BYTES, n).await?;
-        let request = proto::CreateSnapshotRequest { vm: vm.clone(), name: String::new(), stop_after: false };
+        let request = proto::CreateSnapshotRequest {
+            vm: vm.clone(),
+            name: String::new(),
+            stop_after: false,
+            ..Default::default()
+        };
         let taken = client.snapshots.create_snapshot(request).await?.into_inner();
         let snapshot = taken.snapshot.context("the service's answer has no snapshot")?;
         client.snapshots.delete_snapshot(proto::DeleteSnapshotRequest { snapshot: snapshot.id }).await?;

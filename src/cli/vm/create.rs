@@ -160,9 +160,12 @@ pub struct Arguments {
     /// What follows when the guest resets itself after its ready point
     #[arg(long, value_enum, default_value_t = OnReset::Restart)]
     on_reset: OnReset,
-    /// Show neither phases nor console
+    /// Print the id only, when it is ready: neither phases nor console
     #[arg(short, long)]
     quiet: bool,
+    /// The same id gets the same VM, for 10 minutes
+    #[arg(long, value_name = "ID", default_value = "")]
+    request_id: String,
     /// Show where the time went, at the end: each phase since the request, and the guest's time stamp counter
     #[arg(long)]
     profile: bool,
@@ -247,6 +250,7 @@ fn request(arguments: &Arguments) -> anyhow::Result<proto::CreateVmRequest> {
             None => Source::Embedded(true),
         }),
         name: arguments.name.clone(),
+        request_id: arguments.request_id.clone(),
         vcpus: arguments.vcpus.unwrap_or(0),
         memory_bytes: arguments.memory.unwrap_or(0),
         protocol: arguments.protocol.number(),

@@ -54,11 +54,10 @@ pub enum Command {
         /// The same id gets the same VMs, for 10 minutes, also of a service that was started again
         #[arg(long, value_name = "ID", default_value = "")]
         request_id: String,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        #[command(flatten)]
+        shape: Shape,
         /// Show where the time went
-        #[arg(long)]
+        #[arg(long, conflicts_with = "quiet")]
         steps: bool,
     },
     /// List VMs
@@ -130,9 +129,11 @@ pub enum Command {
         /// End the VM when the snapshot is published
         #[arg(long)]
         stop: bool,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
+        /// The same id gets the same snapshot, for 10 minutes
+        #[arg(long, value_name = "ID", default_value = "")]
+        request_id: String,
+        #[command(flatten)]
+        shape: Shape,
     },
     /// Ask a guest to power itself off, and end its VM when it does not
     #[command(after_help = "Example:\n  coldspark vm stop web --timeout 10")]
@@ -238,7 +239,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
             net,
             limits,
             request_id,
-            json,
+            shape,
             steps,
         } => {
             let request = proto::CloneVmRequest {
@@ -253,7 +254,9 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 request_id,
             };
             let vms = socket.connect().await?.vms.clone_vm(request).await?.into_inner().vms;
-            if json {
+            if shape.quiet {
+                output::lines(vms.iter().map(|vm| vm.id.as_str()))?;
+            } else if shape.json {
                 output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
             } else {
                 for vm in &vms {
@@ -279,11 +282,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::line(&vm)?;
             }
         }
-        Command::Snapshot { socket, vm, name, stop, json } => {
-            let request = proto::CreateSnapshotRequest { vm, name, stop_after: stop };
+        Command::Snapshot { socket, vm, name, stop, request_id, shape } => {
+            let request = proto::CreateSnapshotRequest { vm, name, stop_after: stop, request_id };
             let taken = socket.connect().await?.snapshots.create_snapshot(request).await?.into_inner();
             let snapshot = taken.snapshot.clone().unwrap_or_default();
-            if json {
+            if shape.quiet {
+                output::line(&snapshot.id)?;
+            } else if shape.json {
                 output::json(&json!({
                     "snapshot": super::snapshot::value(&snapshot),
                     "pause_us": taken.pause_us,

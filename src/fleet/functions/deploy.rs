@@ -146,6 +146,7 @@ impl Fleet {
             name: None,
             stop_after: true,
             function: Some(request.name.clone()),
+            claim: None,
         };
         let taken = self.create_snapshot(freeze).await?;
         tell(progress, format!("frozen as {}", taken.snapshot.id)).await;
