@@ -123,7 +123,7 @@ fn a_reply_of_another_kind_is_refused() {
     assert_eq!(error, AgentError::Kind { expected: 0x800a, got: 0x8009 });
 }
 
-fn hello() -> Hello {
+pub fn hello() -> Hello {
     Hello {
         version: wire::PROTOCOL_VERSION,
         agent: wire::AGENT_TEST_GUEST,
