@@ -23,7 +23,7 @@ pub mod testguest;
 pub mod wire;
 
 pub use frame::{Frame, FrameDecoder, FrameError};
-pub use ops::{AgentError, AgentReply, AgentRequest, Hello, Host};
+pub use ops::{AgentError, AgentReply, AgentRequest, Confirmed, Hello, Host, More};
 pub use streams::{End, Opened, Opening, Said, Word};
 
 // Those parts of the agent for FreeBSD that make no system calls.
