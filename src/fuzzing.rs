@@ -8,8 +8,9 @@ use std::path::Path;
 
 use serde::{Serialize, de::DeserializeOwned};
 
+use crate::agent::resync::{DOUBT_BYTES_MAX, Doubt, HELLO_BEGINS, Hellos, Verdict};
 use crate::agent::streams::Said;
-use crate::agent::{AgentReply, AgentRequest, FrameDecoder, Hello};
+use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, Host, More, wire};
 use crate::api;
 use crate::media::{ReadAt, inspect, unpack};
 use crate::snapshot::codec;
@@ -146,6 +147,7 @@ fn state_seeds() -> Vec<Vec<u8>> {
 /// What a guest sends on its agent port, in pieces.
 pub fn agent(data: &[u8]) {
     let Some((&piece, stream)) = data.split_first() else { return };
+    doubt(stream, usize::from(piece).max(1));
     let mut decoder = FrameDecoder::new();
     for piece in stream.chunks(usize::from(piece).max(1)) {
         let Ok(frames) = decoder.push(piece) else { return };
@@ -162,18 +164,81 @@ pub fn agent(data: &[u8]) {
                 AgentRequest::Stats,
                 AgentRequest::Time,
                 AgentRequest::Generation,
+                AgentRequest::Settle { on: true },
                 AgentRequest::DiskInfo { disk: 0 },
+                identity(),
             ] {
-                let _ = AgentReply::decode(&request, frame.clone());
+                // A frame of any kind is looked at as if it were the answer to each.
+                let answer = Frame { kind: request.kind() | wire::REPLY, ..frame.clone() };
+                let _ = AgentReply::decode(&request, answer);
+            }
+            // And what a hostile host could say to a guest.
+            for kind in [wire::KIND_IDENTITY, wire::KIND_BECOME, wire::KIND_CLONE] {
+                if let Some(told) = wire::Become::decode(kind, &frame.payload) {
+                    assert!(told.addresses.count() <= wire::ADDRESSES_MAX);
+                }
             }
         }
     }
 }
 
+/// What is kept in a doubt is given back, all of it, or given up from the place of the answer.
+fn doubt(stream: &[u8], piece: usize) {
+    let (mut hellos, mut doubt) = (Hellos::default(), Doubt::new([7; 16], 3));
+    let mut given = 0;
+    for piece in stream.chunks(piece) {
+        let _ = hellos.look(piece);
+        given += piece.len();
+        match doubt.hear(piece) {
+            Verdict::Wait(_) => assert!(given <= DOUBT_BYTES_MAX),
+            Verdict::Continue(bytes) => return assert_eq!(bytes.len(), given),
+            Verdict::Answered { follows, place, .. } => {
+                return assert!(follows.len() == given && place <= given);
+            }
+        }
+    }
+}
+
+/// A clone's, with an address.
+fn identity() -> AgentRequest {
+    let address = wire::Address { interface: 0, six: true, bits: 64, gateway: false, bytes: [0xfd; 16] };
+    let more = Some(More { reseed: true, addresses: vec![address] });
+    let host = Some(Host { name: "web".into(), macs: vec![(0, [2; 6])], more });
+    AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host }
+}
+
 fn agent_seeds() -> Vec<Vec<u8>> {
     let frame = |request: AgentRequest| request.encode(1).expect("a frame");
     let with_piece = |frame: Vec<u8>| [vec![7], frame].concat();
-    vec![with_piece(frame(AgentRequest::Stats)), with_piece(frame(AgentRequest::Echo(b"hello".to_vec())))]
+    let hello = Hello {
+        version: wire::PROTOCOL_VERSION,
+        agent: wire::AGENT_FREEBSD,
+        boot: wire::BOOT_UNKNOWN,
+        cpus_found: 1,
+        cpus_alive: 1,
+        tsc_khz: 1,
+        checks_run: 0,
+        checks_failed: 0,
+        kinds: 6,
+        memory_bytes: 1,
+        arena_bytes: 0,
+        filled_bytes: 0,
+        disks: 0,
+        request_bytes: 9,
+        name: "agent".into(),
+    }
+    .encode()
+    .expect("a frame");
+    // After the first bytes of a hello, as a doubt begins: the rest, and the answer to its question.
+    let (_, rest) = hello.split_at(HELLO_BEGINS);
+    let answer = crate::agent::frame::encode(wire::KIND_ECHO | wire::REPLY, 0, 3, &[7; 16]).expect("a frame");
+    vec![
+        with_piece(frame(AgentRequest::Stats)),
+        with_piece(frame(AgentRequest::Echo(b"hello".to_vec()))),
+        with_piece(frame(identity())),
+        with_piece(hello.clone()),
+        with_piece([rest, &answer].concat()),
+    ]
 }
 
 // --- the control socket ---

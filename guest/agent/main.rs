@@ -10,9 +10,11 @@
 #![allow(clippy::deref_addrof)]
 
 mod accounts;
+mod entropy;
 #[path = "../freestanding.rs"]
 mod freestanding;
 mod identity;
+mod network;
 mod port;
 #[path = "../testguest/random.rs"]
 mod random;
@@ -70,6 +72,7 @@ extern "C" fn agent_main(start: *const usize) -> ! {
     };
     // SAFETY: the only reference to it.
     let agent = unsafe { &mut *(&raw mut AGENT) };
+    agent.pools.begin();
     agent.hello();
     let mut watched = [PollFd { fd: -1, events: 0, revents: 0 }; 1 + streams::WATCHED_MAX];
     loop {
@@ -86,7 +89,10 @@ extern "C" fn agent_main(start: *const usize) -> ! {
             events |= sys::POLLOUT;
         }
         watched[0] = PollFd { fd: port, events, revents: 0 };
-        sys::poll(&mut watched[..count], ready.then(sys::Time::default));
+        let soon = sys::Time { seconds: 1, nanoseconds: 0 };
+        let within = ready.then(sys::Time::default).or(agent.pools.are_closed().then_some(soon));
+        sys::poll(&mut watched[..count], within);
+        agent.pools.step();
         while let Some((pid, status)) = sys::wait() {
             agent.streams.ended(pid, status);
         }

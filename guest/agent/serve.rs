@@ -1,6 +1,8 @@
 //! Requests and their replies. Layouts are in `wire.rs`, a line for each kind.
 
+use crate::entropy::Pools;
 use crate::identity::{self, Identity};
+use crate::network;
 use crate::port::{Input, Next, Output, REPLY_BYTES_MAX, REQUEST_BYTES_MAX};
 use crate::random::Generator;
 use crate::streams::{BAD_PAYLOAD, Refusal, Streams};
@@ -18,6 +20,8 @@ const KINDS: u64 = {
         KIND_IDENTITY,
         KIND_BECOME,
         KIND_SET_CLOCK,
+        KIND_SETTLE,
+        KIND_CLONE,
         KIND_EXEC,
         KIND_FILE_PUT,
         KIND_FILE_GET,
@@ -41,6 +45,7 @@ pub(crate) struct Agent {
     pub(crate) input: Input,
     pub(crate) output: Output,
     pub(crate) streams: Streams,
+    pub(crate) pools: Pools,
     identity: Identity,
     random: Option<Generator>,
 }
@@ -51,6 +56,7 @@ impl Agent {
             input: Input::new(),
             output: Output::new(),
             streams: Streams::new(),
+            pools: Pools::new(),
             identity: Identity::new(),
             random: None,
         }
@@ -140,14 +146,29 @@ impl Agent {
                 reader.end().ok_or(BAD_PAYLOAD)?;
                 self.identity.put(out);
             }
-            kind @ (KIND_IDENTITY | KIND_BECOME) => {
+            kind @ (KIND_IDENTITY | KIND_BECOME | KIND_CLONE) => {
                 let told = Become::decode(kind, payload).ok_or(BAD_PAYLOAD)?;
                 self.streams.forget();
-                self.identity.become_clone(&told, generator(&mut self.random)?)?;
+                let random = generator(&mut self.random)?;
+                let entropy = self.identity.become_clone(&told, random, &mut self.pools)?;
                 self.identity.put(out);
-                if kind == KIND_BECOME {
+                if kind != KIND_IDENTITY {
                     identity::put_host_name(out);
                 }
+                if kind == KIND_CLONE {
+                    out.put32(entropy);
+                    network::put(told.addresses, out)?;
+                }
+            }
+            KIND_SETTLE => {
+                let on = reader.u32().ok_or(BAD_PAYLOAD)?;
+                reader.end().ok_or(BAD_PAYLOAD)?;
+                match on {
+                    0 if self.pools.are_closed() => self.pools.open(),
+                    0 => {}
+                    _ => _ = self.pools.close(),
+                }
+                out.put64(self.pools.wait_ns());
             }
             KIND_SET_CLOCK => {
                 let wall_ns = reader.u64().ok_or(BAD_PAYLOAD)?;

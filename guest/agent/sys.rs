@@ -13,7 +13,11 @@ pub(crate) const EINTR: i32 = 4;
 pub(crate) const ENXIO: i32 = 6;
 pub(crate) const EINVAL: i32 = 22;
 pub(crate) const ENOTDIR: i32 = 20;
+pub(crate) const ESRCH: i32 = 3;
+pub(crate) const ENOMEM: i32 = 12;
 pub(crate) const EAGAIN: i32 = 35;
+pub(crate) const EPROTONOSUPPORT: i32 = 43;
+pub(crate) const EAFNOSUPPORT: i32 = 47;
 
 pub(crate) const O_RDONLY: usize = 0;
 pub(crate) const O_WRONLY: usize = 1;
@@ -33,6 +37,7 @@ const SIG_IGN: usize = 1;
 
 const CLOCK_REALTIME: usize = 0;
 const CLOCK_UPTIME: usize = 5;
+const CLOCK_UPTIME_FAST: usize = 8;
 
 const EXIT: usize = 1;
 const FORK: usize = 2;
@@ -43,6 +48,7 @@ const CLOSE: usize = 6;
 const WAIT4: usize = 7;
 const UNLINK: usize = 10;
 const CHDIR: usize = 12;
+const GETPID: usize = 20;
 const SETUID: usize = 23;
 const KILL: usize = 37;
 const IOCTL: usize = 54;
@@ -60,9 +66,13 @@ const SETGID: usize = 181;
 const SYSCTL: usize = 202;
 const CLOCK_GETTIME: usize = 232;
 const CLOCK_SETTIME: usize = 233;
+const SCHED_YIELD: usize = 331;
 const SIGPROCMASK: usize = 340;
 const KENV: usize = 390;
 const SIGACTION: usize = 416;
+const THR_EXIT: usize = 431;
+const THR_NEW: usize = 455;
+const CPUSET_SETAFFINITY: usize = 488;
 const PIPE2: usize = 542;
 const PPOLL: usize = 545;
 const FSTAT: usize = 551;
@@ -334,6 +344,11 @@ pub(crate) fn uptime_ns() -> u64 {
     clock(CLOCK_UPTIME)
 }
 
+/// The same at the last tick of the system's clock.
+pub(crate) fn tick_uptime_ns() -> u64 {
+    clock(CLOCK_UPTIME_FAST)
+}
+
 pub(crate) fn set_wall_ns(ns: u64) -> Result<()> {
     let time = Time { seconds: (ns / 1_000_000_000) as i64, nanoseconds: (ns % 1_000_000_000) as i64 };
     // SAFETY: a time.
@@ -389,31 +404,92 @@ fn set_terminal(fd: i32, speed: u32, control: u32) -> Result<()> {
     unsafe { call!(IOCTL, fd, TIOCSETA, &raw const settings) }.map(|_| ())
 }
 
-/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR). [`ENXIO`]: there is none.
-pub(crate) fn set_mac(number: u32, mac: &[u8; 6]) -> Result<()> {
-    const SIOCSIFLLADDR: usize = 0x8020_693c;
-    const AF_LOCAL: usize = 1;
-    const AF_LINK: u8 = 18;
-    const SOCK_DGRAM: usize = 2;
-    /// struct ifreq.
-    #[repr(C)]
-    struct Request {
-        name: [u8; 16],
-        length: u8,
-        family: u8,
-        address: [u8; 14],
-    }
-    let digit = u8::try_from(number).ok().filter(|number| *number < 10).ok_or(ENXIO)?;
-    let mut request = Request { name: [0; 16], length: mac.len() as u8, family: AF_LINK, address: [0; 14] };
-    request.name[..5].copy_from_slice(b"vtnet");
-    request.name[5] = b'0' + digit;
-    request.address[..mac.len()].copy_from_slice(mac);
+pub(crate) fn socket(family: usize, kind: usize) -> Result<i32> {
     // SAFETY: numbers.
-    let socket = unsafe { call!(SOCKET, AF_LOCAL, SOCK_DGRAM, 0) }? as i32;
-    // SAFETY: struct ifreq, 32 bytes, as the request's number says.
-    let done = unsafe { call!(IOCTL, socket, SIOCSIFLLADDR, &raw const request) };
-    close(socket);
-    done.map(|_| ())
+    unsafe { call!(SOCKET, family, kind, 0) }.map(|fd| fd as i32)
+}
+
+/// A request whose number says how long the structure is that goes with it.
+pub(crate) fn ioctl(fd: i32, request: usize, structure: &mut [u8]) -> Result<()> {
+    const EFAULT: i32 = 14;
+    if request >> 16 & 0x1fff != structure.len() {
+        return Err(EFAULT);
+    }
+    // SAFETY: reads and writes as many bytes as the structure has; they are no pointers in what is used here.
+    unsafe { call!(IOCTL, fd, request, structure.as_mut_ptr()) }.map(|_| ())
+}
+
+pub(crate) fn own_pid() -> u32 {
+    // SAFETY: takes nothing, and does not fail.
+    unsafe { call!(GETPID) }.unwrap_or(0) as u32
+}
+
+/// Starts a thread of this process.
+///
+/// # Safety
+/// The function does not come back, and what it is given and the stack are its own from now on. No other part of the program may expect
+/// that there is one thread only.
+pub(crate) unsafe fn new_thread(run: extern "C" fn(*mut u8), with: *mut u8, stack: *mut u8, bytes: usize) -> Result<()> {
+    /// struct thr_param: function, argument, stack, its bytes; no thread-local storage, numbers or priority.
+    #[repr(C)]
+    struct Parameters {
+        run: extern "C" fn(*mut u8),
+        with: *mut u8,
+        stack: *mut u8,
+        stack_bytes: usize,
+        rest: [usize; 9],
+    }
+    let parameters = Parameters { run, with, stack, stack_bytes: bytes, rest: [0; 9] };
+    // SAFETY: the caller's; the structure with its length.
+    unsafe { call!(THR_NEW, &raw const parameters, size_of::<Parameters>()) }.map(|_| ())
+}
+
+pub(crate) fn end_thread() -> ! {
+    loop {
+        // SAFETY: nobody waits for a word.
+        let _ = unsafe { call!(THR_EXIT, 0) };
+    }
+}
+
+/// Has this process's threads run on one CPU. False: that is not allowed.
+pub(crate) fn keep_to_one_cpu() -> bool {
+    const CPU_LEVEL_WHICH: usize = 3;
+    const CPU_WHICH_PID: usize = 2;
+    /// As many as any of these systems takes (CPU_MAXSIZE), the first of them set.
+    const FIRST: [u64; 16] = {
+        let mut cpus = [0; 16];
+        cpus[0] = 1;
+        cpus
+    };
+    // SAFETY: a set of CPUs with its length.
+    unsafe {
+        call!(CPUSET_SETAFFINITY, CPU_LEVEL_WHICH, CPU_WHICH_PID, -1isize, size_of_val(&FIRST), FIRST.as_ptr())
+    }
+    .is_ok()
+}
+
+/// Lets others run.
+pub(crate) fn give_way() {
+    // SAFETY: takes nothing.
+    let _ = unsafe { call!(SCHED_YIELD) };
+}
+
+/// Bytes that the system says of a thread (struct kinfo_proc).
+pub(crate) const THREAD_BYTES: usize = 1088;
+
+/// How many threads of this process sleep in the system with this word (ki_wmesg). `room` is for what it says of all of them; `None`: it
+/// says something else.
+pub(crate) fn threads_asleep_in(room: &mut [u8], word: &[u8]) -> Option<usize> {
+    /// CTL_KERN, KERN_PROC, KERN_PROC_PID | KERN_PROC_INC_THREAD.
+    const OF_PROCESS: [i32; 3] = [1, 14, 0x11];
+    const WORD: usize = 411;
+    let [a, b, c] = OF_PROCESS;
+    let count = sysctl_of(&[a, b, c, own_pid() as i32], room).ok()?;
+    let threads = room.get(..count)?.chunks_exact(THREAD_BYTES);
+    // Each begins with its own length.
+    let known = threads.clone().all(|thread| thread[..4] == (THREAD_BYTES as u32).to_le_bytes());
+    let sleeps = |thread: &&[u8]| thread[WORD..].starts_with(word) && thread[WORD + word.len()] == 0;
+    (known && threads.remainder().is_empty()).then(|| threads.filter(sleeps).count())
 }
 
 const NAME_BYTES: usize = 32;
@@ -452,4 +528,12 @@ pub(crate) fn sysctl(name: &str, old: &mut [u8], new: &[u8]) -> Result<usize> {
         call!(SYSCTL, numbers.as_ptr(), bytes / 4, old_place, length, new_place, new.len())?;
     }
     Ok(old_bytes)
+}
+
+/// Reads by number. Gives how many bytes were read.
+pub(crate) fn sysctl_of(numbers: &[i32], old: &mut [u8]) -> Result<usize> {
+    let mut bytes = old.len();
+    // SAFETY: lists with their lengths.
+    unsafe { call!(SYSCTL, numbers.as_ptr(), numbers.len(), old.as_mut_ptr(), &raw mut bytes, 0, 0) }?;
+    Ok(bytes)
 }

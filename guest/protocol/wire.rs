@@ -120,8 +120,16 @@ pub const KIND_STATS: u16 = 0x1b;
 pub const KIND_BECOME: u16 = 0x1c;
 /// `wall_ns u64` -> `wall_ns u64`: steps the clock; what it says then.
 pub const KIND_SET_CLOCK: u16 = 0x1d;
+/// `on u32` -> `wait_ns u64`: before a snapshot: the system's generator keeps its state as it is, so that each clone can have it drawn
+/// from the clone's own entropy at once (FreeBSD's does that at most ten times a second). The snapshot is to be taken when so
+/// much of the guest's time has gone by. With 0, or after a minute, all is as it was.
+pub const KIND_SETTLE: u16 = 0x1e;
+/// BECOME's payload, then `flags u32 (CLONE_*), count u32, {[`Address`], 24 bytes}` -> BECOME's reply, `entropy u32 (ENTROPY_*), count u32,
+/// {the same}`: an interface that is named gets these addresses and loses all others but those that its system makes for the link itself; and the
+/// default routes. The reply tells the addresses of these interfaces, and the default routes through them, as they were read back.
+pub const KIND_CLONE: u16 = 0x1f;
 /// The last kind there is.
-pub const KIND_LAST: u16 = KIND_SET_CLOCK;
+pub const KIND_LAST: u16 = KIND_CLONE;
 
 /// Fixed part of HELLO's payload.
 pub const HELLO_BYTES: usize = 80;
@@ -137,6 +145,14 @@ pub const ENTROPY_BYTES: usize = 32;
 pub const HOST_NAME_BYTES_MAX: usize = 63;
 /// Most interfaces of a BECOME.
 pub const INTERFACES_MAX: usize = 8;
+/// Most addresses and gateways of a CLONE, and of its reply.
+pub const ADDRESSES_MAX: usize = 64;
+/// CLONE: the guest is a copy of another that runs, or may run: its system's random numbers are to be its own when it replies.
+pub const CLONE_RESEED: u32 = 1;
+/// CLONE's reply: the system's generator has been given entropy, and will draw on it sooner or later.
+pub const ENTROPY_PENDING: u32 = 0;
+/// CLONE's reply: it has drawn on it.
+pub const ENTROPY_DRAWN: u32 = 1;
 /// Bytes of an Ethernet address.
 pub const MAC_BYTES: usize = 6;
 /// Bytes of a page, of the arena's and of [`KIND_TOUCH`].
@@ -408,7 +424,80 @@ impl<'a> ExecStart<'a> {
     }
 }
 
-/// What [`KIND_IDENTITY`] and [`KIND_BECOME`] bring, checked.
+/// An address of an interface, or a default route through it: `interface u32, family u8 (4, 6), bits u8, what u8 (ADDRESS_*), zero u8, address 16
+/// bytes` (of IPv4 the first four, then zeros).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Address {
+    /// Number of the virtio-net device.
+    pub interface: u32,
+    pub six: bool,
+    /// Of the network that it is in; a gateway's are all.
+    pub bits: u8,
+    pub gateway: bool,
+    pub bytes: [u8; 16],
+}
+
+pub const ADDRESS_OWN: u8 = 0;
+pub const ADDRESS_GATEWAY: u8 = 1;
+
+impl Address {
+    /// Bytes of one.
+    pub const BYTES: usize = 24;
+
+    pub fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..4].copy_from_slice(&self.interface.to_le_bytes());
+        bytes[4] = if self.six { 6 } else { 4 };
+        bytes[5] = self.bits;
+        bytes[6] = if self.gateway { ADDRESS_GATEWAY } else { ADDRESS_OWN };
+        bytes[8..].copy_from_slice(&self.bytes);
+        bytes
+    }
+
+    pub fn decode(reader: &mut Reader) -> Option<Address> {
+        let interface = reader.u32()?;
+        let [family, bits, what, zero] = reader.array()?;
+        let bytes: [u8; 16] = reader.array()?;
+        let six = family == 6;
+        let most = if six { 128 } else { 32 };
+        let good = (six || family == 4 && bytes[4..].iter().all(|byte| *byte == 0))
+            && bits <= most
+            && zero == 0
+            && (what == ADDRESS_OWN || what == ADDRESS_GATEWAY && bits == most);
+        good.then_some(Address { interface, six, bits, gateway: what == ADDRESS_GATEWAY, bytes })
+    }
+
+    /// So many of them, counted and checked.
+    pub fn decode_all<'a>(reader: &mut Reader<'a>) -> Option<Addresses<'a>> {
+        let count = reader.u32()?;
+        let addresses = Addresses { count, reader: *reader };
+        if count as usize > ADDRESSES_MAX {
+            return None;
+        }
+        for _ in 0..count {
+            Address::decode(reader)?;
+        }
+        Some(addresses)
+    }
+}
+
+/// Addresses that are known to be there.
+#[derive(Debug, Clone, Copy)]
+pub struct Addresses<'a> {
+    count: u32,
+    reader: Reader<'a>,
+}
+
+impl Iterator for Addresses<'_> {
+    type Item = Address;
+
+    fn next(&mut self) -> Option<Address> {
+        self.count = self.count.checked_sub(1)?;
+        Address::decode(&mut self.reader)
+    }
+}
+
+/// What [`KIND_IDENTITY`], [`KIND_BECOME`] and [`KIND_CLONE`] bring, checked.
 #[derive(Debug, Clone, Copy)]
 pub struct Become<'a> {
     pub generation: [u8; GENERATION_BYTES],
@@ -418,6 +507,9 @@ pub struct Become<'a> {
     /// Empty: leave it.
     pub host_name: &'a [u8],
     pub interfaces: Interfaces<'a>,
+    /// Of a CLONE.
+    pub flags: u32,
+    pub addresses: Addresses<'a>,
 }
 
 /// Numbers of interfaces and their addresses, known to be there.
@@ -448,8 +540,10 @@ impl<'a> Become<'a> {
             wall_ns,
             host_name: &[],
             interfaces: Interfaces { count: 0, reader },
+            flags: CLONE_RESEED,
+            addresses: Addresses { count: 0, reader },
         };
-        if kind == KIND_BECOME {
+        if kind == KIND_BECOME || kind == KIND_CLONE {
             told.host_name = reader.string()?;
             let count = reader.u32()?;
             told.interfaces = Interfaces { count, reader };
@@ -457,6 +551,13 @@ impl<'a> Become<'a> {
                 return None;
             }
             reader.bytes(count as usize * (4 + MAC_BYTES + 2))?;
+        }
+        if kind == KIND_CLONE {
+            told.flags = reader.u32()?;
+            told.addresses = Address::decode_all(&mut reader)?;
+            if told.flags & !CLONE_RESEED != 0 {
+                return None;
+            }
         }
         reader.end()?;
         Some(told)

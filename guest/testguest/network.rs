@@ -2,6 +2,8 @@
 //! neighbour solicitations and pings; sends what UDP brings back with its name before it, on every port; does the same on every port of
 //! TCP, and hangs up; and asks one UDP question at a time by itself, through the gateway, which has the first address of its network.
 //!
+//! An IDENTITY may give it other addresses, and a gateway.
+//!
 //! TCP is answered from what each segment says, without a memory: enough for a caller who sends one short line.
 //!
 //! Facts: RFC 826 (ARP), 791, 792, 768, 9293 (IPv4, ICMP, UDP, TCP), 8200, 4443, 4861 (IPv6, ICMPv6, neighbours).
@@ -15,6 +17,7 @@ use crate::interrupts;
 use crate::memory;
 use crate::port::Port;
 use crate::virtio::{FRAME_BYTES, Failure, Net};
+use crate::wire::{Address, Addresses};
 
 const ETHERNET: usize = 14;
 const TYPE_4: [u8; 2] = [0x08, 0x00];
@@ -48,6 +51,9 @@ pub(crate) struct Network {
     device: Net,
     ip4: [u8; 4],
     ip6: [u8; 16],
+    /// Bits of their networks, where an IDENTITY gave them, and the gateways that it gave.
+    bits: [Option<u8>; 2],
+    routers: [Option<[u8; 16]>; 2],
     arrived: &'static mut Frame,
     out: &'static mut Frame,
     /// The gateway's, as far as it is known, for IPv4 and IPv6.
@@ -111,7 +117,49 @@ impl Network {
         };
         // SAFETY: called once, so these are the only references.
         let [arrived, out] = unsafe { &mut *(&raw mut FRAMES) };
-        Some(Network { device: device?, ip4, ip6, arrived, out, gateways: [None; 2], question: None })
+        Some(Network { device: device?, ip4, ip6, bits: [None; 2], routers: [None; 2], arrived, out, gateways: [None; 2], question: None })
+    }
+
+    pub(crate) fn set_mac(&mut self, mac: Mac) {
+        self.device.set_mac(mac);
+    }
+
+    /// Takes these addresses, at most one of each kind, instead of its own, and gateways. False: that is too much for it.
+    pub(crate) fn set_addresses(&mut self, told: Addresses) -> bool {
+        let of = |six, gateway| told.filter(move |address| address.six == six && address.gateway == gateway);
+        let kinds = [(false, false), (true, false), (false, true), (true, true)];
+        if told.into_iter().any(|address| address.interface != 0)
+            || kinds.into_iter().any(|(six, gateway)| of(six, gateway).count() > 1)
+        {
+            return false;
+        }
+        (self.ip4, self.ip6, self.bits, self.routers) = ([0; 4], [0; 16], [None; 2], [None; 2]);
+        self.gateways = [None; 2];
+        for address in told {
+            let which = usize::from(address.six);
+            match (address.gateway, address.six) {
+                (true, _) => self.routers[which] = Some(address.bytes),
+                (false, true) => self.ip6 = address.bytes,
+                (false, false) => self.ip4.copy_from_slice(&address.bytes[..4]),
+            }
+            if !address.gateway {
+                self.bits[which] = Some(address.bits);
+            }
+        }
+        true
+    }
+
+    /// What [`Self::set_addresses`] has set, as it is used.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = Address> {
+        let mut ip4 = [0; 16];
+        ip4[..4].copy_from_slice(&self.ip4);
+        let own = [(false, ip4), (true, self.ip6)].map(|(six, bytes)| {
+            Some(Address { interface: 0, six, bits: self.bits[usize::from(six)]?, gateway: false, bytes })
+        });
+        let routers = [(false, 32), (true, 128)].map(|(six, bits)| {
+            Some(Address { interface: 0, six, bits, gateway: true, bytes: self.routers[usize::from(six)]? })
+        });
+        own.into_iter().chain(routers).flatten()
     }
 
     /// Asks this of a port, and nothing else any more; the answer comes, or it does not. False: there is no room for so long a question.
@@ -203,11 +251,17 @@ impl Network {
     }
 
     fn gateway4(&self) -> [u8; 4] {
+        if let Some([a, b, c, d, ..]) = self.routers[0] {
+            return [a, b, c, d];
+        }
         let [a, b, c, _] = self.ip4;
         [a, b, c, 1]
     }
 
     fn gateway6(&self) -> [u8; 16] {
+        if let Some(router) = self.routers[1] {
+            return router;
+        }
         let mut gateway = self.ip6;
         gateway[15] = 1;
         gateway

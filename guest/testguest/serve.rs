@@ -26,7 +26,8 @@ const KINDS: u64 = {
         kinds |= 1 << kind;
         kind += 1;
     }
-    kinds
+    // Its generator draws on what it is given at once.
+    kinds & !(1 << KIND_SETTLE)
 };
 
 #[repr(align(4096))]
@@ -315,7 +316,7 @@ impl Server {
                 out.put64(self.generations);
                 Ok(())
             }
-            kind @ (KIND_IDENTITY | KIND_BECOME) => self.identity(kind, payload, out),
+            kind @ (KIND_IDENTITY | KIND_BECOME | KIND_CLONE) => self.identity(kind, payload, out),
             KIND_SET_CLOCK => {
                 let [wall_ns] = longs(&mut reader)?;
                 reader.end().ok_or(BAD_PAYLOAD)?;
@@ -519,9 +520,23 @@ impl Server {
     }
 
     fn identity(&mut self, kind: u16, payload: &[u8], out: &mut Reply) -> Result<(), Refusal> {
-        let mut told = Become::decode(kind, payload).ok_or(BAD_PAYLOAD)?;
-        if told.interfaces.next().is_some() {
-            return Err((STATUS_NO_DEVICE, "the test guest drives no network interface"));
+        const NO_NETWORK: Refusal = (STATUS_NO_DEVICE, "the test guest drives no network interface");
+        let told = Become::decode(kind, payload).ok_or(BAD_PAYLOAD)?;
+        let addresses = told.addresses.into_iter().next().is_some();
+        match &mut self.network {
+            Some(network) => {
+                for (interface, mac) in told.interfaces {
+                    if interface != 0 {
+                        return Err(NO_NETWORK);
+                    }
+                    network.set_mac(mac);
+                }
+                if addresses && !network.set_addresses(told.addresses) {
+                    return Err((STATUS_LIMIT, "the test guest has one address of each kind, on its first interface"));
+                }
+            }
+            None if addresses || told.interfaces.into_iter().next().is_some() => return Err(NO_NETWORK),
+            None => {}
         }
         self.streams.forget();
         self.generation = told.generation;
@@ -532,13 +547,21 @@ impl Server {
         }
         self.put_generation(out);
         out.put64(self.generations);
-        if kind == KIND_BECOME {
+        if kind != KIND_IDENTITY {
             if !told.host_name.is_empty() {
                 self.host_name[..told.host_name.len()].copy_from_slice(told.host_name);
                 self.host_name_bytes = told.host_name.len();
             }
             out.put32(self.host_name_bytes as u32);
             out.put(&self.host_name[..self.host_name_bytes]);
+        }
+        if kind == KIND_CLONE {
+            out.put32(ENTROPY_DRAWN);
+            let now = || self.network.iter().filter(|_| addresses).flat_map(Network::addresses);
+            out.put32(now().count() as u32);
+            for address in now() {
+                out.put(&address.encode());
+            }
         }
         Ok(())
     }

@@ -98,6 +98,11 @@ impl FrameDecoder {
         Ok(frames)
     }
 
+    /// True when exactly the first `count` bytes of a header are held.
+    pub fn has_begun_with(&self, count: usize) -> bool {
+        self.header.is_none() && self.header_bytes.len() == count
+    }
+
     /// True when no part of a frame is held.
     pub fn is_between_frames(&self) -> bool {
         self.header.is_none() && self.header_bytes.is_empty()

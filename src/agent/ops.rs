@@ -5,7 +5,7 @@
 
 use super::frame::{self, Frame, FrameError};
 use super::streams::{Opened, Opening};
-use super::wire::{self, Reader};
+use super::wire::{self, Address, Reader};
 
 /// Most CPUs that an agent may report.
 pub const CPUS_MAX: u32 = 256;
@@ -63,6 +63,10 @@ pub enum AgentRequest {
         wall_ns: u64,
         host: Option<Host>,
     },
+    /// Before a snapshot: keep the system's random generator from drawing; or let it.
+    Settle {
+        on: bool,
+    },
     /// Step the clock to this Unix time in nanoseconds.
     SetClock {
         wall_ns: u64,
@@ -96,6 +100,26 @@ pub struct Host {
     pub name: String,
     /// Ethernet addresses by the number of the virtio-net device, at most [`wire::INTERFACES_MAX`].
     pub macs: Vec<(u32, [u8; wire::MAC_BYTES])>,
+    /// For agents that know [`wire::KIND_CLONE`].
+    pub more: Option<More>,
+}
+
+/// What else a clone is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct More {
+    /// The guest is a copy of another, and its system's random numbers are to be its own when it answers.
+    pub reseed: bool,
+    /// At most [`wire::ADDRESSES_MAX`].
+    pub addresses: Vec<Address>,
+}
+
+/// What an agent that knows [`wire::KIND_CLONE`] has confirmed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confirmed {
+    /// The guest's system has drawn on the entropy that it was given.
+    pub drawn: bool,
+    /// What the interfaces have that were given addresses.
+    pub addresses: Vec<Address>,
 }
 
 /// A run of arena pages.
@@ -155,6 +179,11 @@ pub enum AgentReply {
         generation: [u8; 16],
         count: u64,
         host_name: String,
+        more: Option<Confirmed>,
+    },
+    /// Settle: so much of the guest's time is to go by before the snapshot.
+    Settled {
+        wait_ns: u64,
     },
     /// SetClock: what it says then.
     Clock {
@@ -321,7 +350,9 @@ impl AgentRequest {
             AgentRequest::Random { .. } => wire::KIND_RANDOM,
             AgentRequest::Generation => wire::KIND_GENERATION,
             AgentRequest::Identity { host: None, .. } => wire::KIND_IDENTITY,
-            AgentRequest::Identity { host: Some(_), .. } => wire::KIND_BECOME,
+            AgentRequest::Identity { host: Some(Host { more: None, .. }), .. } => wire::KIND_BECOME,
+            AgentRequest::Identity { host: Some(Host { more: Some(_), .. }), .. } => wire::KIND_CLONE,
+            AgentRequest::Settle { .. } => wire::KIND_SETTLE,
             AgentRequest::SetClock { .. } => wire::KIND_SET_CLOCK,
             AgentRequest::Compute { .. } => wire::KIND_COMPUTE,
             AgentRequest::Serial(_) => wire::KIND_SERIAL,
@@ -389,8 +420,14 @@ impl AgentRequest {
                         out.extend_from_slice(mac);
                         out.extend_from_slice(&[0; 2]);
                     }
+                    if let Some(more) = &host.more {
+                        put32(&mut out, if more.reseed { wire::CLONE_RESEED } else { 0 });
+                        put32(&mut out, u32::try_from(more.addresses.len()).unwrap_or(u32::MAX));
+                        more.addresses.iter().for_each(|address| out.extend_from_slice(&address.encode()));
+                    }
                 }
             }
+            AgentRequest::Settle { on } => put32(&mut out, u32::from(*on)),
             AgentRequest::SetClock { wall_ns } => put64(&mut out, *wall_ns),
             AgentRequest::Compute { nonce, bytes } => {
                 put64(&mut out, *nonce);
@@ -480,11 +517,19 @@ impl AgentReply {
                 }
                 AgentReply::RunOnAll(runs)
             }
-            AgentRequest::Identity { host: Some(_), .. } => AgentReply::Become {
+            AgentRequest::Identity { host: Some(host), .. } => AgentReply::Become {
                 generation: reader.array()?,
                 count: reader.u64()?,
                 host_name: text(reader.string().filter(|name| name.len() <= HOST_NAME_REPLY_BYTES_MAX)?),
+                more: match host.more {
+                    Some(_) => Some(Confirmed {
+                        drawn: reader.u32()? == wire::ENTROPY_DRAWN,
+                        addresses: Address::decode_all(&mut reader)?.collect(),
+                    }),
+                    None => None,
+                },
             },
+            AgentRequest::Settle { .. } => AgentReply::Settled { wait_ns: reader.u64()? },
             AgentRequest::SetClock { .. } => AgentReply::Clock { wall_ns: reader.u64()? },
             AgentRequest::Generation | AgentRequest::Identity { host: None, .. } => {
                 AgentReply::Generation { generation: reader.array()?, count: reader.u64()? }
@@ -639,4 +684,4 @@ fn text(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

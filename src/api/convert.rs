@@ -7,7 +7,7 @@ use super::status::invalid;
 use crate::fleet::boot::ReadyPoint;
 use crate::fleet::cgroup::Limits;
 use crate::fleet::profile::{Profile, ProfilePhase};
-use crate::fleet::vm::{Origin, State, Vm};
+use crate::fleet::vm::{Entropy, Origin, State, Vm};
 use crate::fleet::watchdog;
 use crate::fleet::{
     Activity, AgentPort, BootProtocol, Hardware, MemoryMode, ModuleKind, Rate, Step, VcpuLook,
@@ -48,6 +48,12 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         ready_in_pool: vm.is_held(),
         unclaimed: vm.is_unclaimed(),
         host_name: vm.host_name(),
+        guest_entropy: match vm.entropy() {
+            Entropy::Unknown => proto::GuestEntropy::Unspecified,
+            Entropy::Pending => proto::GuestEntropy::Pending,
+            Entropy::Drawn => proto::GuestEntropy::Drawn,
+        }
+        .into(),
         limits: limits_out(vm.limits),
         networks: vm.networks.iter().map(super::network::network_out).collect(),
     }

@@ -7,6 +7,7 @@ use tonic::Status;
 
 use super::proto;
 use super::status::invalid;
+use crate::fleet::addresses::{ADDRESSES_MAX, AddressError, GATEWAYS_MAX, Given};
 use crate::fleet::network::{LinkRequest, MTU_MAX, MTU_MIN, NETWORKS_MAX, NetworkRequest, VmNetwork};
 use crate::fleet::slots::SlotLink;
 use crate::fleet::slots::access::{ALLOW_MAX, Access, Allow, Outbound, PUBLISH_MAX, Publish, Transport};
@@ -49,7 +50,24 @@ fn request_in(interface: proto::NetworkInterface) -> Result<NetworkRequest, Stat
                 .map_err(|_| invalid(format!("MTU {mtu}; give {MTU_MIN} to {MTU_MAX}, or none")))?,
         ),
     };
-    Ok(NetworkRequest { link, mac, mtu })
+    let given = given_in(&interface.addresses, &interface.gateways)?;
+    Ok(NetworkRequest { link, mac, mtu, given })
+}
+
+fn given_in(addresses: &[String], gateways: &[String]) -> Result<Given, Status> {
+    if addresses.len() > ADDRESSES_MAX || gateways.len() > GATEWAYS_MAX {
+        return Err(invalid(AddressError::TooMany.to_string()));
+    }
+    let address = |text: &String| {
+        text.parse().map_err(|_| invalid(AddressError::NotAnAddress(text.clone()).to_string()))
+    };
+    let gateway = |text: &String| {
+        text.parse().map_err(|_| invalid(AddressError::NotAGateway(text.clone()).to_string()))
+    };
+    Ok(Given {
+        addresses: addresses.iter().map(address).collect::<Result<_, _>>()?,
+        gateways: gateways.iter().map(gateway).collect::<Result<_, _>>()?,
+    })
 }
 
 fn access_in(slot: proto::SlotLink) -> Result<Access, Status> {
@@ -161,6 +179,8 @@ pub fn network_out(network: &VmNetwork) -> proto::Network {
         link: network.link.text(),
         mac: network.mac.to_vec().into(),
         mtu: network.mtu.unwrap_or(0).into(),
+        addresses: network.given.addresses.iter().map(ToString::to_string).collect(),
+        gateways: network.given.gateways.iter().map(ToString::to_string).collect(),
     }
 }
 
@@ -245,20 +265,32 @@ mod tests {
             mac: vec![2, 0, 0, 0, 0, 1].into(),
             mtu: 9000,
             netns: "blue".into(),
+            addresses: vec!["10.0.0.5/24".into(), "fd00::5/64".into()],
+            gateways: vec!["10.0.0.1".into()],
         };
         let expected = NetworkRequest {
             link: LinkRequest::Tap { name: "tap0".into(), netns: Some("blue".into()) },
             mac: Some([2, 0, 0, 0, 0, 1]),
             mtu: Some(9000),
+            given: Given {
+                addresses: vec!["10.0.0.5/24".parse().unwrap(), "fd00::5/64".parse().unwrap()],
+                gateways: vec![[10, 0, 0, 1].into()],
+            },
         };
         assert_eq!(requests_in(vec![interface.clone()]).unwrap(), [expected]);
-        let none = NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None };
+        let none = NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None, given: Given::default() };
         assert_eq!(requests_in(vec![Default::default()]).unwrap(), [none]);
         for wrong in [
             proto::NetworkInterface { link: Some(Link::Down(false)), ..interface.clone() },
             proto::NetworkInterface { link: Some(Link::Down(true)), ..interface.clone() },
             proto::NetworkInterface { link: None, ..interface.clone() },
             proto::NetworkInterface { mac: vec![2; 5].into(), ..interface.clone() },
+            proto::NetworkInterface { addresses: vec!["10.0.0.5".into()], ..interface.clone() },
+            proto::NetworkInterface { addresses: vec!["10.0.0.5/33".into()], ..interface.clone() },
+            proto::NetworkInterface { addresses: vec!["10.0.0.5/24; x".into()], ..interface.clone() },
+            proto::NetworkInterface { addresses: vec!["10.0.0.5/24".into(); 9], ..interface.clone() },
+            proto::NetworkInterface { gateways: vec!["10.0.0.1/24".into()], ..interface.clone() },
+            proto::NetworkInterface { gateways: vec!["10.0.0.1".into(); 3], ..interface.clone() },
             proto::NetworkInterface { mtu: 65_536, ..interface },
         ] {
             assert_eq!(requests_in(vec![wrong]).unwrap_err().code(), tonic::Code::InvalidArgument);

@@ -250,6 +250,7 @@ impl Fleet {
             memory_bytes: record.memory_bytes,
             generation: record.generation,
             host_name: Mutex::new(record.host_name),
+            entropy: Mutex::new(record.entropy),
             memory_mode: record.memory_mode,
             networks: record.networks,
             limits: record.limits,

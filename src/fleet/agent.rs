@@ -19,6 +19,7 @@ use tokio::sync::{Mutex, Notify, OwnedMutexGuard, OwnedSemaphorePermit, Semaphor
 use super::error::FleetError;
 use super::limits::*;
 use super::streams::{Shared, Stream, Streams};
+use crate::agent::resync::{Doubt, Hellos};
 use crate::agent::streams::What;
 use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, Opening, Said, wire};
 
@@ -376,6 +377,10 @@ struct Talk {
     still: watch::Sender<u64>,
     hush: Hush,
     seeking: Option<Seeking>,
+    hellos: Hellos,
+    doubt: Option<Doubt>,
+    /// How many there have been.
+    doubts: usize,
     heard: Arc<AtomicU64>,
 }
 
@@ -448,6 +453,9 @@ impl Talk {
             still,
             hush: Hush::No,
             seeking: None,
+            hellos: Hellos::default(),
+            doubt: None,
+            doubts: 0,
             heard: Arc::default(),
         }
     }
@@ -609,14 +617,14 @@ impl Talk {
     }
 
     fn hear(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let Some(seeking) = &mut self.seeking else { return self.understand(bytes) };
+        let Some(seeking) = &mut self.seeking else { return self.listen(bytes) };
         let Some(rest) = seeking.look(bytes) else { return Ok(()) };
         self.seeking = None;
         if !is_held(*self.hold.borrow()) {
             // The reply is then one to a request that nobody waits for.
             self.ask_hush(false);
         }
-        self.understand(&rest)
+        self.listen(&rest)
     }
 
     fn understand(&mut self, mut bytes: &[u8]) -> Result<(), String> {
@@ -632,12 +640,7 @@ impl Talk {
     fn answer(&mut self, frame: Frame) -> Result<(), String> {
         if frame.kind == wire::KIND_HELLO {
             let hello = Hello::decode(&frame).map_err(|error| error.to_string())?;
-            if matches!(&*self.presence.borrow(), Presence::Here(_)) {
-                // Another agent than the one that was asked.
-                self.streams.lose("the guest's agent started again");
-                self.fail_waiting("the guest's agent started again");
-            }
-            self.presence.send_replace(Presence::Here(Arc::new(hello)));
+            self.greeted(hello);
             return Ok(());
         }
         if Said::is_said(frame.kind) {
@@ -678,5 +681,6 @@ fn is_held(number: u64) -> bool {
     number % 2 == 1
 }
 
+mod again;
 #[cfg(test)]
 mod tests;

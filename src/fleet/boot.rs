@@ -184,6 +184,7 @@ impl Fleet {
             memory_bytes: start.memory_bytes,
             generation: start.generation,
             host_name: Mutex::default(),
+            entropy: Mutex::default(),
             memory_mode: start.memory_mode,
             networks: start.networks,
             limits: start.limits,

@@ -15,7 +15,7 @@ use super::cgroup::{Group, Limits};
 use super::claims::Claim;
 use super::error::FleetError;
 use super::limits::*;
-use super::network::{self, NetworkRequest, OpenLink, VmNetwork};
+use super::network::{self, CanBeTold, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
 use super::record::Settled;
 use super::registry::Guard;
@@ -23,7 +23,7 @@ use super::shells::Shell;
 use super::snapshots::{Source, blocking};
 use super::vm::{Origin, Vm};
 use super::{Fleet, id, identity};
-use crate::agent::{AgentReply, AgentRequest};
+use crate::agent::{AgentReply, AgentRequest, Hello};
 use crate::snapshot::working_set::Touched;
 use crate::telemetry::metrics::Mode;
 use crate::telemetry::{metrics, trace};
@@ -107,7 +107,9 @@ impl Fleet {
         if request.first_call.is_some() && request.count != 1 {
             return Err(FleetError::Invalid("first_call goes to one clone: let count be 1".to_owned()));
         }
-        let can_be_told = request.managed && source.hello.as_deref().is_some_and(identity::is_told_all);
+        let knows = |how: fn(&Hello) -> bool| request.managed && source.hello.as_deref().is_some_and(how);
+        let can_be_told =
+            CanBeTold { macs: knows(identity::is_told_all), addresses: knows(identity::is_told_addresses) };
         let networks = network::plan_clones(&request.networks, &source.networks, request.count, can_be_told)?;
         let mut names = names.into_iter();
         if request.count == 1 {
@@ -222,7 +224,7 @@ impl Fleet {
         // Asked before there is a guest: the questions wait for it in the agent's socket, which saves a way there and back.
         let talk = async {
             let identity = match request.managed {
-                true => Some(identity::ask(&started.vm, generation, None).await?),
+                true => Some(identity::ask(&started.vm, generation, None, identity::Occasion::Cloned).await?),
                 false => None,
             };
             let first = match request.first_call {

@@ -82,6 +82,8 @@ pub enum FleetError {
     AgentTimeout(u128),
     #[error("the clone's agent confirmed another generation than it was given; the clone was ended")]
     WrongGeneration,
+    #[error("the clone's guest was given {told}, and read back {found}; the clone was ended")]
+    WrongAddresses { told: String, found: String },
     #[error("the guest's agent is in the middle of a request; ask again when it has answered")]
     AgentBusy,
     #[error("the command did not end within {0} ms and was killed")]
@@ -171,9 +173,11 @@ impl FleetError {
                 Cause::Exhausted => Kind::ResourceExhausted,
                 _ => Kind::Internal,
             },
-            Self::Channel(_) | Self::WorkerConfused | Self::WrongGeneration | Self::Internal(_) => {
-                Kind::Internal
-            }
+            Self::Channel(_)
+            | Self::WorkerConfused
+            | Self::WrongGeneration
+            | Self::WrongAddresses { .. }
+            | Self::Internal(_) => Kind::Internal,
         }
     }
 

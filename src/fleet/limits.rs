@@ -88,6 +88,10 @@ pub const SIGNALS_WAITING_MAX: usize = 16;
 pub const EXEC_TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// How long a clone's agent may take to confirm its identity.
 pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the agent may take to say that its system's random generator stands still, how often it is asked, and the least time between.
+pub const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
+pub const SETTLE_TRIES: usize = 8;
+pub const SETTLE_STEP: Duration = Duration::from_millis(1);
 /// How long a snapshot waits for the agent's answers under way while nothing comes from it; and while something does.
 pub const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 pub const QUIET_TIMEOUT_MAX: Duration = Duration::from_secs(60);

@@ -29,6 +29,7 @@
 //! Facts about guests come only through the control protocol, the console and the agent port, and all three are
 //! hostile: whatever they carry is bounded where it comes in.
 
+pub mod addresses;
 pub mod adopt;
 pub mod agent;
 pub mod boot;

@@ -24,6 +24,7 @@ use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 
+use super::addresses::{self, AddressError, Given};
 use super::error::{FleetError, Kind};
 use super::slots::error::SlotError;
 use super::slots::{Lease, SlotLink, Slots};
@@ -107,6 +108,8 @@ pub enum NetworkError {
     Within { netns: String, source: Box<NetworkError> },
     #[error(transparent)]
     Slot(#[from] SlotError),
+    #[error(transparent)]
+    Address(#[from] AddressError),
     #[error("TAP {name}: {call}: {source}")]
     Tap { name: String, call: &'static str, source: io::Error },
 }
@@ -129,6 +132,8 @@ impl NetworkError {
             Self::Missing(_) | Self::NetnsMissing(_) => Kind::NotFound,
             Self::Within { source, .. } => source.kind(),
             Self::Slot(error) => error.kind(),
+            Self::Address(AddressError::CannotBeTold) => Kind::FailedPrecondition,
+            Self::Address(_) => Kind::InvalidArgument,
             Self::Taken(_) | Self::NotATap(_) => Kind::FailedPrecondition,
             Self::Forbidden(_) | Self::NetnsForbidden => Kind::PermissionDenied,
             Self::NoTun(source) if source.kind() == io::ErrorKind::PermissionDenied => Kind::PermissionDenied,
@@ -165,6 +170,8 @@ pub struct NetworkRequest {
     pub mac: Option<[u8; 6]>,
     /// Told to the guest, if there is one.
     pub mtu: Option<u16>,
+    /// IP addresses that a clone's guest is to be given.
+    pub given: Given,
 }
 
 /// An interface of a VM.
@@ -174,6 +181,9 @@ pub struct VmNetwork {
     /// The address that the first VM of the line was given; a guest may have chosen another since.
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
+    /// What a clone's guest was given, and has confirmed.
+    #[serde(default)]
+    pub given: Given,
 }
 
 /// A link as a worker is handed it.
@@ -260,6 +270,9 @@ impl VmNetwork {
 /// Checks the interfaces asked for a VM that is to be booted, and fills in what was left to us.
 pub fn plan(requests: &[NetworkRequest], vm_id: &str) -> Result<Vec<VmNetwork>, NetworkError> {
     check_links(requests)?;
+    if requests.iter().any(|request| !request.given.is_empty()) {
+        return Err(AddressError::Boot.into());
+    }
     let mut networks: Vec<VmNetwork> = Vec::with_capacity(requests.len());
     for (index, request) in requests.iter().enumerate() {
         let mac = request.mac.unwrap_or_else(|| derived_mac(vm_id, index));
@@ -270,18 +283,25 @@ pub fn plan(requests: &[NetworkRequest], vm_id: &str) -> Result<Vec<VmNetwork>, 
         if let Some(mtu) = request.mtu.filter(|mtu| !(MTU_MIN..=MTU_MAX).contains(mtu)) {
             return Err(NetworkError::Mtu(mtu.into()));
         }
-        networks.push(VmNetwork { link: request.link.clone(), mac, mtu: request.mtu });
+        let given = Given::default();
+        networks.push(VmNetwork { link: request.link.clone(), mac, mtu: request.mtu, given });
     }
     Ok(networks)
 }
 
-/// Checks the links asked for `count` clones whose guests have the interfaces `has`, and can be told another address or not;
-/// gives the interfaces of each.
+/// What the guests of clones can be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CanBeTold {
+    pub macs: bool,
+    pub addresses: bool,
+}
+
+/// Checks the links asked for `count` clones whose guests have the interfaces `has`; gives the interfaces of each.
 pub fn plan_clones(
     requests: &[NetworkRequest],
     has: &[VmNetwork],
     count: u32,
-    can_be_told: bool,
+    can_be_told: CanBeTold,
 ) -> Result<Vec<VmNetwork>, NetworkError> {
     check_links(requests)?;
     for (index, request) in requests.iter().enumerate() {
@@ -292,12 +312,21 @@ pub fn plan_clones(
         if matches!(request.link, LinkRequest::Slot(_)) {
             return Err(SlotError::CloneMac.into());
         }
-        if !can_be_told || request.link == LinkRequest::Down {
+        if !can_be_told.macs || request.link == LinkRequest::Down {
             return Err(NetworkError::CloneMac);
         }
         check_mac(mac)?;
         if requests.iter().take(index).any(|other| other.mac == Some(mac)) {
             return Err(NetworkError::SameMac(mac_text(&mac)));
+        }
+    }
+    addresses::check(requests.iter().map(|request| &request.given))?;
+    for request in requests.iter().filter(|request| !request.given.is_empty()) {
+        if !matches!(request.link, LinkRequest::Tap { .. }) {
+            return Err(AddressError::Link.into());
+        }
+        if !can_be_told.addresses {
+            return Err(AddressError::CannotBeTold.into());
         }
     }
     if requests.len() > has.len() {
@@ -310,12 +339,13 @@ pub fn plan_clones(
     if count > 1 && requests.iter().any(publishes) {
         return Err(SlotError::PublishedByMany { count }.into());
     }
-    let asked = requests.iter().map(|request| (request.link.clone(), request.mac));
-    let asked = asked.chain(std::iter::repeat((LinkRequest::Down, None)));
-    let network = |(network, (link, mac)): (&VmNetwork, (LinkRequest, Option<[u8; 6]>))| VmNetwork {
-        link,
-        mac: mac.unwrap_or(network.mac),
+    let down = NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None, given: Given::default() };
+    let asked = requests.iter().chain(std::iter::repeat(&down));
+    let network = |(network, asked): (&VmNetwork, &NetworkRequest)| VmNetwork {
+        link: asked.link.clone(),
+        mac: asked.mac.unwrap_or(network.mac),
         mtu: network.mtu,
+        given: asked.given.clone(),
     };
     Ok(has.iter().zip(asked).map(network).collect())
 }
@@ -497,12 +527,14 @@ fn check(name: &str, call: &'static str, result: libc::c_int) -> Result<(), Netw
 mod tests {
     use super::*;
 
+    const NOTHING: CanBeTold = CanBeTold { macs: false, addresses: false };
+
     fn tap(name: &str) -> NetworkRequest {
-        NetworkRequest { link: LinkRequest::Tap { name: name.into(), netns: None }, mac: None, mtu: None }
+        NetworkRequest { link: LinkRequest::Tap { name: name.into(), netns: None }, ..down() }
     }
 
     fn down() -> NetworkRequest {
-        NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None }
+        NetworkRequest { link: LinkRequest::Down, mac: None, mtu: None, given: Given::default() }
     }
 
     #[test]
@@ -559,21 +591,46 @@ mod tests {
     fn clones_get_links_and_keep_the_rest() {
         let has =
             plan(&[NetworkRequest { mtu: Some(1400), ..tap("a") }, tap("b")], "vm-0123456789ab").unwrap();
-        let clones = plan_clones(&[tap("c")], &has, 1, false).unwrap();
+        let clones = plan_clones(&[tap("c")], &has, 1, NOTHING).unwrap();
         assert_eq!(
             clones[0],
             VmNetwork { link: LinkRequest::Tap { name: "c".into(), netns: None }, ..has[0].clone() }
         );
         assert_eq!(clones[1], VmNetwork { link: LinkRequest::Down, ..has[1].clone() });
-        assert_eq!(plan_clones(&[], &has, 64, false).unwrap().len(), 2);
-        assert!(matches!(plan_clones(&[tap("c")], &has, 2, false), Err(NetworkError::Shared { count: 2 })));
-        assert!(plan_clones(&[down(), down()], &has, 2, false).is_ok());
+        assert_eq!(plan_clones(&[], &has, 64, NOTHING).unwrap().len(), 2);
+        assert!(matches!(plan_clones(&[tap("c")], &has, 2, NOTHING), Err(NetworkError::Shared { count: 2 })));
+        assert!(plan_clones(&[down(), down()], &has, 2, NOTHING).is_ok());
         assert!(matches!(
-            plan_clones(&[tap("c")], &[], 1, false),
+            plan_clones(&[tap("c")], &[], 1, NOTHING),
             Err(NetworkError::TooManyLinks { given: 1, has: 0 })
         ));
         let moved = NetworkRequest { mac: Some([2; 6]), ..tap("c") };
-        assert!(matches!(plan_clones(&[moved], &has, 1, false), Err(NetworkError::CloneMac)));
+        assert!(matches!(plan_clones(&[moved], &has, 1, NOTHING), Err(NetworkError::CloneMac)));
+    }
+
+    #[test]
+    fn clones_are_given_addresses_when_their_guests_can_be_told() {
+        let has = plan(&[tap("a"), tap("b")], "vm-0123456789ab").unwrap();
+        let given =
+            Given { addresses: vec!["10.0.0.5/24".parse().unwrap()], gateways: vec![[10, 0, 0, 1].into()] };
+        let with = |link: NetworkRequest| NetworkRequest { given: given.clone(), ..link };
+        let told = CanBeTold { macs: true, addresses: true };
+        let clones = plan_clones(&[with(tap("c"))], &has, 1, told).unwrap();
+        assert_eq!((&clones[0].given, &clones[1].given), (&given, &Given::default()));
+        let refused = |requests: &[NetworkRequest], told| match plan_clones(requests, &has, 1, told) {
+            Err(NetworkError::Address(error)) => error,
+            other => panic!("{other:?}"),
+        };
+        let older = CanBeTold { addresses: false, ..told };
+        let error = refused(&[with(tap("c"))], older);
+        assert_eq!(NetworkError::from(error).kind(), Kind::FailedPrecondition);
+        assert_eq!(refused(&[with(down())], told), AddressError::Link);
+        let twice = refused(&[with(tap("c")), with(tap("d"))], told);
+        assert_eq!(twice, AddressError::Twice([10, 0, 0, 5].into()));
+        assert!(matches!(
+            plan(&[with(tap("a"))], "vm-0123456789ab"),
+            Err(NetworkError::Address(AddressError::Boot))
+        ));
     }
 
     #[test]

@@ -20,12 +20,15 @@ use super::cgroup::Group;
 use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
 use super::kernel_words::KernelWords;
-use super::limits::{FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN};
+use super::limits::{
+    FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN, SETTLE_STEP, SETTLE_TIMEOUT, SETTLE_TRIES,
+};
 use super::link::{Events, Link};
 use super::shells::Socket;
 use super::slots::Lease;
 use super::vm::{Command, FrozenVm, State, Vm};
 use super::watchdog;
+use crate::agent::{AgentReply, AgentRequest};
 use crate::snapshot::memory::pager::{self, Attachment, EndReason, Pager, PagerSource};
 use crate::snapshot::store::Draft;
 use crate::telemetry::metrics;
@@ -442,6 +445,49 @@ impl Owner {
     async fn freeze(&mut self, draft: Box<Draft>, stop_after: bool) -> Result<FrozenVm, FleetError> {
         let before = self.check_started()?;
         check_room_for_a_layer(&self.disks)?;
+        let settled = before != State::Paused && self.settle().await;
+        let frozen = self.freeze_quiet(draft, stop_after, before).await;
+        if settled {
+            // Nobody waits for the answer; and the guest does it by itself after a while.
+            let _ = self.vm.agent.begin(AgentRequest::Settle { on: false }).await;
+        }
+        frozen
+    }
+
+    /// Has the guest's system keep its random generator still, so that its clones' can draw on their own entropy at once. Without
+    /// that they take a tenth of a second for it, so a guest that does not do it is no failure.
+    async fn settle(&mut self) -> bool {
+        let request = AgentRequest::Settle { on: true };
+        if !self.vm.agent.hello().is_some_and(|hello| hello.serves(&request)) {
+            return false;
+        }
+        let vm = Arc::clone(&self.vm);
+        let settle = async {
+            for _ in 0..SETTLE_TRIES {
+                match vm.agent.ask(request.clone(), SETTLE_TIMEOUT).await? {
+                    AgentReply::Settled { wait_ns: 0 } => return Ok(()),
+                    // The guest's time need not go by as fast as ours.
+                    AgentReply::Settled { wait_ns } => {
+                        tokio::time::sleep(Duration::from_nanos(wait_ns).clamp(SETTLE_STEP, SETTLE_TIMEOUT))
+                            .await;
+                    }
+                    _ => return Err(FleetError::Internal("the agent settled something else".to_owned())),
+                }
+            }
+            Err(FleetError::AgentBusy)
+        };
+        if let Err(error) = self.ears.during(settle).await {
+            tracing::info!(vm = %self.vm.id, %error, "a guest's random generator was not settled before a snapshot: its clones wait for theirs");
+        }
+        true
+    }
+
+    async fn freeze_quiet(
+        &mut self,
+        draft: Box<Draft>,
+        stop_after: bool,
+        before: State,
+    ) -> Result<FrozenVm, FleetError> {
         let _quiet = match self.vm.agent.hello() {
             Some(_) => Some(self.ears.during(self.vm.agent.quiet(QUIET_TIMEOUT)).await?),
             None => None,

@@ -28,7 +28,7 @@ impl FleetError {
             Self::NoAgentInSnapshot => "NO_AGENT_IN_SNAPSHOT",
             Self::NoAgent => "NO_AGENT",
             Self::AgentTimeout(_) => "AGENT_TIMEOUT",
-            Self::WrongGeneration => "IDENTITY_NOT_CONFIRMED",
+            Self::WrongGeneration | Self::WrongAddresses { .. } => "IDENTITY_NOT_CONFIRMED",
             Self::AgentBusy => "AGENT_BUSY",
             Self::ExecTimeout(_) => "COMMAND_TIMEOUT",
             Self::StreamLost(_) => "STREAM_LOST",

@@ -20,7 +20,7 @@ use super::disks::{FrozenFile, RECORD, RECORD_ROOM, VmDisk};
 use super::network::VmNetwork;
 use super::owner::Again;
 use super::snapshots::{hello_from_text, hello_text};
-use super::vm::{Origin, State, Vm};
+use super::vm::{Entropy, Origin, State, Vm};
 use crate::agent::Hello;
 use crate::snapshot::folder;
 use crate::snapshot::manifest::FileEntry;
@@ -78,6 +78,8 @@ pub struct Record {
     pub memory_bytes: u64,
     pub generation: Option<[u8; 16]>,
     pub host_name: String,
+    #[serde(default)]
+    pub entropy: Entropy,
     pub memory_mode: Option<MemoryMode>,
     pub networks: Vec<VmNetwork>,
     #[serde(default)]
@@ -397,6 +399,7 @@ impl Vm {
             memory_bytes: self.memory_bytes,
             generation: self.generation,
             host_name: self.host_name(),
+            entropy: self.entropy(),
             memory_mode: self.memory_mode,
             networks: self.networks.clone(),
             limits: self.limits,
@@ -464,6 +467,7 @@ mod tests {
             memory_bytes: 1,
             generation: None,
             host_name: String::new(),
+            entropy: Entropy::default(),
             memory_mode: None,
             networks: Vec::new(),
             limits: Limits::default(),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Fleet;
+use super::addresses::Given;
 use super::boot::{micros, step};
 use super::claims::Claim;
 use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
@@ -259,7 +260,7 @@ fn stored_network(network: &Network) -> Result<VmNetwork, FleetError> {
         cause: crate::snapshot::cause::Cause::Damaged,
         message: format!("the snapshot's manifest has an address {:?}; take the snapshot again", network.mac),
     })?;
-    Ok(VmNetwork { link: LinkRequest::Down, mac, mtu: network.mtu })
+    Ok(VmNetwork { link: LinkRequest::Down, mac, mtu: network.mtu, given: Given::default() })
 }
 
 fn protocol(protocol: Protocol) -> BootProtocol {

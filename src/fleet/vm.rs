@@ -42,6 +42,18 @@ pub enum Origin {
     Snapshot(String),
 }
 
+/// What is known of the random numbers of a clone's system.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Entropy {
+    /// It was not told that it is a clone, or is none.
+    #[default]
+    Unknown,
+    /// Its generator was given entropy of its own, and will draw on it sooner or later.
+    Pending,
+    /// It has drawn on it: what it gives from now on is this clone's alone.
+    Drawn,
+}
+
 /// Where in its life a VM is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
@@ -88,6 +100,7 @@ pub struct Vm {
     pub generation: Option<[u8; 16]>,
     /// What its guest was told to be called, and has confirmed; empty: it was not told.
     pub(super) host_name: Mutex<String>,
+    pub(super) entropy: Mutex<Entropy>,
     pub memory_mode: Option<MemoryMode>,
     pub networks: Vec<VmNetwork>,
     pub limits: Limits,
@@ -160,6 +173,15 @@ impl Vm {
     /// What its guest was told to be called, and has confirmed; empty: it was not told.
     pub fn host_name(&self) -> String {
         self.host_name.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What is known of its system's random numbers.
+    pub fn entropy(&self) -> Entropy {
+        *self.entropy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn learn_entropy(&self, entropy: Entropy) {
+        *self.entropy.lock().unwrap_or_else(PoisonError::into_inner) = entropy;
     }
 
     /// Whether it stands ready in its pool and is nobody's yet.

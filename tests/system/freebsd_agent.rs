@@ -1,4 +1,5 @@
-//! The agent in a real FreeBSD: its hello is the ready point; commands, files, snapshots; clones that are other machines.
+//! The agent in a real FreeBSD: its hello is the ready point; commands, files, snapshots; clones that are other machines, with random numbers
+//! and addresses of their own.
 
 use std::collections::HashSet;
 use std::fs;
@@ -7,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::exec_exit::How;
+use coldspark::api::proto::network_interface::Link;
 use coldspark::api::proto::ready_point::At;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
@@ -15,12 +17,20 @@ use tonic::Code;
 use crate::client::{Client, ImageFiles, ask, expect_status};
 use crate::commands::{Command, get, put, run, start};
 use crate::daemon::{Daemon, eventually};
-use crate::freebsd::environment;
+use crate::freebsd::{PROMPT, ask as ask_console, environment};
 use crate::host::{self, Need};
+use crate::network;
+use crate::tap::Tap;
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsdAgent];
+const ADDRESSED: &[Need] =
+    &[Need::Kvm, Need::KernelMode, Need::FreeBsdAgent, Need::FreeBsdNetwork, Need::Tap];
 const CLONES: u32 = 3;
+/// Clones whose random numbers are compared.
+const CLONES_COMPARED: u32 = 12;
+/// The setting that the agent changes for a moment.
+const POOL_BYTES: &str = "kern.random.fortuna.minpoolsize";
 /// HELLO's number of the FreeBSD agent.
 const AGENT_FREEBSD: u32 = 2;
 /// How much faster than this machine's clock a clone's may have gone since it was set.
@@ -30,6 +40,9 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("freebsd/agent/commands", NEEDS, 120, |stage| commands(stage, AgentPort::Virtio)),
         trial("freebsd/agent/clones", NEEDS, 120, |stage| clones(stage, AgentPort::Virtio)),
+        trial("freebsd/agent/entropy", NEEDS, 120, entropy),
+        trial("freebsd/agent/killed", NEEDS, 120, killed),
+        trial("freebsd/agent/addresses", ADDRESSED, 120, addresses),
         trial("freebsd/agent/serial-port/commands", NEEDS, 300, |stage| commands(stage, AgentPort::Serial)),
         trial("freebsd/agent/serial-port/clones", NEEDS, 300, |stage| clones(stage, AgentPort::Serial)),
     ]
@@ -37,6 +50,14 @@ pub fn trials() -> Vec<Trial> {
 
 /// Boots it up to the agent's hello.
 async fn boot(client: &mut Client, port: AgentPort) -> anyhow::Result<String> {
+    boot_on(client, port, vec![]).await
+}
+
+async fn boot_on(
+    client: &mut Client,
+    port: AgentPort,
+    networks: Vec<NetworkInterface>,
+) -> anyhow::Result<String> {
     let (kernel, disk) = host::freebsd_agent().map_err(anyhow::Error::msg)?;
     let spec = ImageSpec {
         name: "freebsd".into(),
@@ -55,7 +76,8 @@ async fn boot(client: &mut Client, port: AgentPort) -> anyhow::Result<String> {
     let files =
         ImageFiles { kernel: Some(fs::read(kernel)?), disks: vec![fs::read(disk)?], ..Default::default() };
     client.import(spec, files).await?;
-    let request = CreateVmRequest { source: Some(Source::Image("freebsd".into())), ..Default::default() };
+    let source = Some(Source::Image("freebsd".into()));
+    let request = CreateVmRequest { source, networks, ..Default::default() };
     Ok(client.boot(request).await?.vm.id)
 }
 
@@ -234,5 +256,157 @@ async fn clones(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
         run(&client, &clone.id, &["cat", "/tmp/kept"]).await?.expect(0, &clone.id)?;
     }
     drop(cat.finish().await?);
+    Ok(())
+}
+
+/// Bytes of the system's generator.
+async fn random(client: &Client, vm: &str) -> anyhow::Result<Vec<u8>> {
+    let left = run(client, vm, &["head", "-c", "32", "/dev/random"]).await?;
+    ensure!(left.how == How::Status(0) && left.stdout.len() == 32, "{vm}: {left:?}");
+    Ok(left.stdout)
+}
+
+/// What the kernel of a clone first gives is its own. Clones that are told nothing say what it would give otherwise: all the same.
+async fn entropy(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = boot(&mut client, AgentPort::Virtio).await?;
+    let pool_bytes = says(&client, &vm, &["sysctl", "-n", POOL_BYTES]).await?;
+    // Has it draw, so that it must not again for the tenth of a second in which the snapshot is asked for.
+    random(&client, &vm).await?;
+    client.snapshot(&vm, "base").await?;
+    ensure!(
+        says(&client, &vm, &["sysctl", "-n", POOL_BYTES]).await? == pool_bytes,
+        "the source's generator is not as it was"
+    );
+    let untold = client.clone_vms("base", 2, MemoryMode::Mapped, Identity::Unmanaged).await?;
+    let mut same = Vec::new();
+    for clone in &untold {
+        ensure!(clone.guest_entropy() == GuestEntropy::Unspecified, "{clone:?}");
+        same.push(random(&client, &clone.id).await?);
+        client.delete_vm(&clone.id).await?;
+    }
+    ensure!(same[0] == same[1], "clones that were told nothing differ: this trial could not tell");
+
+    let mut seen = HashSet::from([same.remove(0)]);
+    let mut took = Vec::new();
+    for _ in 0..CLONES_COMPARED {
+        let clones = client.clone_vms("base", 1, MemoryMode::Mapped, Identity::Managed).await?;
+        let clone = clones.first().context("a clone")?;
+        ensure!(clone.guest_entropy() == GuestEntropy::Drawn, "{clone:?}");
+        let identity = clone.steps.iter().find(|step| step.name == "identity").context("a step")?;
+        took.push(identity.us);
+        ensure!(seen.insert(random(&client, &clone.id).await?), "{}: bytes of another clone", clone.id);
+        ensure!(says(&client, &clone.id, &["sysctl", "-n", POOL_BYTES]).await? == pool_bytes, "{}", clone.id);
+        client.delete_vm(&clone.id).await?;
+    }
+    took.sort_unstable();
+    let line = format!("identity of {CLONES_COMPARED} clones, us: {took:?}");
+    println!("  freebsd/agent/entropy: {line}");
+    fs::write(stage.logs.join("entropy.txt"), line)?;
+    Ok(())
+}
+
+/// A FreeBSD program that ends the one that started it, by SIGKILL: ELF header, one segment, and getppid, kill, exit.
+fn killer() -> Vec<u8> {
+    const AT: u64 = 0x40_0000;
+    const CODE: [u8; 32] = [
+        0xb8, 39, 0, 0, 0, 0x0f, 0x05, 0x89, 0xc7, 0xbe, 9, 0, 0, 0, 0xb8, 37, 0, 0, 0, 0x0f, 0x05, 0x31,
+        0xff, 0xb8, 1, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x0b,
+    ];
+    let mut elf = b"\x7fELF\x02\x01\x01\x09\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+    for word in [AT + 120, 64, 0] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    for word in [0, AT, AT, 120 + CODE.len() as u64, 120 + CODE.len() as u64, 4096] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(CODE);
+    elf
+}
+
+/// An agent that is killed while it says much is started again, and spoken with as if nothing had been.
+async fn killed(stage: Stage) -> anyhow::Result<()> {
+    const ROUNDS: usize = 6;
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = boot(&mut client, AgentPort::Virtio).await?;
+    put(&client, &vm, "/tmp/end", 0o755, &killer()).await?;
+    for round in 0..ROUNDS {
+        let mut floods = Vec::new();
+        for _ in 0..3 {
+            let mut flood = Command::open(&client, start(&vm, &["yes"])).await?;
+            flood.stdout().await?;
+            floods.push(tokio::spawn(async move { while flood.stdout().await.is_ok() {} }));
+        }
+        // Its own end is told, or not any more.
+        let _ = run(&client, &vm, &["/tmp/end"]).await;
+        for flood in floods {
+            flood.await?;
+        }
+        eventually(&format!("another agent, after {} killed", round + 1), 60, async || {
+            Ok(matches!(run(&client, &vm, &["echo", "back"]).await, Ok(left) if left.stdout == b"back\n"))
+        })
+        .await?;
+    }
+    // Clones and all else go on as well.
+    client.snapshot(&vm, "base").await?;
+    let clones = client.clone_vms("base", 1, MemoryMode::Mapped, Identity::Managed).await?;
+    ensure!(clones[0].guest_entropy() == GuestEntropy::Drawn, "{clones:?}");
+    run(&client, &clones[0].id, &["echo", "here"]).await?.expect(0, "here\n")
+}
+
+/// Clones have the addresses that they were given, and those of their snapshot no more.
+async fn addresses(stage: Stage) -> anyhow::Result<()> {
+    let (tap, other) = (Tap::new([10, 83, 0, 1])?, Tap::new([10, 84, 0, 1])?);
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = boot_on(&mut client, AgentPort::Virtio, vec![network::plugged(&tap)]).await?;
+    let mut console = client.console(&vm).await?;
+    console.expect(PROMPT).await?;
+    let said = ask_console(&mut console, &format!("ifup vtnet0 {}/24", tap.guest())).await?;
+    ensure!(said.contains("ifup=0"), "no address: {said}");
+    ensure!(network::ping(tap.guest(), 3).await? > 0, "the source does not answer");
+    let snapshot = client.snapshot(&vm, "base").await?.id;
+    client.delete_vm(&vm).await?;
+
+    let given =
+        network::given(&other, &["10.84.0.9/24", "10.84.0.10/32", "fd84::9/64"], &["10.84.0.1", "fe80::1"]);
+    let moved = network::managed(&mut client, &snapshot, vec![given]).await.context("other addresses")?;
+    ensure!(moved.networks[0].addresses.len() == 3 && moved.networks[0].gateways.len() == 2, "{moved:?}");
+    for address in [[10, 84, 0, 9], [10, 84, 0, 10]] {
+        ensure!(network::ping(address.into(), 3).await? > 0, "no answer from {address:?}");
+    }
+    // Through its gateway, to an address of this host that is none of its own network's.
+    let mut console = client.console(&moved.id).await?;
+    let said = ask_console(&mut console, &format!("icmp {} 3", tap.address)).await?;
+    ensure!(said.contains("got=3"), "its default route leads nowhere: {said}");
+
+    let beside = network::managed(
+        &mut client,
+        &snapshot,
+        vec![network::given(&tap, &["10.83.0.9/24"], &["10.83.0.1"])],
+    )
+    .await
+    .context("another address in the source's network")?;
+    ensure!(network::ping([10, 83, 0, 9].into(), 3).await? > 0, "no answer from the second clone");
+    ensure!(network::ping(tap.guest(), 1).await? == 0, "it answers to its source's address, too");
+    // Its clone is given others again, and loses the default routes with them.
+    let again = client.snapshot(&beside.id, "again").await?.id;
+    client.delete_vm(&beside.id).await?;
+    let last =
+        network::managed(&mut client, &again, vec![network::given(&tap, &["10.83.0.7/24"], &[])]).await?;
+    ensure!(network::ping([10, 83, 0, 7].into(), 3).await? > 0, "no answer from a clone's clone");
+    let mut console = client.console(&last.id).await?;
+    let said = ask_console(&mut console, &format!("icmp {} 1", other.address)).await?;
+    ensure!(!said.contains("got=1"), "a default route is left: {said}");
+
+    let kept = network::given(&other, &["10.84.0.11/24"], &[]);
+    client.delete_vm(&moved.id).await?;
+    let second = NetworkInterface { link: Some(Link::Down(true)), ..Default::default() };
+    let refused = network::managed(&mut client, &snapshot, vec![kept, second]).await;
+    expect_status("two links for one interface", refused, &[Code::InvalidArgument])?;
     Ok(())
 }

@@ -40,13 +40,14 @@ pub fn trials() -> Vec<Trial> {
         &[Need::Kvm, Need::KernelMode, Need::FreeBsdGeneric, Need::FreeBsdNetwork, Need::Tap];
     vec![
         trial("network/taps-that-cannot-be-had", ANY_GUEST, 60, refusals),
+        trial("network/addresses-of-clones", ANY_GUEST, 60, addresses),
         trial("network/linux", LINUX, 150, |stage| road(stage, Guest::Linux)),
         trial("network/freebsd", FREEBSD, 150, |stage| road(stage, Guest::FreeBsd(Kernel::Microvm))),
         trial("network/freebsd-generic", GENERIC, 150, |stage| road(stage, Guest::FreeBsd(Kernel::Generic))),
     ]
 }
 
-fn plugged(tap: &Tap) -> NetworkInterface {
+pub fn plugged(tap: &Tap) -> NetworkInterface {
     NetworkInterface { link: Some(Link::Tap(tap.name.clone())), ..Default::default() }
 }
 
@@ -92,7 +93,7 @@ impl Report {
     }
 }
 
-async fn ping(to: Ipv4Addr, count: u16) -> anyhow::Result<u16> {
+pub async fn ping(to: Ipv4Addr, count: u16) -> anyhow::Result<u16> {
     tokio::task::spawn_blocking(move || tap::ping(to, count, PING_EVERY)).await?
 }
 
@@ -173,6 +174,109 @@ async fn refusals(stage: Stage) -> anyhow::Result<()> {
     ensure!(heir.networks[0].mac == vm.networks[0].mac && heir.networks[0].mtu == 1400, "{heir:?}");
     client.delete_vm(&heir.id).await?;
     let _free = tap.take().context("the TAP of a deleted VM is not free")?;
+    Ok(())
+}
+
+/// An interface on a TAP whose guest is given addresses.
+pub fn given(tap: &Tap, addresses: &[&str], gateways: &[&str]) -> NetworkInterface {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    NetworkInterface { addresses: owned(addresses), gateways: owned(gateways), ..plugged(tap) }
+}
+
+/// A clone that is told who it is.
+pub async fn managed(
+    client: &mut Client,
+    snapshot: &str,
+    networks: Vec<NetworkInterface>,
+) -> Result<Vm, Status> {
+    let request = CloneVmRequest {
+        snapshot: snapshot.into(),
+        identity: Identity::Managed.into(),
+        networks,
+        ..Default::default()
+    };
+    let mut vms = client.vms.clone_vm(request).await?.into_inner().vms;
+    vms.pop().ok_or_else(|| Status::internal("trial: no clone in the answer"))
+}
+
+/// Clones are given other addresses than their snapshot has, and answer to these only; or they keep what they had.
+async fn addresses(stage: Stage) -> anyhow::Result<()> {
+    let (tap, other) = (Tap::new([10, 81, 0, 1])?, Tap::new([10, 82, 0, 1])?);
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let boot = |networks: Vec<NetworkInterface>| CreateVmRequest {
+        source: Some(Source::Embedded(true)),
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        command_line: format!("coldspark.ip={} coldspark.ip6=fd81::2", tap.guest()),
+        networks,
+        ..Default::default()
+    };
+    let early = boot(vec![given(&tap, &["10.81.0.9/24"], &[])]);
+    expect_status("addresses for a boot", client.boot(early).await, &[Code::InvalidArgument])?;
+    let vm = client.boot(boot(vec![plugged(&tap)])).await?.vm;
+    ensure!(ping(tap.guest(), 3).await? == 3, "the source does not answer");
+    let snapshot = client.snapshot(&vm.id, "base").await?.id;
+
+    let down = NetworkInterface { link: Some(Link::Down(true)), ..given(&other, &["10.82.0.9/24"], &[]) };
+    let slot = NetworkInterface {
+        link: Some(Link::Slot(SlotLink::default())),
+        ..given(&other, &["10.82.0.9/24"], &[])
+    };
+    for (what, network, says) in [
+        ("no prefix", given(&other, &["10.82.0.9"], &[]), "prefix"),
+        ("no address", given(&other, &["here/24"], &[]), "prefix"),
+        ("a network's first", given(&other, &["10.82.0.0/24"], &[]), "first or last"),
+        ("a gateway elsewhere", given(&other, &["10.82.0.9/24"], &["10.83.0.1"]), "gateway"),
+        ("a gateway alone", given(&other, &[], &["10.82.0.1"]), "gateway"),
+        ("one twice", given(&other, &["10.82.0.9/24", "10.82.0.9/16"], &[]), "twice"),
+        ("nine", given(&other, &["10.82.0.9/24"; 9], &[]), "more than 8"),
+        ("a link-local one", given(&other, &["fe80::9/64"], &[]), "link-local"),
+        ("no link", down, "TAP"),
+        ("a slot", slot, "TAP"),
+    ] {
+        let clone = managed(&mut client, &snapshot, vec![network]).await;
+        let message = expect_status(what, clone, &[Code::InvalidArgument])?;
+        ensure!(message.contains(says), "{what}: {message}");
+    }
+    let untold = clone(&mut client, &snapshot, vec![given(&other, &["10.82.0.9/24"], &[])]).await;
+    let message = expect_status("UNMANAGED", untold, &[Code::FailedPrecondition])?;
+    ensure!(message.contains("MANAGED") && message.contains("agent"), "{message}");
+    // What its guest cannot take costs the clone.
+    let many = given(&other, &["10.82.0.8/24", "10.82.0.9/24"], &[]);
+    let refused = managed(&mut client, &snapshot, vec![many]).await;
+    expect_status(
+        "two for a guest of one",
+        refused,
+        &[Code::ResourceExhausted, Code::FailedPrecondition, Code::Internal],
+    )?;
+    ensure!(client.list_vms().await?.len() == 1, "a clone is left that was not given its addresses");
+    eventually("the end of its process", 20, async || Ok(other.take().is_ok())).await?;
+
+    let network = given(&other, &["10.82.0.9/24", "fd82::9/64"], &["10.82.0.1", "fd82::1"]);
+    let moved =
+        managed(&mut client, &snapshot, vec![network]).await.context("a clone with other addresses")?;
+    ensure!(moved.guest_entropy() == GuestEntropy::Drawn, "{moved:?}");
+    let told = &moved.networks[0];
+    ensure!(told.addresses == ["10.82.0.9/24", "fd82::9/64"], "{told:?}");
+    ensure!(told.gateways == ["10.82.0.1", "fd82::1"] && told.mac != vm.networks[0].mac, "{told:?}");
+    ensure!(ping([10, 82, 0, 9].into(), 3).await? == 3, "the clone does not answer to its address");
+    ensure!(ping(tap.guest(), 3).await? == 3, "the source does not answer any more");
+    let seen = client.vm(&moved.id).await?;
+    ensure!(seen.networks == moved.networks, "{seen:?}");
+    client.delete_vm(&vm.id).await?;
+    let beside = managed(&mut client, &snapshot, vec![given(&tap, &["10.81.0.9/24"], &[])]).await?;
+    ensure!(ping([10, 81, 0, 9].into(), 3).await? == 3, "a clone in its source's network does not answer");
+    ensure!(ping(tap.guest(), 1).await? == 0, "it answers to its source's address, too");
+    client.delete_vm(&beside.id).await?;
+    let kept = managed(&mut client, &snapshot, vec![plugged(&tap)]).await?;
+    ensure!(kept.networks[0].addresses.is_empty(), "{kept:?}");
+    ensure!(ping(tap.guest(), 3).await? == 3, "a clone that was given none has not what it had");
+    // A snapshot of a clone has what the clone had.
+    let again = client.snapshot(&moved.id, "moved").await?.id;
+    client.delete_vm(&moved.id).await?;
+    managed(&mut client, &again, vec![plugged(&other)]).await?;
+    ensure!(ping([10, 82, 0, 9].into(), 3).await? == 3, "a clone of a clone has other addresses");
     Ok(())
 }
 

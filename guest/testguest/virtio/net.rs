@@ -53,6 +53,11 @@ impl Net {
         self.mac
     }
 
+    /// The device filters nothing for it, so an address is what it says.
+    pub(crate) fn set_mac(&mut self, mac: [u8; 6]) {
+        self.mac = mac;
+    }
+
     /// Copies the next frame that came to `to`; gives its bytes. One that is too long is left out.
     pub(crate) fn receive(&mut self, to: &mut [u8; FRAME_BYTES]) -> Result<Option<usize>, Failure> {
         let Some(used) = self.receive.take()? else { return Ok(None) };

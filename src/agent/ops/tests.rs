@@ -18,6 +18,8 @@ fn requests() -> Vec<AgentRequest> {
         AgentRequest::Generation,
         AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host: None },
         AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host: Some(host()) },
+        AgentRequest::Identity { generation: [1; 16], entropy: [2; 32], wall_ns: 3, host: Some(clone()) },
+        AgentRequest::Settle { on: true },
         AgentRequest::SetClock { wall_ns: 4 },
         AgentRequest::Compute { nonce: 1, bytes: 4096 },
         AgentRequest::Serial(b"x".to_vec()),
@@ -30,7 +32,22 @@ fn requests() -> Vec<AgentRequest> {
 }
 
 fn host() -> Host {
-    Host { name: "web-1".into(), macs: vec![(0, [2, 0, 0, 0, 0, 1]), (3, [2, 0, 0, 0, 0, 2])] }
+    Host { name: "web-1".into(), macs: vec![(0, [2, 0, 0, 0, 0, 1]), (3, [2, 0, 0, 0, 0, 2])], more: None }
+}
+
+fn address(interface: u32, six: bool, bits: u8, gateway: bool, front: &[u8]) -> Address {
+    let mut bytes = [0; 16];
+    bytes[..front.len()].copy_from_slice(front);
+    Address { interface, six, bits, gateway, bytes }
+}
+
+fn clone() -> Host {
+    let addresses = vec![
+        address(0, false, 24, false, &[10, 0, 0, 5]),
+        address(0, false, 32, true, &[10, 0, 0, 1]),
+        address(1, true, 64, false, &[0xfd; 16]),
+    ];
+    Host { more: Some(More { reseed: true, addresses }), ..host() }
 }
 
 fn reply(request: &AgentRequest, payload: Vec<u8>) -> Frame {
@@ -91,9 +108,50 @@ fn a_clone_is_told_its_name_and_addresses() {
     put64(&mut answer, 2);
     put_string(&mut answer, b"web-1");
     let got = AgentReply::decode(&request, reply(&request, answer.clone())).unwrap();
-    assert_eq!(got, AgentReply::Become { generation: [9; 16], count: 2, host_name: "web-1".into() });
+    assert_eq!(
+        got,
+        AgentReply::Become { generation: [9; 16], count: 2, host_name: "web-1".into(), more: None }
+    );
     answer.push(0);
     assert!(AgentReply::decode(&request, reply(&request, answer)).is_err());
+}
+
+#[test]
+fn a_clone_is_told_its_addresses_and_tells_what_became_of_it() {
+    let host = clone();
+    let More { addresses, .. } = host.more.clone().unwrap();
+    let request =
+        AgentRequest::Identity { generation: [9; 16], entropy: [7; 32], wall_ns: 5, host: Some(host) };
+    let bytes = request.encode(1).unwrap();
+    let payload = &bytes[wire::HEADER_BYTES..];
+    let told = wire::Become::decode(wire::KIND_CLONE, payload).unwrap();
+    assert_eq!((told.host_name, told.flags), (&b"web-1"[..], wire::CLONE_RESEED));
+    assert_eq!(told.addresses.collect::<Vec<_>>(), addresses);
+    for cut in 0..payload.len() {
+        assert!(wire::Become::decode(wire::KIND_CLONE, &payload[..cut]).is_none(), "{cut}");
+    }
+    // An older agent, which knows BECOME, takes it for nothing.
+    assert!(wire::Become::decode(wire::KIND_BECOME, payload).is_none());
+
+    let mut answer = vec![9; 16];
+    put64(&mut answer, 2);
+    put_string(&mut answer, b"web-1");
+    put32(&mut answer, wire::ENTROPY_DRAWN);
+    put32(&mut answer, 3);
+    addresses.iter().for_each(|address| answer.extend_from_slice(&address.encode()));
+    let decode = |payload: &[u8]| AgentReply::decode(&request, reply(&request, payload.to_vec()));
+    let AgentReply::Become { more: Some(more), .. } = decode(&answer).unwrap() else { panic!("no more") };
+    assert_eq!(more, Confirmed { drawn: true, addresses });
+    for cut in 0..answer.len() {
+        assert!(decode(&answer[..cut]).is_err(), "{cut}");
+    }
+    // A family, a prefix, a kind, a rest that there cannot be; a count that is too large.
+    let at = answer.len() - 3 * Address::BYTES;
+    for (place, value) in [(at + 4, 5), (at + 5, 33), (at + 6, 2), (at + 7, 1), (at + 12, 1), (at - 4, 65)] {
+        let mut wrong = answer.clone();
+        wrong[place] = value;
+        assert!(decode(&wrong).is_err(), "{place}");
+    }
 }
 
 #[test]
@@ -123,7 +181,7 @@ fn a_reply_of_another_kind_is_refused() {
     assert_eq!(error, AgentError::Kind { expected: 0x800a, got: 0x8009 });
 }
 
-fn hello() -> Hello {
+pub fn hello() -> Hello {
     Hello {
         version: wire::PROTOCOL_VERSION,
         agent: wire::AGENT_TEST_GUEST,

@@ -417,6 +417,7 @@ pub fn value(vm: &proto::Vm) -> Value {
         "protocol": protocol_name(vm.protocol),
         "generation": hex(&vm.generation),
         "host_name": vm.host_name,
+        "guest_entropy": vm.guest_entropy().as_str_name().trim_start_matches("GUEST_ENTROPY_"),
         "agent": vm.agent,
         "agent_name": vm.agent_name,
         "created_unix_ms": vm.created_unix_ms,

@@ -11,7 +11,8 @@ use crate::cli::{SocketArgument, output, units};
 #[derive(Debug, Clone, Default, Args)]
 pub struct NetArguments {
     /// The VM's next network interface, for a clone a link for its guest's next one: `auto`, a network that the service has made (serve
-    /// --networks), or tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400], or down; may be given 4 times
+    /// --networks), or tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400], or down; may be given 4 times. A clone's
+    /// guest is given IP addresses with ,ip=10.0.0.5/24 (again for more) and ,gateway=10.0.0.1
     #[arg(long = "net", value_name = "LINK", value_parser = parse_interface)]
     nets: Vec<proto::NetworkInterface>,
     /// With --net auto: a port of this host that leads to one of the guest, until the VM ends (may be given again)
@@ -120,9 +121,9 @@ pub fn parse_allow(text: &str) -> Result<proto::AllowedDestination, String> {
     Ok(proto::AllowedDestination { network: network.to_owned(), port, transport: transport.into() })
 }
 
-/// Reads `auto`, `tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400]` or `down[,...]`.
+/// Reads `auto`, `tap=NAME[,netns=NAME][,mac=02:00:00:00:00:01][,mtu=1400][,ip=10.0.0.5/24][,gateway=10.0.0.1]` or `down[,...]`.
 pub fn parse_interface(text: &str) -> Result<proto::NetworkInterface, String> {
-    let usage = "write auto, tap=NAME (perhaps with ,netns=NAME) or down, then perhaps ,mac=02:00:00:00:00:01 and ,mtu=1400";
+    let usage = "write auto, tap=NAME (perhaps with ,netns=NAME) or down, then perhaps ,mac=02:00:00:00:00:01 and ,mtu=1400, for a clone ,ip=10.0.0.5/24 and ,gateway=10.0.0.1";
     let mut interface = proto::NetworkInterface::default();
     for part in text.split(',') {
         let taken = match part.split_once('=').unwrap_or((part, "")) {
@@ -135,6 +136,18 @@ pub fn parse_interface(text: &str) -> Result<proto::NetworkInterface, String> {
             ("mac", mac) => {
                 let bytes = parse_mac(mac).ok_or_else(|| format!("{mac:?} is no address; {usage}"))?;
                 !std::mem::replace(&mut interface.mac, bytes.into()).is_empty()
+            }
+            ("ip", address) => {
+                let good = address.parse::<ipnet::IpNet>();
+                good.map_err(|_| format!("{address:?} is no address with its prefix; {usage}"))?;
+                interface.addresses.push(address.to_owned());
+                false
+            }
+            ("gateway", gateway) => {
+                let good = gateway.parse::<std::net::IpAddr>();
+                good.map_err(|_| format!("{gateway:?} is no address of a gateway; {usage}"))?;
+                interface.gateways.push(gateway.to_owned());
+                false
             }
             ("mtu", mtu) => {
                 let number = mtu.parse().ok().filter(|mtu| *mtu != 0);
@@ -168,6 +181,10 @@ fn parse_mac(text: &str) -> Option<Vec<u8>> {
 /// An interface as JSON.
 pub fn value(network: &proto::Network) -> Value {
     let mut value = json!({ "link": network.link, "mac": mac_text(&network.mac), "mtu": network.mtu });
+    if let Some(object) = value.as_object_mut().filter(|_| !network.addresses.is_empty()) {
+        object.insert("addresses".to_owned(), json!(network.addresses));
+        object.insert("gateways".to_owned(), json!(network.gateways));
+    }
     if let (Some(slot), Some(object)) = (&network.slot, value.as_object_mut()) {
         object.insert("slot".to_owned(), slot_value(network, slot));
     }
@@ -304,6 +321,11 @@ mod tests {
         assert_eq!((&read.mac[..], read.mtu), (&[2, 0, 0, 0, 0, 0xff][..], 1400));
         let read = parse_interface("tap=tap0,netns=blue").unwrap();
         assert_eq!((read.link, &read.netns[..]), (Some(Link::Tap("tap0".into())), "blue"));
+        let read = parse_interface("tap=tap0,ip=10.0.0.5/24,ip=fd00::5/64,gateway=10.0.0.1").unwrap();
+        assert_eq!(
+            (&read.addresses[..], &read.gateways[..]),
+            (&["10.0.0.5/24".to_owned(), "fd00::5/64".to_owned()][..], &["10.0.0.1".to_owned()][..])
+        );
         assert_eq!(parse_interface("down").unwrap().link, Some(Link::Down(true)));
         for wrong in [
             "",
@@ -319,6 +341,11 @@ mod tests {
             "tap=a,mtu=x",
             "tap=a,mtu=1400,mtu=1400",
             "tap=a,speed=1",
+            "tap=a,ip=10.0.0.5",
+            "tap=a,ip=",
+            "tap=a,ip=10.0.0.5/33",
+            "tap=a,gateway=10.0.0.1/24",
+            "ip=10.0.0.5/24",
             "tap=a,netns=",
             "tap=a,netns=b,netns=c",
             "down,netns=b",

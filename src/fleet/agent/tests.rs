@@ -364,3 +364,91 @@ async fn a_conversation_goes_on_in_the_middle_of_a_frame() {
     guest.reply(&request, wire::STATUS_OK, b"a").await;
     asked.answer(LONG).await.unwrap();
 }
+
+/// What an agent that is killed leaves of a frame of `long` bytes, when so many of them were sent.
+fn cut(long: usize, sent: usize) -> Vec<u8> {
+    let mut bytes = frame::encode(wire::KIND_STREAM_DATA, 0, 7, &vec![0x55; long]).unwrap();
+    bytes.truncate(sent);
+    bytes
+}
+
+/// The question by which a doubt is settled comes, and is answered as `guest` is.
+async fn settle(guest: &mut Guest) {
+    let question = guest.next().await;
+    assert_eq!((question.kind, question.payload.len()), (wire::KIND_ECHO, 16));
+    guest.reply(&question, 0, &question.payload).await;
+}
+
+#[tokio::test]
+async fn an_agent_killed_in_the_middle_of_a_frame_is_followed_by_the_next() {
+    // Its last frame lacks much, or less than a hello, or less than the hello's first bytes; or all but a part of its header.
+    for (long, sent) in [(60_000, 100), (60_000, 59_990), (3000, 3012), (300, 313), (300, 9)] {
+        let (ours, mut guest) = Guest::new();
+        let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+        let (stream, _) = opened(&agent, &mut guest).await;
+        let asked = agent.begin(echo("lost")).await.unwrap();
+        let lost = guest.next().await;
+        guest.socket.write_all(&cut(long, sent)).await.unwrap();
+        let next = Hello { name: "the next".into(), ..hello() };
+        for piece in next.encode().unwrap().chunks(7) {
+            guest.socket.write_all(piece).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        settle(&mut guest).await;
+        assert!(
+            matches!(asked.answer(LONG).await, Err(FleetError::WrongState(told)) if told.contains("again"))
+        );
+        assert!(matches!(stream.next().await, Err(FleetError::StreamLost(_))), "{long} {sent}");
+        assert_eq!(agent.hello().unwrap().name, "the next", "{long} {sent}");
+        let serving = async {
+            let asked = guest.next().await;
+            guest.reply(&lost, 0, b"from the one that is gone").await;
+            guest.reply(&asked, 0, &asked.payload).await;
+        };
+        let (answer, ()) = tokio::join!(agent.ask(echo("new"), LONG), serving);
+        assert_eq!(answer.unwrap(), AgentReply::Bytes(b"new".to_vec()), "{long} {sent}");
+    }
+}
+
+#[tokio::test]
+async fn a_file_with_a_hello_in_it_is_a_file() {
+    let (ours, mut guest) = Guest::new();
+    let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+    let (stream, id) = opened(&agent, &mut guest).await;
+    let other = Hello { name: "of a file".into(), ..hello() };
+    let file = [&[0x43; 2000][..], &other.encode().unwrap(), &[0x55; 3000]].concat();
+    let data = [&[1, 0, 0, 0][..], &file].concat();
+    let whole = frame::encode(wire::KIND_STREAM_DATA, 0, id, &data).unwrap();
+    let (front, rest) = whole.split_at(2600);
+    guest.socket.write_all(front).await.unwrap();
+    // The agent is slow, and answers what it was asked when its frame is out.
+    let question = guest.next().await;
+    guest.socket.write_all(rest).await.unwrap();
+    guest.reply(&question, 0, &question.payload).await;
+    assert_eq!(stream.next().await.unwrap(), Heard::Output(Pipe::Stdout, file.into()));
+    assert_eq!(agent.hello().unwrap().name, "test");
+    says(&mut guest, wire::KIND_END, id, &[0, 0, 0, 0, 3, 0, 0, 0]).await;
+    assert_eq!(stream.next().await.unwrap(), Heard::End(End::Exited(3)));
+}
+
+/// The one that follows may be killed, too, and a snapshot waits for nobody that is gone.
+#[tokio::test]
+async fn agents_may_be_killed_one_after_the_other() {
+    let (ours, mut guest) = Guest::new();
+    let agent = AgentClient::start(ours, Some(Arc::new(hello())));
+    guest.socket.write_all(&cut(60_000, 100)).await.unwrap();
+    guest.socket.write_all(&hello().encode().unwrap()).await.unwrap();
+    guest.next().await;
+    guest.socket.write_all(&cut(50_000, 100)).await.unwrap();
+    let third = Hello { name: "third".into(), ..hello() };
+    let bytes = third.encode().unwrap();
+    let (front, rest) = bytes.split_at(40);
+    guest.socket.write_all(front).await.unwrap();
+    tokio::task::yield_now().await;
+    guest.socket.write_all(rest).await.unwrap();
+    settle(&mut guest).await;
+    let mut presence = agent.presence();
+    let third = |presence: &Presence| matches!(presence, Presence::Here(hello) if hello.name == "third");
+    presence.wait_for(third).await.unwrap();
+    agent.quiet(LONG).await.unwrap();
+}

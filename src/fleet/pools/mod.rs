@@ -452,7 +452,7 @@ async fn wake_up(
     if let (true, Some(generation)) = (settings.managed, vm.generation) {
         // Its clock stood still.
         let begun = Instant::now();
-        let asking = identity::ask(vm, generation, name).await?;
+        let asking = identity::ask(vm, generation, name, identity::Occasion::Taken).await?;
         identity::confirm(vm, asking).await?;
         steps.push(step("identity", micros(begun)));
     }
