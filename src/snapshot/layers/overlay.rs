@@ -121,7 +121,8 @@ pub fn punch(file: &File, from: u64, to: u64) -> Result<(), LayerError> {
             }
         }
     }
-    let zeros = [0u8; 64 << 10];
+    // Not on the stack, which is small in a disk's thread.
+    let zeros = vec![0u8; 64 << 10];
     let mut position = from;
     while position < to {
         let bytes = (to - position).min(zeros.len() as u64);
