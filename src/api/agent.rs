@@ -18,9 +18,6 @@ use crate::fleet::clones::FirstCall;
 use crate::fleet::error::FleetError;
 use crate::fleet::limits::{AGENT_TIMEOUT_DEFAULT, AGENT_TIMEOUT_MAX};
 
-/// How long after its agent's port the end of a VM is known.
-const END_KNOWN_WITHIN: Duration = Duration::from_secs(2);
-
 /// The service.
 pub struct Agent {
     fleet: Arc<Fleet>,
@@ -78,14 +75,8 @@ impl AgentService for Agent {
             reason = vm.ended() => return Err(FleetError::Ended(reason).into()),
         };
         let reply = match reply {
-            // The port closes a moment before the end is known, and why. (One that was booted may come again: that is no end.)
-            Err(error @ FleetError::WrongState(_)) if vm.generation.is_some() => {
-                match tokio::time::timeout(END_KNOWN_WITHIN, vm.ended()).await {
-                    Ok(reason) => return Err(FleetError::Ended(reason).into()),
-                    Err(_) => return Err(error.into()),
-                }
-            }
-            reply => reply?,
+            Ok(reply) => reply,
+            Err(error) => return Err(vm.end_or(error).await.into()),
         };
         let us = u64::try_from(asked.elapsed().as_micros()).unwrap_or(u64::MAX);
         let result = Some(answer(&op, reply)?);

@@ -11,6 +11,9 @@ use super::vm::Vm;
 use crate::agent::End;
 use crate::agent::streams::{Pipe, What};
 
+/// How long after its agent's port the end of a VM is known.
+const END_KNOWN_WITHIN: Duration = Duration::from_secs(2);
+
 /// What a command left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Outcome {
@@ -29,9 +32,25 @@ impl Vm {
     /// [`FleetError::Limit`]: too many streams.
     pub async fn open(&self, what: What) -> Result<Stream, FleetError> {
         self.check_runs()?;
-        tokio::select! {
+        let opened = tokio::select! {
             stream = self.agent.open(what, AGENT_TIMEOUT_DEFAULT) => stream,
             reason = self.ended() => Err(FleetError::Ended(reason)),
+        };
+        match opened {
+            Ok(stream) => Ok(stream),
+            Err(error) => Err(self.end_or(error).await),
+        }
+    }
+
+    /// Why its agent could not be talked with: the port closes a moment before the VM's end is known, and why. (One that was booted may come
+    /// again: that is no end.)
+    pub async fn end_or(&self, error: FleetError) -> FleetError {
+        match error {
+            FleetError::WrongState(_) if self.generation.is_some() => {
+                let end = tokio::time::timeout(END_KNOWN_WITHIN, self.ended()).await;
+                end.map_or(error, FleetError::Ended)
+            }
+            error => error,
         }
     }
 
