@@ -48,7 +48,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         ready_in_pool: vm.is_held(),
         host_name: vm.host_name(),
         limits: limits_out(vm.limits),
-        networks: vm.networks.iter().map(super::network::network_out).collect(),
+        networks: vm.networks().iter().map(super::network::network_out).collect(),
     }
 }
 

@@ -38,7 +38,7 @@ pub async fn ask(vm: &Vm, generation: [u8; 16], name: Option<&str>) -> Result<As
     let host = vm.agent.hello().is_some_and(|hello| is_told_all(&hello)).then(|| Host {
         name: name.or(vm.name()).unwrap_or(&vm.id).to_owned(),
         macs: (0..)
-            .zip(&vm.networks)
+            .zip(&vm.networks())
             .filter(|(_, network)| matches!(network.link, LinkRequest::Tap { .. }))
             .map(|(interface, network)| (interface, network.mac))
             .collect(),

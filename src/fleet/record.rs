@@ -324,7 +324,7 @@ impl Vm {
             generation: self.generation,
             host_name: self.host_name(),
             memory_mode: self.memory_mode,
-            networks: self.networks.clone(),
+            networks: self.networks(),
             limits: self.limits,
             created_unix_ms: self.created_unix_ms,
             number: self.number,
