@@ -55,7 +55,7 @@ pub fn vm(vm: &Vm) -> proto::Vm {
         }
         .into(),
         limits: limits_out(vm.limits),
-        networks: vm.networks.iter().map(super::network::network_out).collect(),
+        networks: vm.networks().iter().map(super::network::network_out).collect(),
     }
 }
 

@@ -165,5 +165,7 @@ fn out(event: &Event) -> Told {
         state: event.state.map_or(proto::VmState::Unspecified, convert::state_out).into(),
         exit_reason: event.reason.clone().unwrap_or_default(),
         ready_in_pool: event.held,
+        problem: event.problem.as_ref().map(|problem| problem.text.clone()).unwrap_or_default(),
+        problem_reason: event.problem.as_ref().map(|problem| problem.reason.to_owned()).unwrap_or_default(),
     })
 }

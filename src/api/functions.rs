@@ -20,7 +20,7 @@ use super::proto::invoke_stream_response::Message as Out;
 use super::proto::{self, deploy_request};
 use super::replays::Replays;
 use super::status::invalid;
-use super::{convert, pools};
+use super::{convert, network, pools};
 use crate::agent::End;
 use crate::agent::streams::Pipe;
 use crate::fleet::Fleet;
@@ -249,6 +249,7 @@ fn pairs(map: HashMap<String, String>) -> Vec<(String, String)> {
 }
 
 fn end_out(end: &End, timings: Timings, vm: &Vm, came: Came) -> proto::InvocationEnd {
+    let [slot_address, slot_address6] = vm.slot().map(|link| network::addresses(&link)).unwrap_or_default();
     proto::InvocationEnd {
         how: Some(match end {
             End::Exited(status) => How::ExitStatus(*status),
@@ -262,6 +263,8 @@ fn end_out(end: &End, timings: Timings, vm: &Vm, came: Came) -> proto::Invocatio
             run_us: timings.run_us,
         }),
         vm: vm.id.clone(),
+        slot_address,
+        slot_address6,
         vm_origin: match came {
             Came::Ready => proto::VmOrigin::Ready,
             Came::Started => proto::VmOrigin::Started,
@@ -317,6 +320,7 @@ pub fn deploy_in(request: proto::DeployRequest) -> Result<Deploy, Status> {
             mode: pools::mode_in(settings.mode)?,
             memory_mode: convert::memory_mode_in(settings.memory_mode)?,
             limits: convert::limits_in(settings.limits),
+            slots: network::slots_in(settings.networks)?,
         },
     })
 }
@@ -347,6 +351,7 @@ fn function_out(look: Look) -> proto::Function {
             mode: pools::mode_out(settings.mode).into(),
             memory_mode: convert::memory_mode_out(settings.memory_mode).into(),
             limits: convert::limits_out(settings.limits),
+            networks: network::slots_out(&settings.slots),
         }),
         snapshot: look.made.snapshot,
         own_snapshot: look.made.own,

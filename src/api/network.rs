@@ -70,6 +70,38 @@ fn given_in(addresses: &[String], gateways: &[String]) -> Result<Given, Status> 
     })
 }
 
+/// The links of what is made ahead, which are slots or none.
+pub fn slots_in(interfaces: Vec<proto::NetworkInterface>) -> Result<Vec<Option<Access>>, Status> {
+    let slot = |request: NetworkRequest| match request {
+        NetworkRequest { given, .. } if !given.is_empty() => Err(invalid(
+            "clones of a pool or a function keep the IP addresses that their snapshot has, each behind its own slot; leave them out",
+        )),
+        NetworkRequest { mac: None, mtu: None, link: LinkRequest::Slot(link), .. } => Ok(Some(link.access)),
+        NetworkRequest { mac: None, mtu: None, link: LinkRequest::Down, .. } => Ok(None),
+        NetworkRequest { link: LinkRequest::Tap { name, .. }, .. } => Err(invalid(format!(
+            "TAP {name} is one VM's, and a pool or a function has several; ask for a slot (`--net auto`), or take none"
+        ))),
+        _ => Err(invalid("clones keep the address and the MTU that their snapshot has; leave them out")),
+    };
+    requests_in(interfaces)?.into_iter().map(slot).collect()
+}
+
+pub fn slots_out(slots: &[Option<Access>]) -> Vec<proto::NetworkInterface> {
+    use proto::network_interface::Link;
+    let link = |access: &Option<Access>| match access {
+        Some(access) => Link::Slot(access_out(access)),
+        None => Link::Down(true),
+    };
+    slots
+        .iter()
+        .map(|access| proto::NetworkInterface { link: Some(link(access)), ..Default::default() })
+        .collect()
+}
+
+pub fn publish_in(ports: Vec<proto::PublishedPort>) -> Result<Vec<Publish>, Status> {
+    Ok(access_in(proto::SlotLink { publish: ports, ..Default::default() })?.publish)
+}
+
 fn access_in(slot: proto::SlotLink) -> Result<Access, Status> {
     if slot.allow.len() > ALLOW_MAX || slot.publish.len() > PUBLISH_MAX {
         return Err(invalid(format!(
@@ -163,18 +195,22 @@ pub fn opens_more(interfaces: &[proto::NetworkInterface]) -> Result<bool, Status
     Ok(false)
 }
 
+/// By which the host reaches the guest in a slot; empty where there is none.
+pub fn addresses(link: &SlotLink) -> [String; 2] {
+    let four = link.place.map(|place| place.address4.to_string());
+    let six = link.place.filter(|_| link.six).map(|place| place.address6.to_string());
+    [four.unwrap_or_default(), six.unwrap_or_default()]
+}
+
 pub fn network_out(network: &VmNetwork) -> proto::Network {
     let slot = match &network.link {
         LinkRequest::Slot(link) => Some(link),
         _ => None,
     };
-    let place = slot.and_then(|slot| Some((slot.place?, slot.six)));
+    let [slot_address, slot_address6] = slot.map(|link| addresses(link)).unwrap_or_default();
     proto::Network {
-        slot_address: place.map(|(place, _)| place.address4.to_string()).unwrap_or_default(),
-        slot_address6: place
-            .filter(|(_, six)| *six)
-            .map(|(place, _)| place.address6.to_string())
-            .unwrap_or_default(),
+        slot_address,
+        slot_address6,
         slot: slot.map(|slot| access_out(&slot.access)),
         link: network.link.text(),
         mac: network.mac.to_vec().into(),
@@ -255,6 +291,25 @@ mod tests {
             },
         ] {
             assert_eq!(read(wrong).unwrap_err().code(), tonic::Code::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn what_is_made_ahead_has_slots_or_none() {
+        let interface = |link| proto::NetworkInterface { link: Some(link), ..Default::default() };
+        let told = vec![
+            interface(Link::Down(true)),
+            interface(Link::Slot(proto::SlotLink { outbound: 2, ..Default::default() })),
+        ];
+        let slots = slots_in(told.clone()).unwrap();
+        assert_eq!(slots, [None, Some(Access { outbound: Outbound::All, ..Access::default() })]);
+        assert_eq!(slots_out(&slots), told);
+        for wrong in [
+            interface(Link::Tap("tap0".into())),
+            proto::NetworkInterface { mtu: 1400, ..interface(Link::Down(true)) },
+            proto::NetworkInterface { mac: vec![2; 6].into(), ..told[1].clone() },
+        ] {
+            assert_eq!(slots_in(vec![wrong]).unwrap_err().code(), tonic::Code::InvalidArgument);
         }
     }
 

@@ -6,13 +6,14 @@ use std::time::Duration;
 use prost::Message as _;
 use tonic::{Request, Response, Status};
 
-use super::agent;
+use super::auth::layer::admins_only;
 use super::convert::{self, optional};
 use super::pages::Page;
 use super::proto;
 use super::proto::pool_service_server::PoolService;
 use super::replays::Replays;
 use super::status::invalid;
+use super::{agent, network};
 use crate::fleet::Fleet;
 use crate::fleet::claims::{Claim, Method};
 use crate::fleet::error::FleetError;
@@ -37,7 +38,8 @@ impl Pools {
         claim: Option<Claim>,
     ) -> Result<proto::TakeVmResponse, Status> {
         let (op, first_call) = request.first_call.map(agent::first_call_in).transpose()?.unzip();
-        let request = TakeVm { pool: request.pool, name: optional(request.name), first_call };
+        let publish = network::publish_in(request.publish)?;
+        let request = TakeVm { pool: request.pool, name: optional(request.name), first_call, publish };
         let mut taken = self.fleet.take_vm(request).await?;
         let answer = match (op, taken.answer.take()) {
             (Some(op), Some(answer)) => match agent::first_answer_out(&op, answer) {
@@ -84,6 +86,7 @@ impl PoolService for Pools {
             memory_mode: convert::memory_mode_in(request.memory_mode)?,
             managed: convert::identity_in(request.identity)?,
             limits: convert::limits_in(request.limits),
+            slots: network::slots_in(request.networks)?,
         };
         let made = self.fleet.create_pool(CreatePool { name: request.name, settings }).await?;
         Ok(Response::new(pool_out(made)))
@@ -120,6 +123,7 @@ impl PoolService for Pools {
             memory_mode: request.memory_mode.map(convert::memory_mode_in).transpose()?,
             managed: request.identity.map(convert::identity_in).transpose()?,
             limits: request.limits.map(|limits| convert::limits_in(Some(limits))),
+            slots: request.networks.map(|networks| network::slots_in(networks.interfaces)).transpose()?,
         };
         Ok(Response::new(pool_out(self.fleet.change_pool(&request.pool, change).await?)))
     }
@@ -136,6 +140,9 @@ impl PoolService for Pools {
         &self,
         request: Request<proto::TakeVmRequest>,
     ) -> Result<Response<proto::TakeVmResponse>, Status> {
+        if !request.get_ref().publish.is_empty() {
+            admins_only(&request, "to publish ports of the host")?;
+        }
         let request = request.into_inner();
         let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
         let claim = Claim::new(Method::TakeVm, &id, &asked);
@@ -168,7 +175,9 @@ pub fn mode_out(mode: Mode) -> proto::PoolMode {
 }
 
 fn pool_out(Named { name, look }: Named) -> proto::Pool {
-    let Look { settings, ready, stale, making, out, target, rate, counts, problem } = look;
+    let (problem, problem_reason) =
+        look.problem.clone().map(|problem| (problem.text, problem.reason.to_owned())).unwrap_or_default();
+    let Look { settings, ready, stale, making, out, target, rate, counts, problem: _ } = look;
     proto::Pool {
         name: name.to_string(),
         snapshot: settings.snapshot.clone(),
@@ -178,6 +187,7 @@ fn pool_out(Named { name, look }: Named) -> proto::Pool {
         idle_ttl_ms: u32::try_from(settings.idle_ttl.as_millis()).unwrap_or(u32::MAX),
         memory_mode: convert::memory_mode_out(settings.memory_mode).into(),
         limits: convert::limits_out(settings.limits),
+        networks: network::slots_out(&settings.slots),
         identity: match settings.managed {
             true => proto::Identity::Managed,
             false => proto::Identity::Unmanaged,
@@ -189,7 +199,8 @@ fn pool_out(Named { name, look }: Named) -> proto::Pool {
         in_use: out,
         target,
         rate,
-        problem: problem.unwrap_or_default(),
+        problem,
+        problem_reason,
         counts: Some(proto::PoolCounts {
             taken_ready: counts.taken_ready,
             taken_cold: counts.taken_cold,
@@ -198,6 +209,7 @@ fn pool_out(Named { name, look }: Named) -> proto::Pool {
             failed: counts.failed,
             died: counts.died,
             ended: counts.ended,
+            without_slot: counts.without_slot,
         }),
     }
 }

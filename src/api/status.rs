@@ -124,7 +124,11 @@ mod tests {
     #[test]
     fn every_reason_is_in_the_proto_file() {
         let told = include_str!("../../proto/coldspark/v1/common.proto");
-        let source = concat!(include_str!("../fleet/reason.rs"), include_str!("status.rs"));
+        let source = concat!(
+            include_str!("../fleet/reason.rs"),
+            include_str!("../fleet/slots/error.rs"),
+            include_str!("status.rs")
+        );
         let mut found = 0;
         for word in source
             .split('"')

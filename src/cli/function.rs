@@ -14,6 +14,7 @@ use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
 use super::pool::Mode;
 use super::vm::MemoryMode;
+use super::vm::network::{self, PoolNetArguments};
 use super::{SocketArgument, units};
 use crate::api::client::all_pages;
 use crate::api::proto;
@@ -34,7 +35,7 @@ const FAILED: u8 = 125;
 pub enum Command {
     /// Make a function, or deploy one anew
     #[command(
-        after_help = "Examples:\n  coldspark function deploy resize --image web --prepare 'pkg install -y ImageMagick7' -- convert - -resize 200x -\n  coldspark function deploy shout --embedded -- upper\n\nThe payload is the handler's stdin, the answer its stdout."
+        after_help = "Examples:\n  coldspark function deploy resize --image web --prepare 'pkg install -y ImageMagick7' -- convert - -resize 200x -\n  coldspark function deploy shout --embedded -- upper\n  coldspark function deploy report --snapshot ready --net auto --allow 10.1.2.3:5432/tcp -- /usr/local/bin/report\n\nThe payload is the handler's stdin, the answer its stdout."
     )]
     Deploy(Box<Deploy>),
     /// Run a function: stdin is its payload, stdout its answer; ends with the handler's status
@@ -130,6 +131,8 @@ pub struct Deploy {
     memory_mode: Option<MemoryMode>,
     #[command(flatten)]
     limits: LimitArguments,
+    #[command(flatten)]
+    net: PoolNetArguments,
 }
 
 #[derive(Debug, Args)]
@@ -213,6 +216,7 @@ async fn deploy(arguments: Deploy) -> anyhow::Result<()> {
             mode: arguments.mode.map_or(0, Mode::number),
             memory_mode: arguments.memory_mode.map_or(0, MemoryMode::number),
             limits: arguments.limits.limits(),
+            networks: arguments.net.interfaces()?,
         }),
     };
     let mut events = arguments.socket.connect().await?.functions.deploy(request).await?.into_inner();
@@ -288,8 +292,13 @@ async fn invoke(
             proto::VmOrigin::Reused => "used again",
             _ => "started",
         };
+        let reached: String = [&end.slot_address, &end.slot_address6]
+            .into_iter()
+            .filter(|address| !address.is_empty())
+            .map(|address| format!("  {address}"))
+            .collect();
         output::note(&format!(
-            "turn {}, VM {} ({how}), handler started {}, ran {}; {}",
+            "turn {}, VM {} ({how}), handler started {}, ran {}; {}{reached}",
             units::us(times.queue_us),
             units::us(times.vm_us),
             units::us(times.start_us),
@@ -372,6 +381,7 @@ fn value(function: &proto::Function) -> Value {
         "invocations_per_vm": settings.invocations_per_vm,
         "min_ready": settings.min_ready,
         "idle_ttl_ms": settings.idle_ttl_ms,
+        "networks": network::made_ahead(&settings.networks),
         "running": function.running,
         "queued": function.queued,
         "warm": function.warm,

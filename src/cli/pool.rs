@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
+use super::vm::network::{self, PoolNetArguments, parse_publish};
 use super::vm::{self, Identity, MemoryMode};
 use super::{SocketArgument, units};
 use crate::api::client::all_pages;
@@ -17,7 +18,7 @@ use crate::api::proto;
 pub enum Command {
     /// Keep clones of a snapshot ready
     #[command(
-        after_help = "Examples:\n  coldspark pool create web --snapshot ready --min-ready 8 --max 100\n  coldspark pool create ci --snapshot built --mode running --idle-ttl 5m"
+        after_help = "Examples:\n  coldspark pool create web --snapshot ready --min-ready 8 --max 100\n  coldspark pool create ci --snapshot built --mode running --idle-ttl 5m\n  coldspark pool create api --snapshot ready --net auto --allow 10.1.2.3:5432/tcp"
     )]
     Create {
         #[command(flatten)]
@@ -59,7 +60,9 @@ pub enum Command {
         pools: Vec<String>,
     },
     /// Take a VM out of a pool; it is yours, end it with `coldspark vm rm`
-    #[command(after_help = "Example:\n  coldspark pool take web")]
+    #[command(
+        after_help = "Examples:\n  coldspark pool take web\n  coldspark pool take api --publish 8080:80"
+    )]
     Take {
         #[command(flatten)]
         socket: SocketArgument,
@@ -70,6 +73,9 @@ pub enum Command {
         /// The same id gets the same VM, for 10 minutes
         #[arg(long, value_name = "ID", default_value = "")]
         request_id: String,
+        /// A port of this host that leads to one of the guest, until the VM ends (may be given again); of a pool made with --net auto
+        #[arg(long, value_name = "HOSTPORT:GUESTPORT[/tcp|/udp]", value_parser = parse_publish)]
+        publish: Vec<proto::PublishedPort>,
         #[command(flatten)]
         shape: Shape,
         /// Show where the time went
@@ -99,6 +105,8 @@ pub struct Settings {
     identity: Option<Identity>,
     #[command(flatten)]
     limits: LimitArguments,
+    #[command(flatten)]
+    net: PoolNetArguments,
 }
 
 /// How far what stands ready has come.
@@ -143,11 +151,13 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 memory_mode: settings.memory_mode.map_or(0, MemoryMode::number),
                 identity: settings.identity.map_or(0, Identity::number),
                 limits: settings.limits.limits(),
+                networks: settings.net.interfaces()?,
             };
             let pool = socket.connect().await?.pools.create_pool(request).await?.into_inner();
             output::line(&pool.name)?;
         }
         Command::Set { socket, pool, snapshot, settings } => {
+            let interfaces = settings.net.interfaces()?;
             let request = proto::UpdatePoolRequest {
                 pool,
                 snapshot,
@@ -158,6 +168,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 memory_mode: settings.memory_mode.map(MemoryMode::number),
                 identity: settings.identity.map(Identity::number),
                 limits: settings.limits.limits(),
+                networks: (!interfaces.is_empty()).then_some(proto::NetworkInterfaces { interfaces }),
             };
             let pool = socket.connect().await?.pools.update_pool(request).await?.into_inner();
             output::line(&pool.name)?;
@@ -170,8 +181,8 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::line(&pool)?;
             }
         }
-        Command::Take { socket, pool, name, request_id, shape, steps } => {
-            let request = proto::TakeVmRequest { pool, name, first_call: None, request_id };
+        Command::Take { socket, pool, name, request_id, publish, shape, steps } => {
+            let request = proto::TakeVmRequest { pool, name, first_call: None, request_id, publish };
             let taken = socket.connect().await?.pools.take_vm(request).await?.into_inner();
             let vm = taken.vm.unwrap_or_default();
             if shape.quiet {
@@ -180,7 +191,12 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::json(&json!({ "vm": vm::value(&vm), "was_ready": taken.was_ready }))?;
             } else {
                 let how = if taken.was_ready { "was ready" } else { "was started" };
-                output::line(&format!("{}  {}  {how}", vm.id, units::us(vm.start_us)))?;
+                output::line(&format!(
+                    "{}  {}  {how}{}",
+                    vm.id,
+                    units::us(vm.start_us),
+                    network::reached(&vm)
+                ))?;
                 if steps {
                     vm::print_steps(&vm)?;
                 }
@@ -262,7 +278,9 @@ fn value(pool: &proto::Pool) -> Value {
         "in_use": pool.in_use,
         "target": pool.target,
         "rate": pool.rate,
+        "networks": network::made_ahead(&pool.networks),
         "problem": pool.problem,
+        "problem_reason": pool.problem_reason,
         "counts": {
             "taken_ready": counts.taken_ready,
             "taken_cold": counts.taken_cold,
@@ -271,6 +289,7 @@ fn value(pool: &proto::Pool) -> Value {
             "failed": counts.failed,
             "died": counts.died,
             "ended": counts.ended,
+            "without_slot": counts.without_slot,
         },
     })
 }

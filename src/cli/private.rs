@@ -42,6 +42,8 @@ pub struct PrivateService {
 pub struct Setting {
     pub shells: usize,
     pub working_sets: bool,
+    /// Network slots that it keeps ready.
+    pub networks: usize,
 }
 
 /// Drops `work` when the user interrupts it, so that what it was done with can still be ended.
@@ -82,7 +84,7 @@ impl Drop for TemporaryFolder {
 impl PrivateService {
     /// Starts one that keeps `shells` shells.
     pub async fn start(shells: usize) -> anyhow::Result<Self> {
-        Self::start_as(Setting { shells, working_sets: true }).await
+        Self::start_as(Setting { shells, working_sets: true, networks: 0 }).await
     }
 
     pub async fn start_as(setting: Setting) -> anyhow::Result<Self> {
@@ -100,10 +102,11 @@ impl PrivateService {
     async fn start_in(folder: TemporaryFolder, setting: Setting) -> anyhow::Result<Self> {
         let path = folder.0.join("socket");
         let listeners = Listeners::own(Socket::bind(&path).await?)?;
-        let Setting { shells, working_sets } = setting;
+        let Setting { shells, working_sets, networks } = setting;
         let config = Config {
             shells,
             working_sets,
+            networks,
             orphan_time: Some(ORPHAN_TIME),
             worker: WorkerProgram::jailed(jail_mode()?),
             ..Config::new(folder.0.join("data"))
@@ -122,6 +125,12 @@ impl PrivateService {
     pub async fn settle(&self) -> anyhow::Result<()> {
         let full = tokio::time::timeout(SETTLE, self.fleet.shells_full());
         full.await.context("worker processes do not start; `coldspark doctor` tells why")
+    }
+
+    /// Waits until the network slots are there.
+    pub async fn slots_ready(&self) -> anyhow::Result<()> {
+        let full = tokio::time::timeout(SETTLE, self.fleet.slots_full());
+        full.await.context("network slots cannot be made; `coldspark doctor` tells why")
     }
 
     /// How many shells are left.

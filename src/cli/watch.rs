@@ -78,6 +78,8 @@ fn value(event: &Event) -> serde_json::Value {
             "state": state(event),
             "exit_reason": event.exit_reason,
             "ready_in_pool": event.ready_in_pool,
+            "problem": event.problem,
+            "problem_reason": event.problem_reason,
         }),
     }
 }
@@ -87,6 +89,10 @@ fn line(event: &Event) -> String {
         Event::Synced(_) => "that is all there is".to_owned(),
         Event::Lost(lost) => format!("{lost} events are lost"),
         Event::Happening(event) => {
+            let problem = match event.problem.as_str() {
+                "" => String::new(),
+                why => format!(" cannot be kept ready: {why}"),
+            };
             let of_vm = match (state(event).as_str(), event.exit_reason.as_str()) {
                 ("", _) => String::new(),
                 (state, "") => format!(" {state}"),
@@ -94,7 +100,7 @@ fn line(event: &Event) -> String {
             };
             let name = if event.name.is_empty() || event.name == event.id { "" } else { &event.name };
             format!(
-                "{} {:8} {:7} {} {name}{of_vm}",
+                "{} {:8} {:7} {} {name}{of_vm}{problem}",
                 units::time_of_day(event.unix_ms),
                 kind(event),
                 change(event),

@@ -252,7 +252,7 @@ impl Fleet {
             host_name: Mutex::new(record.host_name),
             entropy: Mutex::new(record.entropy),
             memory_mode: record.memory_mode,
-            networks: record.networks,
+            networks: Mutex::new(record.networks),
             limits: record.limits,
             created_unix_ms: record.created_unix_ms,
             number,
@@ -444,7 +444,10 @@ async fn enter(door: OwnedFd) -> Result<Option<Let>, String> {
 }
 
 /// Leaves it to a service of its own version; when it has ended, its folder goes.
-fn left(ward: Ward, mut folder: VmFolder, slot: Option<Lease>, problem: &str) -> Fate {
+fn left(ward: Ward, mut folder: VmFolder, mut slot: Option<Lease>, problem: &str) -> Fate {
+    if let Some(slot) = &mut slot {
+        slot.never_mind();
+    }
     tracing::error!(
         vm = %folder.id(),
         pid = ward.pid(),

@@ -186,7 +186,7 @@ impl Fleet {
             host_name: Mutex::default(),
             entropy: Mutex::default(),
             memory_mode: start.memory_mode,
-            networks: start.networks,
+            networks: Mutex::new(start.networks),
             limits: start.limits,
             created_unix_ms: id::unix_ms(),
             number: self.registry.next_number(),
@@ -276,7 +276,7 @@ impl Fleet {
         }
         plan.spec.disks = disks.iter().map(VmDisk::spec).collect();
         let mut networks = network::plan(&request.networks, &folder.id())?;
-        let (links, slot) = network::open(&self.slots, &mut networks).await?;
+        let (links, slot) = network::open(&self.slots, &mut networks, None).await?;
         self.slots.refill();
         plan.spec.networks = networks.iter().zip(&links).map(|(network, link)| network.spec(link)).collect();
         profiler.reached("image and disks open");

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
+use std::sync::{PoisonError, RwLock};
 
 use rustix::io::Errno;
 use rustix::process::{
@@ -14,6 +15,21 @@ use rustix::process::{
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// A child has all of this process's descriptors until it has begun its program.
+static SPAWNING: RwLock<()> = RwLock::new(());
+
+/// Starts a program. Who starts one of this process's otherwise spoils [`undisturbed`].
+pub fn spawn(command: &mut Command) -> io::Result<std::process::Child> {
+    let _begun = SPAWNING.read().unwrap_or_else(PoisonError::into_inner);
+    command.spawn()
+}
+
+/// Does `work` while no child has descriptors of this process: what is closed in it is closed. Blocks while one is being started.
+pub fn undisturbed<T>(work: impl FnOnce() -> T) -> T {
+    let _none = SPAWNING.write().unwrap_or_else(PoisonError::into_inner);
+    work()
+}
 
 /// A child that is killed and reaped when this is dropped.
 #[derive(Debug)]
@@ -27,7 +43,7 @@ impl Child {
     /// Starts a program. With nothing to be run between fork and exec the standard library takes posix_spawn, which neither copies this
     /// process's page tables nor makes its next writes fault. Must be called inside a tokio runtime.
     pub fn spawn(command: &mut Command) -> io::Result<Self> {
-        Self::adopt(command.spawn()?.id())
+        Self::adopt(spawn(command)?.id())
     }
 
     /// Takes over the child with this number, for which nobody else waits; it is killed if that fails. Must be called inside a tokio runtime.

@@ -19,7 +19,8 @@ use super::network::{self, CanBeTold, NetworkRequest, OpenLink, VmNetwork};
 use super::owner::Faults;
 use super::record::Settled;
 use super::registry::Guard;
-use super::shells::Shell;
+use super::shells::{Plugged, Shell};
+use super::slots::Held;
 use super::snapshots::{Source, blocking};
 use super::vm::{Origin, Vm};
 use super::{Fleet, id, identity};
@@ -63,6 +64,8 @@ pub(super) struct Place {
     pub pool: Option<(Arc<str>, bool)>,
     /// A worker that was prepared for it; none: one of the reserve.
     pub shell: Option<Box<Shell>>,
+    /// The network slot that it is to have; none: it takes one, if it wants one.
+    pub slot: Option<Held>,
 }
 
 /// Clones that run.
@@ -159,12 +162,22 @@ impl Fleet {
         arrived: Instant,
     ) -> Result<(Guard, Option<(AgentReply, u64)>), FleetError> {
         let mut clock = Clock::new(arrived);
-        let (links, slot) = network::open(&self.slots, &mut networks).await?;
+        let mut shell = place.shell;
+        // One that was made ahead with its links has them.
+        let plugged = shell.as_mut().and_then(|shell| shell.take_plugged());
+        let is_plugged = plugged.is_some();
+        let (links, slot) = match plugged {
+            Some(Plugged { networks: has, slot }) => {
+                networks = has;
+                (Vec::new(), slot)
+            }
+            None => network::open(&self.slots, &mut networks, place.slot).await?,
+        };
         let has_slot = slot.is_some();
         // One that needs neither the pager nor a link may have been made ahead.
         let plain =
             request.memory_mode == MemoryMode::Mapped && links.iter().all(|link| link.kind == LinkKind::Down);
-        let mut shell = match place.shell {
+        let mut shell = match shell {
             Some(shell) => *shell,
             None => self.shells.take_for(&source, plain).await?,
         };
@@ -177,6 +190,11 @@ impl Fleet {
         let generation = id::random::<16>()?;
         let seat = if plain { shell.take_seat(&source.id()) } else { None };
         let is_made = seat.is_some();
+        if is_plugged && !is_made {
+            return Err(FleetError::Internal(
+                "a clone that was made ahead with its links is of another kind".into(),
+            ));
+        }
         let disks = match seat {
             Some(seat) => seat.disks,
             None => source.disks(&mut shell.folder)?,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::broadcast;
 pub use tokio::sync::broadcast::error::RecvError;
 
+use super::pools::stock::Problem;
 use super::vm::State;
 use super::{Fleet, id};
 
@@ -47,6 +48,8 @@ pub struct Event {
     pub reason: Option<String>,
     /// The VM stands ready in a pool, nobody's yet.
     pub held: bool,
+    /// Why a pool cannot be kept ready.
+    pub problem: Option<Problem>,
 }
 
 impl Event {
@@ -60,6 +63,7 @@ impl Event {
             state: None,
             reason: None,
             held: false,
+            problem: None,
         }
     }
 }

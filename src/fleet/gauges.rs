@@ -38,6 +38,9 @@ struct Seen {
     vms_max: u64,
     shells: u64,
     shells_size: u64,
+    /// Ready, and in use.
+    slots: (u64, u64),
+    slots_size: u64,
     pools: Vec<Named>,
     functions: Vec<function::Look>,
     pager: PagerCounts,
@@ -81,6 +84,11 @@ impl Seen {
             vms_max: fleet.registry.vms_max() as u64,
             shells: fleet.shells.count() as u64,
             shells_size: fleet.shells.size() as u64,
+            slots: {
+                let (ready, used) = fleet.slots.counts();
+                (ready as u64, used as u64)
+            },
+            slots_size: fleet.slots.size() as u64,
             pools: fleet.pools(),
             functions: fleet.functions(),
             pager: fleet.pager.totals(),
@@ -113,6 +121,17 @@ impl Told<'_> {
         self.gauge("coldspark_vms_limit", "Most living VMs", seen.vms_max)?;
         self.gauge("coldspark_shells", "Workers that stand ready for the next clones", seen.shells)?;
         self.gauge("coldspark_shells_target", "How many are to stand ready", seen.shells_size)?;
+        self.gauge(
+            "coldspark_network_slots",
+            "Network slots that stand ready for the next VMs",
+            seen.slots.0,
+        )?;
+        self.gauge("coldspark_network_slots_target", "How many are to stand ready", seen.slots_size)?;
+        self.gauge(
+            "coldspark_network_slots_in_use",
+            "Those of VMs, and of what stands ready in pools",
+            seen.slots.1,
+        )?;
         self.gauge(
             "coldspark_host_memory_available_bytes",
             "Memory that the host can still give",
@@ -176,6 +195,11 @@ impl Told<'_> {
             "coldspark_pool_failed",
             "Could not be made ready",
             total(|pool| pool.look.counts.failed),
+        )?;
+        self.counters(
+            "coldspark_pool_without_slot",
+            "Of those that could not be made ready, those for which there was no network slot",
+            total(|pool| pool.look.counts.without_slot),
         )?;
         self.counters(
             "coldspark_pool_died",

@@ -63,12 +63,14 @@ pub async fn ask(
     let host = hello.as_deref().filter(|hello| is_told_all(hello)).map(|hello| Host {
         name: name.or(vm.name()).unwrap_or(&vm.id).to_owned(),
         macs: (0..)
-            .zip(&vm.networks)
+            .zip(&vm.networks())
             .filter(|(_, network)| matches!(network.link, LinkRequest::Tap { .. }))
             .map(|(interface, network)| (interface, network.mac))
             .collect(),
-        more: is_told_addresses(hello)
-            .then(|| More { reseed: occasion == Occasion::Cloned, addresses: addresses::told(&vm.networks) }),
+        more: is_told_addresses(hello).then(|| More {
+            reseed: occasion == Occasion::Cloned,
+            addresses: addresses::told(&vm.networks()),
+        }),
     });
     let at = Instant::now();
     let request =

@@ -250,6 +250,11 @@ impl Fleet {
         self.shells.full().await;
     }
 
+    /// Waits until as many network slots are ready as there are to be.
+    pub async fn slots_full(&self) {
+        self.slots.full().await;
+    }
+
     /// How many shells are ready.
     pub fn shells_ready(&self) -> usize {
         self.shells.count()

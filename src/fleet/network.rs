@@ -26,8 +26,9 @@ use serde::{Deserialize, Serialize};
 
 use super::addresses::{self, AddressError, Given};
 use super::error::{FleetError, Kind};
+use super::slots::access::Access;
 use super::slots::error::SlotError;
-use super::slots::{Lease, SlotLink, Slots};
+use super::slots::{Held, Lease, SlotLink, Slots};
 use super::snapshots::blocking;
 pub use crate::worker::protocol::NETWORKS_MAX;
 use crate::worker::protocol::{LinkKind, NetworkSpec};
@@ -236,10 +237,11 @@ impl OpenLink {
     }
 }
 
-/// Opens the links of a VM, all or none. A slot is taken out of the pool; it is given up when the lease is dropped.
+/// Opens the links of a VM, all or none. A slot is taken out of the pool, if none is `held` for it already; it is given up when the lease is dropped.
 pub async fn open(
     slots: &Arc<Slots>,
     networks: &mut [VmNetwork],
+    mut held: Option<Held>,
 ) -> Result<(Vec<OpenLink>, Option<Lease>), FleetError> {
     let mut opened: Vec<OpenLink> =
         match networks.iter().any(|network| matches!(network.link, LinkRequest::Tap { .. })) {
@@ -252,9 +254,13 @@ pub async fn open(
     let mut lease = None;
     for (network, opened) in networks.iter_mut().zip(&mut opened) {
         if let LinkRequest::Slot(link) = &mut network.link {
-            let (taken, tap) = slots.take(link).await?;
+            let Held { link: taken, lease: of_slot, tap } = match held.take() {
+                Some(held) => held,
+                None => slots.take(&link.access).await?,
+            };
+            **link = taken;
             *opened = OpenLink { kind: LinkKind::Tap, fd: Some(tap) };
-            lease = Some(taken);
+            lease = Some(of_slot);
         }
     }
     Ok((opened, lease))
@@ -265,6 +271,19 @@ impl VmNetwork {
     pub fn spec(&self, link: &OpenLink) -> NetworkSpec {
         NetworkSpec { link: link.kind, mac: self.mac, mtu: self.mtu }
     }
+}
+
+/// For a VM whose interfaces are plugged into slots with such an access, or nothing.
+pub fn requests(slots: &[Option<Access>]) -> Vec<NetworkRequest> {
+    let link = |access: &Option<Access>| match access {
+        Some(access) => {
+            LinkRequest::Slot(Box::new(SlotLink { access: access.clone(), place: None, six: false }))
+        }
+        None => LinkRequest::Down,
+    };
+    let plugged =
+        |access| NetworkRequest { link: link(access), mac: None, mtu: None, given: Given::default() };
+    slots.iter().map(plugged).collect()
 }
 
 /// Checks the interfaces asked for a VM that is to be booted, and fills in what was left to us.
@@ -367,7 +386,8 @@ fn check_mac(mac: [u8; 6]) -> Result<(), NetworkError> {
     }
 }
 
-fn check_links(requests: &[NetworkRequest]) -> Result<(), NetworkError> {
+/// Checks links by themselves.
+pub fn check_links(requests: &[NetworkRequest]) -> Result<(), NetworkError> {
     if requests.len() > NETWORKS_MAX {
         return Err(NetworkError::TooMany(requests.len()));
     }
@@ -498,7 +518,9 @@ pub(super) fn open_tap(name: &str) -> Result<OwnedFd, NetworkError> {
         });
     }
     // SAFETY: TUNGETIFF writes an ifreq, which lives through the call.
-    check(name, "TUNGETIFF", unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &mut request) })?;
+    check_call(name, "TUNGETIFF", unsafe {
+        libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF as _, &mut request)
+    })?;
     // SAFETY: TUNGETIFF filled the flags in.
     if libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }) & libc::IFF_PERSIST == 0 {
         // It went away a moment ago, and the kernel made a new one, which goes with the descriptor.
@@ -511,12 +533,12 @@ pub(super) fn open_tap(name: &str) -> Result<OwnedFd, NetworkError> {
 fn set_header(name: &str, file: &File) -> Result<(), NetworkError> {
     let bytes = HEADER_BYTES;
     // SAFETY: TUNSETVNETHDRSZ reads an int, which lives through the call.
-    check(name, "TUNSETVNETHDRSZ", unsafe {
+    check_call(name, "TUNSETVNETHDRSZ", unsafe {
         libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ as _, &bytes)
     })
 }
 
-fn check(name: &str, call: &'static str, result: libc::c_int) -> Result<(), NetworkError> {
+fn check_call(name: &str, call: &'static str, result: libc::c_int) -> Result<(), NetworkError> {
     match result {
         0.. => Ok(()),
         _ => Err(NetworkError::Tap { name: name.to_owned(), call, source: io::Error::last_os_error() }),

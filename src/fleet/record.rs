@@ -401,7 +401,7 @@ impl Vm {
             host_name: self.host_name(),
             entropy: self.entropy(),
             memory_mode: self.memory_mode,
-            networks: self.networks.clone(),
+            networks: self.networks(),
             limits: self.limits,
             created_unix_ms: self.created_unix_ms,
             number: self.number,

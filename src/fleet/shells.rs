@@ -25,7 +25,9 @@ use super::id;
 use super::jail::JailNotes;
 use super::limits::WORKER_TIMEOUT;
 use super::link::{Events, Link};
+use super::network::{OpenLink, VmNetwork};
 use super::process::{Process, Spawner};
+use super::slots::Lease;
 use super::snapshots::Source;
 use crate::worker::channel::AsyncChannel;
 use crate::worker::protocol::{Event, HostReport, MemoryMode, Reply, Request, RestoreSpec};
@@ -109,9 +111,26 @@ impl Expects {
 pub struct Seat {
     snapshot: String,
     pub disks: Vec<VmDisk>,
+    /// `None`: its links are down.
+    plugged: Option<Plugged>,
+}
+
+/// The links of a clone that was made ahead, and the network slot that one of them may be.
+#[derive(Debug)]
+pub struct Plugged {
+    pub networks: Vec<VmNetwork>,
+    pub slot: Option<Lease>,
 }
 
 impl Shell {
+    /// What the clone that it is was plugged into when it was made.
+    pub fn take_plugged(&mut self) -> Option<Plugged> {
+        match &mut self.expects {
+            Expects::Seat(seat) => seat.plugged.take(),
+            _ => None,
+        }
+    }
+
     /// The clone that it is, if it is one of this snapshot.
     pub fn take_seat(&mut self, snapshot: &str) -> Option<Seat> {
         match std::mem::replace(&mut self.expects, Expects::Nothing) {
@@ -203,10 +222,15 @@ impl Shells {
         self.take_best(&[&|expects| matches!(expects, Expects::Nothing)]).await
     }
 
-    /// Starts a worker and makes it a clone of this snapshot that only needs to be let run; it belongs to no reserve.
-    pub async fn seat_for(&self, source: &Source) -> Result<Shell, FleetError> {
+    /// Starts a worker and makes it a clone of this snapshot that only needs to be let run, with these links; it belongs to no reserve.
+    pub async fn seat_for(
+        &self,
+        source: &Source,
+        links: Vec<OpenLink>,
+        plugged: Plugged,
+    ) -> Result<Shell, FleetError> {
         let mut shell = self.make().await?;
-        match self.seat(&mut shell, source).await {
+        match self.seat(&mut shell, source, &links, Some(plugged)).await {
             Ok(seat) => shell.expects = Expects::Seat(seat),
             Err(error) => {
                 shell.process.kill();
@@ -363,7 +387,7 @@ impl Shells {
         shell.expects = Expects::Nothing;
         let telling = async {
             match seats {
-                true => self.seat(shell, &source).await.map(Expects::Seat),
+                true => self.seat(shell, &source, &[], None).await.map(Expects::Seat),
                 false => {
                     shell.link.request(Request::Expect, &[source.open.state.as_fd()]).await?;
                     Ok(Expects::Clone(source.id()))
@@ -382,14 +406,20 @@ impl Shells {
     }
 
     /// Makes a clone that only needs to be let run.
-    async fn seat(&self, shell: &mut Shell, source: &Source) -> Result<Seat, FleetError> {
+    async fn seat(
+        &self,
+        shell: &mut Shell,
+        source: &Source,
+        links: &[OpenLink],
+        plugged: Option<Plugged>,
+    ) -> Result<Seat, FleetError> {
         source.check_fits(&shell.host)?;
         shell.folder.clear();
         let disks = source.disks(&mut shell.folder)?;
         let spec = RestoreSpec {
             memory_mode: MemoryMode::Mapped,
             disks: disks.iter().map(VmDisk::spec).collect(),
-            networks: Vec::new(),
+            networks: links.iter().map(|link| link.kind).collect(),
             paused: false,
             ready_port: None,
             working_set: source.learning.learnt(),
@@ -401,8 +431,9 @@ impl Shells {
             source.open.memory.as_fd(),
         ];
         fds.extend(disks.iter().flat_map(VmDisk::fds));
+        fds.extend(links.iter().flat_map(OpenLink::fd));
         shell.link.request(Request::Seat(spec), &fds).await?;
-        Ok(Seat { snapshot: source.id(), disks })
+        Ok(Seat { snapshot: source.id(), disks, plugged })
     }
 
     /// Takes a shell out of the reserve that could expect what it does not, unless it is the last that was told nothing.

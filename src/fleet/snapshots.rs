@@ -599,7 +599,7 @@ fn facts(
         identity: Identity { agent: hello.is_some() },
         devices: frozen.devices.clone(),
         networks: vm
-            .networks
+            .networks()
             .iter()
             .map(|network| Network { mac: mac_text(&network.mac), mtu: network.mtu })
             .collect(),

@@ -25,9 +25,10 @@ use super::console::Console;
 use super::disks::VmDisk;
 use super::error::FleetError;
 use super::events::{Change, Event, Events, Kind};
-use super::network::VmNetwork;
+use super::network::{LinkRequest, VmNetwork};
 use super::process::Process;
 use super::record::Papers;
+use super::slots::SlotLink;
 pub use crate::snapshot::memory::pager::Counts as PagerCounts;
 use crate::snapshot::store::Draft;
 use crate::snapshot::working_set::Touched;
@@ -102,7 +103,7 @@ pub struct Vm {
     pub(super) host_name: Mutex<String>,
     pub(super) entropy: Mutex<Entropy>,
     pub memory_mode: Option<MemoryMode>,
-    pub networks: Vec<VmNetwork>,
+    pub(super) networks: Mutex<Vec<VmNetwork>>,
     pub limits: Limits,
     pub created_unix_ms: u64,
     /// Order of creation.
@@ -182,6 +183,29 @@ impl Vm {
 
     pub(super) fn learn_entropy(&self, entropy: Entropy) {
         *self.entropy.lock().unwrap_or_else(PoisonError::into_inner) = entropy;
+    }
+
+    pub fn networks(&self) -> Vec<VmNetwork> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its network slot, if it has one.
+    pub fn slot(&self) -> Option<SlotLink> {
+        let networks = self.networks.lock().unwrap_or_else(PoisonError::into_inner);
+        networks.iter().find_map(|network| match &network.link {
+            LinkRequest::Slot(link) => Some(SlotLink::clone(link)),
+            _ => None,
+        })
+    }
+
+    /// Its network slot has other ports now.
+    pub(super) fn slot_changed(&self, link: SlotLink) {
+        let mut networks = self.networks.lock().unwrap_or_else(PoisonError::into_inner);
+        for network in networks.iter_mut() {
+            if let LinkRequest::Slot(old) = &mut network.link {
+                **old = link.clone();
+            }
+        }
     }
 
     /// Whether it stands ready in its pool and is nobody's yet.

@@ -64,7 +64,7 @@ async fn port(daemon: &Daemon) -> anyhow::Result<SocketAddr> {
 }
 
 /// Runs `coldspark token new` as a user would; gives the token.
-fn new_token(file: &Path, role: &str, name: &str) -> anyhow::Result<String> {
+pub fn new_token(file: &Path, role: &str, name: &str) -> anyhow::Result<String> {
     let output = Command::new(program())
         .args(["token", "new", "--role", role, "--name", name, "--append"])
         .arg(file)

@@ -137,8 +137,11 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
 
         // What ends makes room.
         client.delete_vm(&vms[0].id).await?;
-        let seen = ready(&mut client, name).await?;
-        ensure!(seen.in_use == 3 && seen.ready == 1, "{seen:?}");
+        eventually("what has ended is counted no more, and another is made", 60, async || {
+            let seen = look(&mut client, name).await?;
+            Ok(seen.in_use == 3 && seen.ready == 1)
+        })
+        .await?;
         client.pools.delete_pool(DeletePoolRequest { pool: name.into() }).await?;
         refused(
             client.pools.get_pool(GetPoolRequest { pool: name.into() }).await,

@@ -4,6 +4,8 @@
 //! The embedded guest is the host at the other end (its `network.rs`): it sends back what it is sent with its own name before it, and asks by UDP
 //! when it is told to. Each silence is held against the same question that is answered.
 
+mod ahead;
+mod doubts;
 mod world;
 
 use std::time::{Duration, Instant};
@@ -34,6 +36,16 @@ pub fn trials() -> Vec<Trial> {
         trial("slots/given-again", NEEDS, 120, given_again),
         trial("slots/killed", NEEDS, 180, killed),
         trial("slots/costs", NEEDS, 180, costs),
+        trial("slots/pools", NEEDS, 240, ahead::pools),
+        trial("slots/pools-starved", NEEDS, 120, ahead::starved),
+        trial("slots/pools-published", NEEDS, 120, ahead::published),
+        trial("slots/pools-killed", NEEDS, 180, ahead::killed),
+        trial("slots/functions", NEEDS, 180, ahead::functions),
+        trial("slots/roles", NEEDS, 120, ahead::roles),
+        trial("slots/forgotten", NEEDS, 120, doubts::forgotten),
+        trial("slots/kept", NEEDS, 120, doubts::kept),
+        trial("slots/without-ipv6", NEEDS, 120, doubts::without_ipv6),
+        trial("slots/docker", NEEDS, 120, doubts::docker),
     ]
 }
 
@@ -266,9 +278,13 @@ async fn published(stage: Stage) -> anyhow::Result<()> {
     let web = [port(8080, 80, Transport::Tcp), port(5353, 53, Transport::Udp)];
     let one = clone(&mut client, &snapshot, "one", ports(&web)).await?;
     let two = clone(&mut client, &snapshot, "two", ports(&[port(8081, 80, Transport::Tcp)])).await?;
-    for (netns, host) in
-        [(&world.beyond, HOST), (&world.beyond, HOST6), (&world.host, "127.0.0.1"), (&world.host, HOST6)]
-    {
+    for (netns, host) in [
+        (&world.beyond, HOST),
+        (&world.beyond, HOST6),
+        (&world.host, "127.0.0.1"),
+        (&world.host, HOST6),
+        (&world.host, "::1"),
+    ] {
         for (host_port, vm) in [(8080, &one), (8081, &two)] {
             let said = call(netns, host, host_port, "hello")?;
             ensure!(said == format!("{} hello", vm.name), "{host}:{host_port} says {said:?}");

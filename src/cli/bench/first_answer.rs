@@ -149,7 +149,8 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             && arguments.data() <= arguments.memory / 2,
         "--touch is to be a page or more, and at most --data, which is to be at most half of --memory"
     );
-    let setting = Setting { shells: arguments.shells.into(), working_sets: !arguments.no_working_sets };
+    let working_sets = !arguments.no_working_sets;
+    let setting = Setting { shells: arguments.shells.into(), working_sets, networks: 0 };
     let service = PrivateService::start_as(setting).await?;
     let mut samples = match arguments.cold {
         false => with(service, async |service| measure(service, &arguments).await).await?,

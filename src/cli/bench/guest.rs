@@ -5,6 +5,7 @@ use prost::bytes::Bytes;
 
 use crate::api::client::Client;
 use crate::api::proto;
+use crate::fleet::slots::addresses::Plan;
 use proto::agent_call_request::Op;
 use proto::agent_call_response::Result as Answer;
 
@@ -26,14 +27,26 @@ pub async fn boot_with(
     vcpus: u32,
     disks: Vec<proto::DiskFile>,
 ) -> anyhow::Result<String> {
+    cold_boot(client, proto::CreateVmRequest { vcpus, memory_bytes, disks, ..Default::default() }).await
+}
+
+/// With network interfaces, and the addresses that guests in slots have.
+pub async fn boot_networked(
+    client: &mut Client,
+    memory_bytes: u64,
+    networks: Vec<proto::NetworkInterface>,
+) -> anyhow::Result<String> {
+    let plan = Plan::default();
+    let command_line = format!("coldspark.ip={} coldspark.ip6={}", plan.guest4(), plan.guest6());
+    let request =
+        proto::CreateVmRequest { vcpus: 1, memory_bytes, networks, command_line, ..Default::default() };
+    cold_boot(client, request).await
+}
+
+async fn cold_boot(client: &mut Client, request: proto::CreateVmRequest) -> anyhow::Result<String> {
     use proto::create_vm_event::Event;
-    let request = proto::CreateVmRequest {
-        source: Some(proto::create_vm_request::Source::Embedded(true)),
-        vcpus,
-        memory_bytes,
-        disks,
-        ..proto::CreateVmRequest::default()
-    };
+    let source = Some(proto::create_vm_request::Source::Embedded(true));
+    let request = proto::CreateVmRequest { source, ..request };
     let mut events = client.vms.create_vm(request).await?.into_inner();
     let mut ready = None;
     while let Some(event) = events.message().await? {

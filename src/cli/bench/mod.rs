@@ -9,6 +9,7 @@ mod folios;
 mod guest;
 mod host;
 mod neighbours;
+mod networks;
 mod peer;
 mod plot;
 mod resources;
@@ -55,6 +56,9 @@ pub enum Command {
     /// A clone's first answer beside guests that spin, flood, write or never answer, as against alone
     #[command(after_help = "Example:\n  coldspark bench neighbours --n 200 --neighbours 2 --cpu-limit 0.25")]
     Neighbours(neighbours::Arguments),
+    /// What a network of the service's adds to a clone; makes networks on this host for a while
+    #[command(after_help = "Example, as root:\n  coldspark bench networks --n 200")]
+    Networks(networks::Arguments),
 }
 
 pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -66,6 +70,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Throughput(arguments) => throughput::run(arguments).await,
         Command::Density(arguments) => density::run(arguments).await,
         Command::Neighbours(arguments) => neighbours::run(arguments).await,
+        Command::Networks(arguments) => networks::run(arguments).await,
     }
 }
 

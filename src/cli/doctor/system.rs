@@ -7,7 +7,7 @@ use userfaultfd::UffdBuilder;
 
 use super::Finding;
 use crate::cli::units;
-use crate::fleet::slots::tools;
+use crate::fleet::slots::{barriers, tools};
 
 /// Less than this and a few guests fill it.
 const MEMORY_BYTES_MIN: u64 = 1 << 30;
@@ -136,6 +136,18 @@ fn networks() -> Finding {
             NAME,
             format!("no program {}: `serve --networks` and `--net auto` do not work", missing.join(" and ")),
             "apt install iproute2 nftables; only needed for networks that the service makes",
+        );
+    }
+    // None without the rights to look.
+    let barriers = barriers::find("cs", "").unwrap_or_default();
+    if let Some(barrier) = barriers.first() {
+        return Finding::warn(
+            NAME,
+            format!(
+                "guests with `--net auto` reach nothing beyond this host, and are not reached from there: {}",
+                barrier.text()
+            ),
+            barrier.remedies("cs").join("; "),
         );
     }
     match read("/proc/sys/net/ipv4/ip_forward").as_deref() {

@@ -7,7 +7,7 @@ mod console;
 pub mod create;
 mod exec;
 mod inspect;
-mod network;
+pub mod network;
 mod profile;
 
 use std::process::ExitCode;
@@ -260,8 +260,7 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 output::json(&json!({ "vms": vms.iter().map(value).collect::<Vec<_>>() }))?;
             } else {
                 for vm in &vms {
-                    let reached: String =
-                        network::slot_addresses(vm).iter().map(|address| format!("  {address}")).collect();
+                    let reached = network::reached(vm);
                     output::line(&format!("{}  {}{reached}", vm.id, units::us(vm.start_us)))?;
                     if steps {
                         print_steps(vm)?;

@@ -18,6 +18,13 @@ pub struct NetArguments {
     /// With --net auto: a port of this host that leads to one of the guest, until the VM ends (may be given again)
     #[arg(long, value_name = "HOSTPORT:GUESTPORT[/tcp|/udp]", value_parser = parse_publish)]
     publish: Vec<proto::PublishedPort>,
+    #[command(flatten)]
+    reach: ReachArguments,
+}
+
+/// What a guest in a network of the service's reaches.
+#[derive(Debug, Clone, Default, Args)]
+pub struct ReachArguments {
     /// With --net auto: what the guest may reach besides --outbound (may be given again). The host's own services and other VMs only by
     /// exactly their address
     #[arg(long, value_name = "NETWORK[:PORT][/tcp|/udp]", value_parser = parse_allow)]
@@ -38,33 +45,58 @@ pub enum Outbound {
     None,
 }
 
+/// The interfaces of VMs that are made ahead.
+#[derive(Debug, Clone, Default, Args)]
+pub struct PoolNetArguments {
+    /// The link of each guest's next network interface: `auto`, a network that the service has made (serve --networks), or down; may be given 4 times
+    #[arg(long = "net", value_name = "LINK", value_parser = parse_interface)]
+    nets: Vec<proto::NetworkInterface>,
+    #[command(flatten)]
+    reach: ReachArguments,
+}
+
 impl NetArguments {
     /// As the service is asked.
     pub fn interfaces(&self) -> anyhow::Result<Vec<proto::NetworkInterface>> {
-        let mut nets = self.nets.clone();
-        let slot = nets.iter_mut().find_map(|net| match &mut net.link {
-            Some(Link::Slot(slot)) => Some(slot),
-            _ => None,
-        });
-        match slot {
-            Some(slot) => {
-                slot.publish = self.publish.clone();
-                slot.allow = self.allow.clone();
-                slot.outbound = match self.outbound {
-                    None => proto::Outbound::Unspecified,
-                    Some(Outbound::Public) => proto::Outbound::Public,
-                    Some(Outbound::All) => proto::Outbound::All,
-                    Some(Outbound::None) => proto::Outbound::None,
-                }
-                .into();
-            }
-            None if self.publish.is_empty() && self.allow.is_empty() && self.outbound.is_none() => {}
-            None => anyhow::bail!(
-                "--publish, --allow and --outbound are about a network of the service's: add --net auto"
-            ),
-        }
-        Ok(nets)
+        interfaces(&self.nets, &self.reach, &self.publish)
     }
+}
+
+impl PoolNetArguments {
+    /// As the service is asked.
+    pub fn interfaces(&self) -> anyhow::Result<Vec<proto::NetworkInterface>> {
+        interfaces(&self.nets, &self.reach, &[])
+    }
+}
+
+fn interfaces(
+    nets: &[proto::NetworkInterface],
+    reach: &ReachArguments,
+    publish: &[proto::PublishedPort],
+) -> anyhow::Result<Vec<proto::NetworkInterface>> {
+    let mut nets = nets.to_vec();
+    let slot = nets.iter_mut().find_map(|net| match &mut net.link {
+        Some(Link::Slot(slot)) => Some(slot),
+        _ => None,
+    });
+    match slot {
+        Some(slot) => {
+            slot.publish = publish.to_vec();
+            slot.allow = reach.allow.clone();
+            slot.outbound = match reach.outbound {
+                None => proto::Outbound::Unspecified,
+                Some(Outbound::Public) => proto::Outbound::Public,
+                Some(Outbound::All) => proto::Outbound::All,
+                Some(Outbound::None) => proto::Outbound::None,
+            }
+            .into();
+        }
+        None if publish.is_empty() && reach.allow.is_empty() && reach.outbound.is_none() => {}
+        None => anyhow::bail!(
+            "--publish, --allow and --outbound are about a network of the service's: add --net auto"
+        ),
+    }
+    Ok(nets)
 }
 
 /// What follows the last `/`, if it is a transport.
@@ -178,6 +210,15 @@ fn parse_mac(text: &str) -> Option<Vec<u8>> {
     (bytes.len() == 6).then_some(bytes)
 }
 
+/// Interfaces of VMs that are made ahead, as JSON.
+pub fn made_ahead(networks: &[proto::NetworkInterface]) -> Value {
+    let link = |interface: &proto::NetworkInterface| match &interface.link {
+        Some(Link::Slot(slot)) => json!({ "slot": reach_value(slot) }),
+        _ => json!({}),
+    };
+    networks.iter().map(link).collect()
+}
+
 /// An interface as JSON.
 pub fn value(network: &proto::Network) -> Value {
     let mut value = json!({ "link": network.link, "mac": mac_text(&network.mac), "mtu": network.mtu });
@@ -192,6 +233,15 @@ pub fn value(network: &proto::Network) -> Value {
 }
 
 fn slot_value(network: &proto::Network, slot: &proto::SlotLink) -> Value {
+    let mut value = reach_value(slot);
+    if let Some(object) = value.as_object_mut() {
+        object.insert("address".to_owned(), json!(network.slot_address));
+        object.insert("address6".to_owned(), json!(network.slot_address6));
+    }
+    value
+}
+
+fn reach_value(slot: &proto::SlotLink) -> Value {
     let name = |text: &str, prefix: &str| text.strip_prefix(prefix).unwrap_or(text).to_owned();
     let transport = |transport: proto::Transport| name(transport.as_str_name(), "TRANSPORT_");
     let allow = |entry: &proto::AllowedDestination| json!({ "network": entry.network, "port": entry.port, "transport": transport(entry.transport()) });
@@ -203,8 +253,6 @@ fn slot_value(network: &proto::Network, slot: &proto::SlotLink) -> Value {
         })
     };
     json!({
-        "address": network.slot_address,
-        "address6": network.slot_address6,
         "outbound": name(slot.outbound().as_str_name(), "OUTBOUND_"),
         "allow": slot.allow.iter().map(allow).collect::<Vec<_>>(),
         "publish": slot.publish.iter().map(publish).collect::<Vec<_>>(),
@@ -218,6 +266,11 @@ pub fn slot_addresses(vm: &proto::Vm) -> Vec<&str> {
         [slot_address.as_str(), slot_address6.as_str()]
     };
     vm.networks.iter().flat_map(both).filter(|address| !address.is_empty()).collect()
+}
+
+/// The same, to go behind other words.
+pub fn reached(vm: &proto::Vm) -> String {
+    slot_addresses(vm).iter().map(|address| format!("  {address}")).collect()
 }
 
 fn mac_text(mac: &[u8]) -> String {

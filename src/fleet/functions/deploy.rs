@@ -16,7 +16,9 @@ use crate::fleet::clones::CloneVm;
 use crate::fleet::error::FleetError;
 use crate::fleet::events::{Change, Event, Kind};
 use crate::fleet::limits::READY_TIMEOUT_DEFAULT;
+use crate::fleet::network;
 use crate::fleet::registry::Guard;
+use crate::fleet::slots::access::Access;
 use crate::fleet::snapshots::CreateSnapshot;
 use crate::fleet::streams::Heard;
 use crate::fleet::vm::Vm;
@@ -113,6 +115,7 @@ impl Fleet {
                     return Err(FleetError::NoAgentInSnapshot);
                 }
                 let id = source.id();
+                self.check_slots(&request.settings.pool(id.clone()), &source.networks)?;
                 if request.prepare.is_none() {
                     return Ok((id, false, format!("snapshot {name}")));
                 }
@@ -122,7 +125,7 @@ impl Fleet {
                     memory_mode: MemoryMode::Mapped,
                     managed: true,
                     name: None,
-                    networks: Vec::new(),
+                    networks: network::requests(&request.settings.slots),
                     limits: Limits::default(),
                     first_call: None,
                 };
@@ -131,8 +134,14 @@ impl Fleet {
                 tell(progress, format!("{} started from snapshot {name}", vm.id)).await;
                 (vm, format!("snapshot {name}"))
             }
-            From::Image(name) => (self.boot_to_agent(Some(name), progress).await?, format!("image {name}")),
-            From::Embedded => (self.boot_to_agent(None, progress).await?, "embedded test guest".to_owned()),
+            From::Image(name) => {
+                let vm = self.boot_to_agent(Some(name), &request.settings.slots, progress).await?;
+                (vm, format!("image {name}"))
+            }
+            From::Embedded => {
+                let vm = self.boot_to_agent(None, &request.settings.slots, progress).await?;
+                (vm, "embedded test guest".to_owned())
+            }
         };
         // Whatever happens now, this VM is to end.
         let _guard = Guard::new(self, Arc::clone(&vm));
@@ -153,12 +162,19 @@ impl Fleet {
         Ok((taken.snapshot.id, true, from))
     }
 
-    /// Boots an image (`None`: the embedded guest) until its agent has said hello.
+    /// Boots an image (`None`: the embedded guest) until its agent has said hello, with the interfaces that its clones will have.
     async fn boot_to_agent(
         self: &Arc<Self>,
         image: Option<&str>,
+        slots: &[Option<Access>],
         progress: &mpsc::Sender<Step>,
     ) -> Result<Arc<Vm>, FleetError> {
+        let plan = self.slots.plan();
+        let command_line = match (image, slots.iter().any(Option::is_some)) {
+            // It takes addresses from nowhere else.
+            (None, true) => format!("coldspark.ip={} coldspark.ip6={}", plan.guest4(), plan.guest6()),
+            _ => String::new(),
+        };
         let request = CreateVm {
             image: image.map(str::to_owned),
             name: None,
@@ -167,11 +183,11 @@ impl Fleet {
             protocol: None,
             hardware: None,
             agent_port: None,
-            command_line: String::new(),
+            command_line,
             ready: Some(ReadyPoint::Agent),
             ready_timeout: READY_TIMEOUT_DEFAULT,
             disks: Vec::new(),
-            networks: Vec::new(),
+            networks: network::requests(slots),
             limits: Limits::default(),
             restart_on_reset: false,
             profile: false,

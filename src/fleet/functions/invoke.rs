@@ -239,7 +239,7 @@ impl Fleet {
         loop {
             // Before it is taken: one of an older deployment is not kept for the newer.
             let revision = function.made().revision;
-            let request = TakeVm { pool: String::new(), name: None, first_call: None };
+            let request = TakeVm { pool: String::new(), name: None, first_call: None, publish: Vec::new() };
             match self.take_from(&function.pool, request).await {
                 Ok(taken) => {
                     let came = if taken.was_ready { Came::Ready } else { Came::Started };

@@ -9,6 +9,7 @@ use crate::fleet::cgroup::Limits;
 use crate::fleet::error::FleetError;
 use crate::fleet::pools::settings as pool;
 use crate::fleet::pools::settings::Mode;
+use crate::fleet::slots::access::Access;
 use crate::worker::protocol::MemoryMode;
 
 /// Most functions.
@@ -81,6 +82,8 @@ pub struct Settings {
     pub memory_mode: MemoryMode,
     /// Of each of its VMs.
     pub limits: Limits,
+    /// What each guest's interfaces are plugged into, as in a pool.
+    pub slots: Vec<Option<Access>>,
 }
 
 impl Default for Settings {
@@ -97,6 +100,7 @@ impl Default for Settings {
             mode: Mode::Shell,
             memory_mode: MemoryMode::Mapped,
             limits: Limits::default(),
+            slots: Vec::new(),
         }
     }
 }
@@ -131,6 +135,7 @@ impl Settings {
             memory_mode: self.memory_mode,
             managed: true,
             limits: self.limits,
+            slots: self.slots.clone(),
         }
     }
 }
@@ -167,6 +172,8 @@ pub struct Stored {
     userfault: bool,
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     limits: Limits,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    slots: Vec<Option<Access>>,
 }
 
 fn ms(time: Duration) -> u64 {
@@ -189,6 +196,7 @@ impl Stored {
             mode: settings.mode,
             userfault: settings.memory_mode == MemoryMode::Userfault,
             limits: settings.limits,
+            slots: settings.slots.clone(),
         }
     }
 
@@ -213,6 +221,7 @@ impl Stored {
             mode: self.mode,
             memory_mode: if self.userfault { MemoryMode::Userfault } else { MemoryMode::Mapped },
             limits: self.limits,
+            slots: self.slots.clone(),
         }
     }
 }
@@ -228,7 +237,7 @@ mod tests {
             folder: "/tmp".into(),
             user: "www".into(),
         };
-        Settings { handler, min_ready: 2, ..Settings::default() }
+        Settings { handler, min_ready: 2, slots: vec![Some(Access::default())], ..Settings::default() }
     }
 
     #[test]
@@ -241,6 +250,11 @@ mod tests {
         let wrong: Stored = serde_json::from_str(&text.replace("\"format\":1", "\"format\":2")).unwrap();
         assert!(wrong.check().is_err());
         assert!(serde_json::from_str::<Stored>(&text.replace("\"queue\"", "\"line\"")).is_err());
+        // Of before there were slots.
+        let plain = Settings { slots: Vec::new(), ..settings() };
+        let old = serde_json::to_string(&Stored::new(&made, &plain)).unwrap();
+        assert!(!old.contains("slots"), "{old}");
+        assert_eq!(serde_json::from_str::<Stored>(&old).unwrap().settings(), plain);
     }
 
     #[test]

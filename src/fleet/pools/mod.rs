@@ -35,8 +35,12 @@ use super::clones::{FirstCall, Place, answer};
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::limits::WORKER_TIMEOUT;
+use super::network::{NetworkError, VmNetwork};
 use super::record::Settled;
 use super::registry::Guard;
+use super::slots::Reserved;
+use super::slots::access::{Access, Publish};
+use super::slots::error::SlotError;
 use super::snapshots::{Source, blocking};
 use super::stored::Files;
 use super::vm::Vm;
@@ -81,6 +85,7 @@ pub struct ChangePool {
     pub memory_mode: Option<MemoryMode>,
     pub managed: Option<bool>,
     pub limits: Option<Limits>,
+    pub slots: Option<Vec<Option<Access>>>,
 }
 
 /// One that somebody asks a pool for.
@@ -89,6 +94,8 @@ pub struct TakeVm {
     pub pool: String,
     pub name: Option<String>,
     pub first_call: Option<FirstCall>,
+    /// Ports of the host that are to lead to it.
+    pub publish: Vec<Publish>,
 }
 
 /// One that was taken.
@@ -250,6 +257,7 @@ impl Fleet {
             memory_mode: change.memory_mode.unwrap_or(old.memory_mode),
             managed: change.managed.unwrap_or(old.managed),
             limits: change.limits.unwrap_or(old.limits),
+            slots: change.slots.unwrap_or_else(|| old.slots.clone()),
         };
         settings.check(self.registry.vms_max())?;
         self.check_limits(settings.limits).await?;
@@ -288,7 +296,14 @@ impl Fleet {
         if settings.managed && source.hello.is_none() {
             return Err(FleetError::NoAgentInSnapshot);
         }
+        self.check_slots(&settings, &source.networks)?;
         Ok(Settings { snapshot: source.id(), ..settings })
+    }
+
+    /// Refuses slots that VMs of a snapshot whose guest has these interfaces could not be given.
+    pub(super) fn check_slots(&self, settings: &Settings, has: &[VmNetwork]) -> Result<(), FleetError> {
+        settings.plan_networks(has)?;
+        settings.access().map_or(Ok(()), |_| self.slots.check_on())
     }
 
     async fn write_pool(&self, name: &str, settings: &Settings) -> Result<(), FleetError> {
@@ -301,7 +316,36 @@ impl Fleet {
     /// would end it until it is [settled](Taken::settle).
     pub async fn take_vm(self: &Arc<Self>, request: TakeVm) -> Result<Taken, FleetError> {
         let pool = self.pools.get(&request.pool)?;
-        self.take_from(&pool, request).await
+        // Before anything is taken: a port that is somebody else's is to cost nothing.
+        let reserved = match &request.publish[..] {
+            [] => None,
+            publish => {
+                Access { publish: publish.to_vec(), ..Access::default() }
+                    .check()
+                    .map_err(NetworkError::from)?;
+                if pool.settings().access().is_none() {
+                    let name = pool.name.to_string();
+                    return Err(NetworkError::from(SlotError::PoolWithoutSlot(name)).into());
+                }
+                Some(self.slots.reserve(publish)?)
+            }
+        };
+        let mut taken = self.take_from(&pool, request).await?;
+        if let Some(reserved) = reserved {
+            taken.vm = self.lead_ports(taken.vm, reserved).await?;
+        }
+        Ok(taken)
+    }
+
+    /// Leads ports to a VM that was just taken; if that fails, it is ended.
+    async fn lead_ports(self: &Arc<Self>, vm: Arc<Vm>, reserved: Reserved) -> Result<Arc<Vm>, FleetError> {
+        let guard = Guard::new(self, Arc::clone(&vm));
+        // One that was made ready before its pool was to have slots has none.
+        let slot = vm
+            .slot()
+            .ok_or_else(|| SlotError::PoolWithoutSlot(vm.pool.as_deref().unwrap_or_default().to_owned()));
+        vm.slot_changed(self.slots.publish(&slot.map_err(NetworkError::from)?, reserved).await?);
+        Ok(guard.hand_over())
     }
 
     /// As [`take_vm`](Self::take_vm), of a pool that is known.
@@ -406,7 +450,8 @@ impl Fleet {
             return Err(FleetError::NoAgentInSnapshot);
         }
         place.name = request.name.clone();
-        let (networks, clone) = (source.networks.clone(), settings.clone_request(request.first_call.clone()));
+        let networks = settings.plan_networks(&source.networks)?;
+        let clone = settings.clone_request(request.first_call.clone());
         let (guard, answer) = self.clone_one(source, clone, networks, place, arrived).await?;
         Ok((guard.hand_over(), answer))
     }

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
 use super::settings::{Mode, Settings};
-use super::stock::{Found, Look, Plan, Ready, Stock, Thing};
+use super::stock::{Found, Look, Plan, Problem, Ready, Stock, Thing};
 use crate::fleet::Fleet;
 use crate::fleet::clones::Place;
 use crate::fleet::error::FleetError;
-use crate::fleet::shells::Shell;
+use crate::fleet::events::{Change, Event, Kind};
+use crate::fleet::network;
+use crate::fleet::shells::{Plugged, Shell};
+use crate::fleet::slots::Held;
 use crate::fleet::snapshots::Source;
 use crate::fleet::vm::{State, Vm};
 
@@ -158,26 +161,52 @@ impl Pool {
         self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn make(self: &Arc<Self>, fleet: &Arc<Fleet>, settings: Arc<Settings>, revision: u64) -> Duration {
+    async fn make(
+        self: &Arc<Self>,
+        fleet: &Arc<Fleet>,
+        settings: Arc<Settings>,
+        revision: u64,
+        slot: Option<Held>,
+    ) -> Duration {
         let begun = Instant::now();
-        let made = make(fleet, self, &settings).await;
+        let made = make(fleet, self, &settings, slot).await;
         let took = begun.elapsed();
         match made {
             Ok(what) => {
                 self.watch_over(&what);
-                if let Some(what) = self.lock().put(Instant::now(), settings, revision, took, what) {
-                    what.end(fleet, "its pool was deleted");
+                let (back, had_failed) = {
+                    let mut stock = self.lock();
+                    let had_failed = stock.has_failed();
+                    (stock.put(Instant::now(), settings, revision, took, what), had_failed)
+                };
+                match back {
+                    Some(what) => what.end(fleet, "its pool was deleted"),
+                    None if had_failed => {
+                        tracing::info!(pool = %self.name, "a pool can be kept ready again");
+                        fleet
+                            .events
+                            .tell(|| Event::new(Kind::Pool, Change::Changed, &self.name, Some(&self.name)));
+                    }
+                    None => {}
                 }
             }
-            Err(error) => {
-                let problem = error.to_string();
-                if self.lock().could_not_make(Instant::now(), revision, problem.clone()) {
-                    tracing::warn!(pool = %self.name, problem, "a pool cannot be kept ready; trying again");
-                }
-            }
+            Err(error) => self.could_not_make(fleet, revision, &error),
         }
         self.changed.send_replace(());
         took
+    }
+
+    fn could_not_make(&self, fleet: &Fleet, revision: u64, error: &FleetError) {
+        let problem = Problem { text: error.to_string(), reason: error.reason() };
+        if self.lock().could_not_make(Instant::now(), revision, problem.clone()) {
+            let Problem { text, reason } = &problem;
+            tracing::warn!(pool = %self.name, problem = text, reason, "a pool cannot be kept ready; trying again");
+            fleet.events.tell(|| Event {
+                problem: Some(problem),
+                ..Event::new(Kind::Pool, Change::Changed, &self.name, Some(&self.name))
+            });
+        }
+        self.changed.send_replace(());
     }
 
     /// Tells the keeper when what stands ready ends by itself.
@@ -219,10 +248,21 @@ pub async fn keep(fleet: Weak<Fleet>, pool: Arc<Pool>) {
             }
             Plan::End(what, reason) => what.end(&alive, reason),
             Plan::Make(settings, revision) => {
+                // Before its turn: other pools are not to wait while there is no slot for this one.
+                let slot = match settings.access() {
+                    None => None,
+                    Some(access) => match alive.slots.take_ahead(access).await {
+                        Ok(held) => Some(held),
+                        Err(error) => {
+                            pool.could_not_make(&alive, revision, &error);
+                            continue;
+                        }
+                    },
+                };
                 // Held while it is made, and after that for as long as the budget wants, but not while somebody would find nothing ready.
                 let turns = Arc::clone(&alive.pools.turns);
                 let turn = turns.acquire_owned().await;
-                let took = pool.make(&alive, settings, revision).await;
+                let took = pool.make(&alive, settings, revision, slot).await;
                 drop(alive);
                 let rested = tokio::time::sleep(took.mul_f64((pace - 1.0).max(0.0)).min(REST_MAX));
                 tokio::pin!(rested);
@@ -238,19 +278,26 @@ pub async fn keep(fleet: Weak<Fleet>, pool: Arc<Pool>) {
     }
 }
 
-async fn make(fleet: &Arc<Fleet>, pool: &Arc<Pool>, settings: &Settings) -> Result<What, FleetError> {
+async fn make(
+    fleet: &Arc<Fleet>,
+    pool: &Arc<Pool>,
+    settings: &Settings,
+    slot: Option<Held>,
+) -> Result<What, FleetError> {
     let begun = Instant::now();
     fleet.headroom.check()?;
     let source = fleet.snapshots.source(&settings.snapshot).await?;
     if settings.managed && source.hello.is_none() {
         return Err(FleetError::NoAgentInSnapshot);
     }
+    let mut networks = settings.plan_networks(&source.networks)?;
     if settings.mode == Mode::Shell {
-        let shell = fleet.shells.seat_for(&source).await?;
+        let (links, slot) = network::open(&fleet.slots, &mut networks, slot).await?;
+        let shell = fleet.shells.seat_for(&source, links, Plugged { networks, slot }).await?;
         return Ok(What::Shell(Box::new(shell), source));
     }
-    let place = Place { pool: Some((Arc::clone(&pool.name), true)), ..Place::default() };
-    let (networks, request) = (source.networks.clone(), settings.clone_request(None));
+    let place = Place { pool: Some((Arc::clone(&pool.name), true)), slot, ..Place::default() };
+    let request = settings.clone_request(None);
     let (guard, _) = fleet.clone_one(source, request, networks, place, begun).await?;
     if settings.mode == Mode::Paused {
         guard.vm().pause().await?;

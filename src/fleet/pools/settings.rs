@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 use crate::fleet::cgroup::Limits;
 use crate::fleet::clones::{CloneVm, FirstCall};
 use crate::fleet::error::FleetError;
+use crate::fleet::network::{self, CanBeTold, NetworkError, VmNetwork};
+use crate::fleet::slots::access::Access;
+use crate::fleet::slots::error::SlotError;
 use crate::worker::protocol::MemoryMode;
 
 /// Most pools.
@@ -50,6 +53,8 @@ pub struct Settings {
     pub managed: bool,
     /// Of each VM.
     pub limits: Limits,
+    /// What each guest's interfaces are plugged into, from the first: slots with this access, or nothing.
+    pub slots: Vec<Option<Access>>,
 }
 
 impl Default for Settings {
@@ -63,6 +68,7 @@ impl Default for Settings {
             memory_mode: MemoryMode::Mapped,
             managed: true,
             limits: Limits::default(),
+            slots: Vec::new(),
         }
     }
 }
@@ -76,16 +82,32 @@ impl Settings {
             memory_mode: self.memory_mode,
             managed: self.managed,
             name: None,
-            networks: Vec::new(),
+            networks: network::requests(&self.slots),
             limits: self.limits,
             first_call,
         }
+    }
+
+    /// The interfaces of each VM, whose snapshot's guest has these.
+    pub fn plan_networks(&self, has: &[VmNetwork]) -> Result<Vec<VmNetwork>, FleetError> {
+        // They keep what their snapshot has, so nobody has to be told.
+        let nothing = CanBeTold { macs: false, addresses: false };
+        Ok(network::plan_clones(&network::requests(&self.slots), has, 1, nothing)?)
+    }
+
+    /// What each VM's network slot opens, if it has one.
+    pub fn access(&self) -> Option<&Access> {
+        self.slots.iter().flatten().next()
     }
 
     /// Refuses what cannot be kept.
     pub fn check(&self, vms_max: usize) -> Result<(), FleetError> {
         let refuse = |text: String| Err(FleetError::Invalid(text));
         self.limits.check()?;
+        network::check_links(&network::requests(&self.slots))?;
+        if self.access().is_some_and(|access| !access.publish.is_empty()) {
+            return Err(NetworkError::from(SlotError::PublishedByPool).into());
+        }
         let vms_max = u32::try_from(vms_max).unwrap_or(u32::MAX);
         if self.max == 0 || self.max > vms_max {
             return refuse(format!("a pool of at most {} VMs; this service allows 1 to {vms_max}", self.max));
@@ -124,6 +146,8 @@ pub struct Stored {
     managed: bool,
     #[serde(default, skip_serializing_if = "Limits::is_none")]
     limits: Limits,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    slots: Vec<Option<Access>>,
 }
 
 impl Stored {
@@ -138,6 +162,7 @@ impl Stored {
             userfault: settings.memory_mode == MemoryMode::Userfault,
             managed: settings.managed,
             limits: settings.limits,
+            slots: settings.slots.clone(),
         }
     }
 
@@ -159,6 +184,7 @@ impl Stored {
             memory_mode: if self.userfault { MemoryMode::Userfault } else { MemoryMode::Mapped },
             managed: self.managed,
             limits: self.limits,
+            slots: self.slots.clone(),
         }
     }
 }
@@ -166,6 +192,8 @@ impl Stored {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fleet::network::NETWORKS_MAX;
+    use crate::fleet::slots::access::{Allow, Outbound, Publish, Transport};
 
     fn settings() -> Settings {
         Settings {
@@ -177,7 +205,14 @@ mod tests {
             memory_mode: MemoryMode::Userfault,
             managed: true,
             limits: Limits { memory_bytes: Some(64 << 20), ..Limits::default() },
+            slots: vec![None, Some(access())],
         }
+    }
+
+    fn access() -> Access {
+        let allow =
+            |network: &str| Allow { network: network.parse().unwrap(), port: Some(53), transport: None };
+        Access { outbound: Outbound::Nothing, allow: vec![allow("192.0.2.0/24")], publish: Vec::new() }
     }
 
     #[test]
@@ -200,14 +235,30 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_before_there_were_slots_is_read() {
+        let old = r#"{"format":1,"snapshot":"snap-0123456789ab","mode":"shell","min_ready":1,"max":8,
+                      "idle_ttl_ms":60000,"userfault":false,"managed":true}"#;
+        let stored: Stored = serde_json::from_str(old).unwrap();
+        stored.check().unwrap();
+        assert_eq!(stored.settings().slots, []);
+        // What an older program could not have read is only there where it is needed.
+        assert!(!serde_json::to_string(&stored).unwrap().contains("slots"));
+    }
+
+    #[test]
     fn what_cannot_be_kept_is_refused() {
         settings().check(8).unwrap();
+        let port = Publish { host: 80, guest: 80, transport: Transport::Tcp };
+        let published = Access { publish: vec![port], ..access() };
         for wrong in [
             Settings { max: 0, min_ready: 0, ..settings() },
             Settings { max: 9, ..settings() },
             Settings { min_ready: 9, ..settings() },
             Settings { idle_ttl: IDLE_TTL_MAX + Duration::from_secs(1), ..settings() },
             Settings { mode: Mode::Shell, ..settings() },
+            Settings { slots: vec![Some(access()); 2], ..settings() },
+            Settings { slots: vec![None; NETWORKS_MAX + 1], ..settings() },
+            Settings { slots: vec![Some(published)], ..settings() },
         ] {
             assert!(wrong.check(8).is_err(), "{wrong:?}");
         }

@@ -15,6 +15,8 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// After a failure to make one; twice as long after each further one, up to the latter.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// What the want of a network slot is called.
+const NO_SLOT: &str = "NETWORK_SLOTS_EXHAUSTED";
 
 /// Something that can stand ready.
 pub trait Thing {
@@ -40,9 +42,17 @@ pub struct Stock<T> {
     closed: bool,
 }
 
+/// Why one could not be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub text: String,
+    /// Its name for programs ([`crate::fleet::reason`]).
+    pub reason: &'static str,
+}
+
 #[derive(Debug)]
 struct Failed {
-    problem: String,
+    problem: Problem,
     /// No further attempt before then.
     until: Instant,
     pause: Duration,
@@ -75,6 +85,8 @@ pub struct Counts {
     pub died: u64,
     /// Ended because it was needed no more, or of an older snapshot.
     pub ended: u64,
+    /// Of the failed ones, those for which there was no network slot.
+    pub without_slot: u64,
 }
 
 /// A pool as it is.
@@ -92,7 +104,7 @@ pub struct Look {
     pub rate: f64,
     pub counts: Counts,
     /// Why none could be made, the last time.
-    pub problem: Option<String>,
+    pub problem: Option<Problem>,
 }
 
 /// What there is for somebody who asks.
@@ -272,6 +284,11 @@ impl<T: Thing> Stock<T> {
         Plan::Wait(until)
     }
 
+    /// Whether the last one could not be made.
+    pub fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+
     /// What was being made is ready. Given back if the pool was closed meanwhile.
     pub fn put(
         &mut self,
@@ -293,9 +310,9 @@ impl<T: Thing> Stock<T> {
     }
 
     /// It could not be made. Says whether that is news; it is none if something else is to be made by now: its snapshot may be gone.
-    pub fn could_not_make(&mut self, now: Instant, revision: u64, problem: String) -> bool {
+    pub fn could_not_make(&mut self, now: Instant, revision: u64, problem: Problem) -> bool {
         self.making = self.making.saturating_sub(1);
-        if revision != self.revision {
+        if revision != self.revision || self.closed {
             return false;
         }
         let (pause, news) = match &self.failed {
@@ -303,6 +320,7 @@ impl<T: Thing> Stock<T> {
             None => (RETRY_FIRST, true),
         };
         self.counts.failed += 1;
+        self.counts.without_slot += u64::from(problem.reason == NO_SLOT);
         self.failed = Some(Failed { problem, until: now + pause, pause });
         news
     }

@@ -18,6 +18,10 @@ impl Thing for Dummy {
     }
 }
 
+fn problem() -> Problem {
+    Problem { text: "no".into(), reason: "NETWORK_SLOTS_EXHAUSTED" }
+}
+
 const PACE: f64 = 2.0;
 const TOOK: Duration = Duration::from_millis(4);
 
@@ -186,13 +190,14 @@ fn failures_are_tried_again_ever_more_rarely_and_told_once() {
     let mut pauses = Vec::new();
     for n in 0..10 {
         let Plan::Make(_, revision) = bench.stock.plan(bench.now, PACE) else { panic!("nothing is tried") };
-        assert_eq!(bench.stock.could_not_make(bench.now, revision, "no".into()), n == 0);
+        assert_eq!(bench.stock.could_not_make(bench.now, revision, problem()), n == 0);
         let Plan::Wait(Some(until)) = bench.stock.plan(bench.now, PACE) else { panic!("no pause") };
         pauses.push(until - bench.now);
         bench.now = until;
     }
     assert!(pauses[0] == RETRY_FIRST && pauses[1] == 2 * RETRY_FIRST && pauses[9] == RETRY_MAX, "{pauses:?}");
-    assert_eq!(bench.look().problem.as_deref(), Some("no"));
+    assert_eq!(bench.look().problem, Some(problem()));
+    assert_eq!(bench.look().counts.without_slot, bench.look().counts.failed);
     bench.settle();
     assert_eq!((bench.look().problem, bench.look().ready), (None, 1));
 
@@ -200,7 +205,7 @@ fn failures_are_tried_again_ever_more_rarely_and_told_once() {
     let mut bench = Bench::new(settings(1, 4));
     let Plan::Make(_, revision) = bench.stock.plan(bench.now, PACE) else { panic!("nothing is tried") };
     bench.stock.change(Settings { snapshot: "snap-b".into(), ..settings(1, 4) });
-    assert!(!bench.stock.could_not_make(bench.now, revision, "no".into()));
+    assert!(!bench.stock.could_not_make(bench.now, revision, problem()));
     assert_eq!(bench.look().problem, None);
     assert!(matches!(bench.stock.plan(bench.now, PACE), Plan::Make(..)));
 }

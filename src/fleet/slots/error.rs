@@ -14,6 +14,18 @@ pub enum SlotError {
     )]
     NoneReady { waited_ms: u128, problem: String },
     #[error(
+        "no network slot is to spare for what is made ahead of requests: {ready} of {size} are ready{problem}; serve with a higher --networks or a wider --slot-network, or let pools keep fewer ready"
+    )]
+    NoneToSpare { ready: usize, size: usize, problem: String },
+    #[error(
+        "a published port is one VM's; give it when one is taken out of the pool (`coldspark pool take --publish`)"
+    )]
+    PublishedByPool,
+    #[error(
+        "the VMs of the pool {0:?} have no network slot, to which a port could lead; make it with --net auto"
+    )]
+    PoolWithoutSlot(String),
+    #[error(
         "{0} interfaces with a network slot; a VM has one at most, since all slots have the same addresses"
     )]
     Several(usize),
@@ -38,9 +50,9 @@ pub enum SlotError {
     #[error("{count} clones cannot have one published port; clone one at a time, or publish none")]
     PublishedByMany { count: u32 },
     #[error(
-        "port {port}/{transport} of this host is published for the VM in slot {slot} already; choose another, or end that VM (`coldspark vm ls --json` shows slots)"
+        "port {port}/{transport} of this host is published for {of} already; choose another, or end that VM (`coldspark vm ls --json` shows slots)"
     )]
-    PortPublished { port: u16, transport: Transport, slot: u32 },
+    PortPublished { port: u16, transport: Transport, of: String },
     #[error(
         "port {port}/{transport} of this host is taken by a program; choose another, or end that program"
     )]
@@ -69,8 +81,8 @@ impl SlotError {
     /// Sorts the failure for the API.
     pub fn kind(&self) -> Kind {
         match self {
-            Self::Off => Kind::FailedPrecondition,
-            Self::NoneReady { .. } | Self::PortsFull(_) => Kind::ResourceExhausted,
+            Self::Off | Self::PoolWithoutSlot(_) => Kind::FailedPrecondition,
+            Self::NoneReady { .. } | Self::NoneToSpare { .. } | Self::PortsFull(_) => Kind::ResourceExhausted,
             Self::PortPublished { .. } | Self::PortTaken { .. } => Kind::AlreadyExists,
             Self::NoRights => Kind::PermissionDenied,
             Self::Port { .. } | Self::Route { .. } => Kind::FailedPrecondition,
@@ -82,6 +94,7 @@ impl SlotError {
             | Self::PortZero
             | Self::CloneMac
             | Self::PublishedTwice { .. }
+            | Self::PublishedByPool
             | Self::PublishedByMany { .. } => Kind::InvalidArgument,
             Self::NoTool { .. } | Self::Tool { .. } | Self::Setting { .. } => Kind::Internal,
         }
@@ -91,7 +104,7 @@ impl SlotError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Off => "NO_NETWORK_SLOTS",
-            Self::NoneReady { .. } => "NETWORK_SLOTS_EXHAUSTED",
+            Self::NoneReady { .. } | Self::NoneToSpare { .. } => "NETWORK_SLOTS_EXHAUSTED",
             Self::PortPublished { .. } | Self::PortTaken { .. } | Self::Port { .. } => "PORT_TAKEN",
             Self::PortsFull(_) => "LIMIT_REACHED",
             _ => "NETWORK",
@@ -100,6 +113,6 @@ impl SlotError {
 
     /// Whether the same request may succeed a moment later.
     pub fn passes(&self) -> bool {
-        matches!(self, Self::NoneReady { .. })
+        matches!(self, Self::NoneReady { .. } | Self::NoneToSpare { .. })
     }
 }

@@ -7,14 +7,17 @@
 //! The kernel has all of it, so networks go on without the daemon. The next one finds slots by their names: those of VMs that it takes over
 //! go on as they are, the others are taken down.
 //!
-//! Making one is a matter of tens of milliseconds and a handful of processes ([`tools`]), so one task does that behind everybody's back ([`maker`]).
+//! Making one is a matter of tens of milliseconds and a handful of processes ([`tools`]), so one task does that behind everybody's back ([`keeper`], [`maker`]).
 
 #![forbid(unsafe_code)]
 
 pub mod access;
 pub mod addresses;
+pub mod barriers;
 pub mod error;
+pub mod forget;
 pub mod host;
+mod keeper;
 pub mod maker;
 pub mod ports;
 pub mod rules;
@@ -27,12 +30,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::task::JoinHandle;
 
-use self::access::Access;
+use self::access::{Access, Publish};
 use self::addresses::{Place, Plan};
 use self::error::SlotError;
+use self::keeper::forget_ports;
 use self::maker::Made;
 use self::ports::Ports;
 use self::rules::Rules;
@@ -43,10 +47,12 @@ use super::snapshots::blocking;
 
 /// Most slots that are kept ready.
 pub const READY_MAX: usize = 256;
-/// How long a request waits for one.
+/// How long a request waits for one, and what is made ahead of requests for its turn.
 const WAIT: Duration = Duration::from_secs(1);
 /// After a failure nothing is tried for so long, and then for twice as long, up to the second.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long the pool's end waits for what has slots.
+const END_WITHIN: Duration = Duration::from_secs(10);
 /// Taken down at once.
 const DOWN_MAX: usize = 16;
 
@@ -70,6 +76,8 @@ pub struct Slots {
     ready: Semaphore,
     /// There may be something to do.
     work: Notify,
+    /// Another one is ready.
+    filled: Notify,
     /// The host's table is written by one at a time.
     host: tokio::sync::Mutex<()>,
     task: Mutex<Option<JoinHandle<()>>>,
@@ -79,9 +87,13 @@ pub struct Slots {
 struct State {
     ready: VecDeque<Made>,
     used: HashMap<u32, (Place, Access)>,
+    /// Leases that are to come back before the pool can end.
+    awaited: usize,
     ports: Ports,
-    /// To be taken down: numbers, and whether the host's table tells of them.
-    gone: VecDeque<(u32, bool)>,
+    /// To be taken down.
+    gone: VecDeque<Gone>,
+    /// Of slots that are taken down: connections of theirs may be remembered by the host.
+    remembered: Vec<Place>,
     /// From which number on one is looked for that is free.
     next: u32,
     /// Why the last one could not be made.
@@ -89,12 +101,39 @@ struct State {
     closed: bool,
 }
 
-/// What the pool's task does next.
-enum Step {
-    TakeDown(Vec<u32>, bool),
-    Make(Place),
-    Wait,
-    End,
+/// A slot, and all that a VM needs to have it.
+#[derive(Debug)]
+pub struct Held {
+    /// With its place.
+    pub link: SlotLink,
+    pub lease: Lease,
+    pub tap: OwnedFd,
+}
+
+/// Ports of the host that are kept for a VM that is about to be handed over; free again when it is dropped.
+#[derive(Debug)]
+pub struct Reserved {
+    slots: Arc<Slots>,
+    publish: Vec<Publish>,
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.publish.is_empty() {
+            self.slots.lock().ports.give_back(&self.publish);
+            self.slots.work.notify_one();
+        }
+    }
+}
+
+/// A slot that is nobody's any more.
+#[derive(Debug)]
+struct Gone {
+    number: u32,
+    /// If it may have had any connections.
+    place: Option<Place>,
+    /// Whether the host's table tells of it.
+    seen: bool,
 }
 
 /// A slot that is a VM's; taken down when it is dropped.
@@ -103,6 +142,8 @@ pub struct Lease {
     slots: Arc<Slots>,
     place: Place,
     left: bool,
+    /// The pool's end waits for it.
+    awaited: bool,
 }
 
 impl Lease {
@@ -110,12 +151,21 @@ impl Lease {
     pub fn leave(mut self) {
         self.left = true;
     }
+
+    /// The VM may go on after this daemon's end, which is not to wait for it.
+    pub fn never_mind(&mut self) {
+        if std::mem::take(&mut self.awaited) {
+            self.slots.lock().awaited -= 1;
+        }
+    }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if !self.left {
-            self.slots.release(self.place.number);
+        self.never_mind();
+        match self.left {
+            true => self.slots.work.notify_one(),
+            false => self.slots.release(self.place.number),
         }
     }
 }
@@ -136,6 +186,7 @@ impl Slots {
             state: Mutex::new(State { next, ..State::default() }),
             ready: Semaphore::new(0),
             work: Notify::new(),
+            filled: Notify::new(),
             host: tokio::sync::Mutex::default(),
             task: Mutex::default(),
         }))
@@ -160,7 +211,9 @@ impl Slots {
             if !left.is_empty() {
                 tracing::info!(slots = left.len(), "network slots of an earlier service are taken down");
             }
-            state.gone.extend(left.into_iter().map(|number| (number, false)));
+            let place = |number| (number < self.rules.plan.capacity()).then(|| self.rules.plan.place(number));
+            let gone = left.into_iter().map(|number| Gone { number, place: place(number), seen: false });
+            state.gone.extend(gone);
             self.size > 0 || !found.is_empty()
         };
         if !is_needed {
@@ -174,24 +227,51 @@ impl Slots {
         if let Err(error) = self.set_host().await {
             tracing::error!(%error, "the host's rules for network slots cannot be set");
         }
+        self.tell_barriers().await;
         let task = tokio::spawn(Arc::clone(self).run());
         *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
+    }
+
+    /// Says what of this host's drops what guests send, which nobody would see otherwise.
+    async fn tell_barriers(&self) {
+        let (prefix, own) = (self.rules.veth_prefix(), self.rules.table());
+        let looked = blocking({
+            let prefix = prefix.clone();
+            move || barriers::find(&prefix, &own)
+        });
+        match looked.await.map(|found| found.map_err(NetworkError::from)) {
+            Ok(Ok(found)) => {
+                for barrier in found {
+                    let [to, from] = barrier.remedies(&prefix);
+                    tracing::warn!(
+                        "guests reach nothing beyond this host, and are not reached from there: {}; `{to}` and `{from}` let them (docs/network.md)",
+                        barrier.text()
+                    );
+                }
+            }
+            Ok(Err(error)) => tracing::warn!(%error, "other rules of this host cannot be looked at"),
+            Err(error) => tracing::warn!(%error, "other rules of this host cannot be looked at"),
+        }
     }
 
     /// Takes everything down but what VMs have that are left running.
     pub async fn close(&self) {
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(task) = task else { return };
+        let Some(mut task) = task else { return };
         {
             let mut state = self.lock();
             state.closed = true;
-            let ready: Vec<_> = state.ready.drain(..).map(|made| (made.place.number, false)).collect();
-            state.gone.extend(ready);
+            let ready: Vec<Made> = state.ready.drain(..).collect();
+            let gone = |made: Made| Gone { number: made.place.number, place: None, seen: false };
+            state.gone.extend(ready.into_iter().map(gone));
         }
         self.ready.close();
         self.work.notify_one();
-        // It ends when nothing is left to be taken down.
-        let _ = task.await;
+        // It ends when nothing is left to be taken down: what was being made when all else ended comes back, too.
+        if tokio::time::timeout(END_WITHIN, &mut task).await.is_err() {
+            task.abort();
+            tracing::error!("network slots are left behind: what had them did not end in time");
+        }
         let result = match self.lock().used.is_empty() {
             true => Some(self.rules.no_host()),
             false => None,
@@ -204,49 +284,155 @@ impl Slots {
         }
     }
 
+    /// Waits until as many are ready as there are to be.
+    pub async fn full(&self) {
+        loop {
+            let filled = self.filled.notified();
+            tokio::pin!(filled);
+            filled.as_mut().enable();
+            if self.lock().ready.len() >= self.size {
+                return;
+            }
+            filled.await;
+        }
+    }
+
+    /// How many are to be ready.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
     /// How many are ready, and how many VMs have one.
     pub fn counts(&self) -> (usize, usize) {
         let state = self.lock();
         (state.ready.len(), state.used.len())
     }
 
-    /// Gives a VM a slot, and its TAP, when there is one, or becomes one in a moment.
-    pub async fn take(self: &Arc<Self>, link: &mut SlotLink) -> Result<(Lease, OwnedFd), FleetError> {
-        if self.size == 0 {
-            return Err(NetworkError::from(SlotError::Off).into());
+    /// Which addresses guests have.
+    pub fn plan(&self) -> &Plan {
+        &self.rules.plan
+    }
+
+    /// Refuses what a service that makes no slots cannot give.
+    pub fn check_on(&self) -> Result<(), FleetError> {
+        match self.size {
+            0 => Err(NetworkError::from(SlotError::Off).into()),
+            _ => Ok(()),
         }
-        let access = &link.access;
-        let (lease, tap) = {
-            let permit = match tokio::time::timeout(WAIT, self.ready.acquire()).await {
-                Ok(Ok(permit)) => permit,
-                _ => return Err(NetworkError::from(self.none_ready()).into()),
-            };
-            let mut state = self.lock();
-            let Some(Made { place, tap }) = state.ready.pop_front() else {
-                return Err(FleetError::Internal("a network slot was counted and is not there".to_owned()));
-            };
-            if let Err(error) = state.ports.take(&access.publish, place.number) {
-                state.ready.push_front(Made { place, tap });
-                return Err(NetworkError::from(error).into());
-            }
-            permit.forget();
-            state.used.insert(place.number, (place, access.clone()));
-            (Lease { slots: Arc::clone(self), place, left: false }, tap)
+    }
+
+    /// Gives a VM a slot, and its TAP, when there is one, or becomes one in a moment.
+    pub async fn take(self: &Arc<Self>, access: &Access) -> Result<Held, FleetError> {
+        self.check_on()?;
+        let permit = match tokio::time::timeout(WAIT, self.ready.acquire()).await {
+            Ok(Ok(permit)) => permit,
+            _ => return Err(NetworkError::from(self.none_ready()).into()),
         };
+        let (lease, tap) = self.give(&mut self.lock(), permit, access)?;
         if self.lock().ready.is_empty() {
             self.refill();
         }
+        self.open_up(lease, tap, access, false).await
+    }
+
+    /// The same for what is made ahead of requests: only when as many are ready as there are to be, and another can be made in its place. So
+    /// whoever asks for a VM finds them as if nothing were made ahead.
+    pub async fn take_ahead(self: &Arc<Self>, access: &Access) -> Result<Held, FleetError> {
+        self.check_on()?;
+        let find = async {
+            loop {
+                let filled = self.filled.notified();
+                tokio::pin!(filled);
+                // From here on it hears.
+                filled.as_mut().enable();
+                if let Some(given) = self.spare(access) {
+                    return given;
+                }
+                filled.await;
+            }
+        };
+        let given = tokio::time::timeout(WAIT, find).await;
+        let (lease, tap) = given.map_err(|_| NetworkError::from(self.none_to_spare()))??;
+        self.refill();
+        self.open_up(lease, tap, access, true).await
+    }
+
+    /// One of those that are ready, if it can be spared.
+    fn spare(self: &Arc<Self>, access: &Access) -> Option<Result<(Lease, OwnedFd), FleetError>> {
+        let mut state = self.lock();
+        if state.ready.len() < self.size || !state.has_free(&self.rules) {
+            return None;
+        }
+        // Somebody who asks for a VM comes first.
+        let permit = self.ready.try_acquire().ok()?;
+        Some(self.give(&mut state, permit, access))
+    }
+
+    fn give(
+        self: &Arc<Self>,
+        state: &mut State,
+        permit: SemaphorePermit<'_>,
+        access: &Access,
+    ) -> Result<(Lease, OwnedFd), FleetError> {
+        let Some(Made { place, tap }) = state.ready.pop_front() else {
+            return Err(FleetError::Internal("a network slot was counted and is not there".to_owned()));
+        };
+        if let Err(error) = state.ports.take(&access.publish, Some(place.number)) {
+            state.ready.push_front(Made { place, tap });
+            return Err(NetworkError::from(error).into());
+        }
+        permit.forget();
+        state.used.insert(place.number, (place, access.clone()));
+        Ok((self.lease(state, place), tap))
+    }
+
+    /// Lets the guest reach what it may, before it has the slot.
+    async fn open_up(
+        &self,
+        lease: Lease,
+        tap: OwnedFd,
+        access: &Access,
+        ahead: bool,
+    ) -> Result<Held, FleetError> {
+        let place = lease.place;
         if !access.is_usual_inside() {
             let (rules, text) = (self.rules.clone(), self.rules.reach(access));
-            let number = lease.place.number;
-            blocking(move || maker::open_up(&rules, number, &text)).await??;
+            let open = move || maker::open_up(&rules, place.number, &text);
+            match ahead {
+                true => blocking(move || maker::behind(open)).await???,
+                false => blocking(open).await??,
+            }
         }
         if access.is_seen_by_host() {
             self.set_host().await?;
+            forget_ports(&access.publish).await?;
         }
-        link.place = Some(lease.place);
-        link.six = self.rules.six;
-        Ok((lease, tap))
+        let link = SlotLink { access: access.clone(), place: Some(place), six: self.rules.six };
+        Ok(Held { link, lease, tap })
+    }
+
+    /// Keeps ports for a VM that is to be found yet.
+    pub fn reserve(self: &Arc<Self>, publish: &[Publish]) -> Result<Reserved, FleetError> {
+        self.lock().ports.take(publish, None).map_err(NetworkError::from)?;
+        Ok(Reserved { slots: Arc::clone(self), publish: publish.to_vec() })
+    }
+
+    /// Leads reserved ports to the VM in this slot, until its end.
+    pub async fn publish(&self, link: &SlotLink, mut reserved: Reserved) -> Result<SlotLink, FleetError> {
+        let gone = || FleetError::Ended("it ended before its ports were published".to_owned());
+        let number = link.place.map(|place| place.number).ok_or_else(gone)?;
+        let access = {
+            let mut state = self.lock();
+            let state = &mut *state;
+            let (_, access) = state.used.get_mut(&number).ok_or_else(gone)?;
+            let publish = std::mem::take(&mut reserved.publish);
+            state.ports.assign(&publish, number);
+            access.publish.extend(publish);
+            access.clone()
+        };
+        self.set_host().await?;
+        forget_ports(&access.publish).await?;
+        Ok(SlotLink { access, ..link.clone() })
     }
 
     /// Another one is made for each that was taken. Not done by [`Self::take`], so that it does not compete with the clone that takes it.
@@ -260,19 +446,36 @@ impl Slots {
         let mut state = self.lock();
         state.ports.take_again(&link.access.publish, place.number);
         state.used.insert(place.number, (place, link.access.clone()));
-        Some(Lease { slots: Arc::clone(self), place, left: false })
+        Some(self.lease(&mut state, place))
+    }
+
+    fn lease(self: &Arc<Self>, state: &mut State, place: Place) -> Lease {
+        state.awaited += 1;
+        Lease { slots: Arc::clone(self), place, left: false, awaited: true }
     }
 
     fn none_ready(&self) -> SlotError {
-        let problem = self.lock().problem.as_ref().map(|problem| format!(" ({problem})"));
-        SlotError::NoneReady { waited_ms: WAIT.as_millis(), problem: problem.unwrap_or_default() }
+        SlotError::NoneReady { waited_ms: WAIT.as_millis(), problem: self.problem() }
+    }
+
+    fn none_to_spare(&self) -> SlotError {
+        let (ready, used) = self.counts();
+        let problem = match self.lock().has_free(&self.rules) {
+            true => self.problem(),
+            false => format!(" ({} have addresses, the most that --slot-network has)", ready + used),
+        };
+        SlotError::NoneToSpare { ready, size: self.size, problem }
+    }
+
+    fn problem(&self) -> String {
+        self.lock().problem.as_ref().map(|problem| format!(" ({problem})")).unwrap_or_default()
     }
 
     fn release(&self, number: u32) {
         let mut state = self.lock();
-        if let Some((_, access)) = state.used.remove(&number) {
+        if let Some((place, access)) = state.used.remove(&number) {
             state.ports.give_back(&access.publish);
-            state.gone.push_back((number, access.is_seen_by_host()));
+            state.gone.push_back(Gone { number, place: Some(place), seen: access.is_seen_by_host() });
         }
         drop(state);
         self.work.notify_one();
@@ -292,87 +495,18 @@ impl Slots {
         Ok(done.map_err(NetworkError::from)?)
     }
 
-    /// The pool's task.
-    async fn run(self: Arc<Self>) {
-        let mut retry = RETRY.0;
-        let mut was_down = false;
-        loop {
-            let step = self.next_step(was_down);
-            was_down = matches!(step, Step::TakeDown(..));
-            match step {
-                Step::End => return,
-                Step::Wait => self.work.notified().await,
-                Step::TakeDown(numbers, seen) => {
-                    if seen && let Err(error) = self.set_host().await {
-                        tracing::error!(%error, "the host's rules for network slots cannot be set");
-                    }
-                    let rules = self.rules.clone();
-                    match blocking(move || maker::behind(|| maker::take_down(&rules, &numbers))).await {
-                        Ok(Ok(Ok(()))) => {}
-                        Ok(Ok(Err(error))) => tracing::error!(%error, "network slots are left behind"),
-                        Ok(Err(error)) => tracing::error!(%error, "network slots are left behind"),
-                        Err(error) => tracing::error!(%error, "network slots are left behind"),
-                    }
-                }
-                Step::Make(place) => {
-                    let rules = self.rules.clone();
-                    let made = blocking(move || maker::behind(|| maker::make(&rules, place))).await;
-                    match made.and_then(|made| Ok(made??)) {
-                        Ok(made) => {
-                            retry = RETRY.0;
-                            let mut state = self.lock();
-                            state.problem = None;
-                            state.ready.push_back(made);
-                            drop(state);
-                            self.ready.add_permits(1);
-                        }
-                        Err(error) => {
-                            tracing::error!(%error, again_in_s = retry.as_secs(), "a network slot cannot be made");
-                            self.lock().problem = Some(format!("one could not be made: {error}"));
-                            self.rest(retry).await;
-                            retry = (retry * 2).min(RETRY.1);
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    /// Waits after a failure, unless the pool is closed.
-    async fn rest(&self, time: Duration) {
-        let rested = async {
-            while !self.lock().closed {
-                self.work.notified().await;
-            }
-        };
-        let _ = tokio::time::timeout(time, rested).await;
-    }
-
-    /// Taking down and making take turns, so that neither waits for ever.
-    fn next_step(&self, was_down: bool) -> Step {
-        let mut state = self.lock();
-        let wanted = !state.closed && state.ready.len() < self.size;
-        let make = if wanted { state.free(&self.rules) } else { None };
-        if let Some(place) = make
-            && (was_down || state.gone.is_empty())
-        {
-            return Step::Make(place);
-        }
-        if state.gone.is_empty() {
-            return if state.closed { Step::End } else { Step::Wait };
-        }
-        let count = state.gone.len().min(DOWN_MAX);
-        let gone: Vec<(u32, bool)> = state.gone.drain(..count).collect();
-        let seen = gone.iter().any(|(_, seen)| *seen);
-        Step::TakeDown(gone.into_iter().map(|(number, _)| number).collect(), seen)
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
+    /// Whether there is a place left for another.
+    fn has_free(&self, rules: &Rules) -> bool {
+        let taken = self.used.len() + self.ready.len();
+        taken < usize::try_from(rules.plan.capacity()).unwrap_or(usize::MAX)
+    }
+
     /// The next place that nobody has.
     fn free(&mut self, rules: &Rules) -> Option<Place> {
         let capacity = rules.plan.capacity();
@@ -381,7 +515,7 @@ impl State {
             self.next = (self.next + 1) % capacity;
             let taken = self.used.contains_key(&place.number)
                 || self.ready.iter().any(|made| made.place.number == place.number)
-                || self.gone.iter().any(|(number, _)| *number == place.number)
+                || self.gone.iter().any(|gone| gone.number == place.number)
                 // Of an earlier service, that had other networks.
                 || self.used.values().any(|(other, _)| other.address4 == place.address4 || other.address6 == place.address6);
             if !taken && !maker::is_there(rules, place.number) {
@@ -405,7 +539,7 @@ mod tests {
         };
         let mut state = State { next: 62, ..State::default() };
         state.used.insert(63, (rules.plan.place(63), Access::default()));
-        state.gone.push_back((1, false));
+        state.gone.push_back(Gone { number: 1, place: None, seen: false });
         let mut number = || state.free(&rules).map(|place| place.number);
         assert_eq!([number(), number(), number()], [Some(62), Some(0), Some(2)]);
         let place = rules.plan.place(3);
@@ -418,8 +552,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let slots = Slots::new(0, Plan::default(), folder.path()).unwrap();
         slots.begin().await;
-        let mut link = SlotLink { access: Access::default(), place: None, six: false };
-        let error = slots.take(&mut link).await.unwrap_err();
+        let error = slots.take(&Access::default()).await.unwrap_err();
         assert_eq!(
             (error.reason(), error.kind()),
             ("NO_NETWORK_SLOTS", super::super::error::Kind::FailedPrecondition)

@@ -1,5 +1,7 @@
 //! Ports of the host that are published: taken for as long as they are, so that no program gets one that leads elsewhere, and a port that
 //! a program has is not led elsewhere.
+//!
+//! One that is given back rests, still held, until the host's rules say nothing of it any more; the next VM can have it at once all the same.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,27 +18,58 @@ pub const PUBLISHED_MAX: usize = 1024;
 /// Who has which.
 #[derive(Debug, Default)]
 pub struct Ports {
-    /// With what holds it, and the number of the slot that it leads to.
-    taken: HashMap<(Transport, u16), (Vec<Socket>, u32)>,
+    taken: HashMap<Key, Taken>,
+    /// Given back, and held all the same.
+    resting: HashMap<Key, Vec<Socket>>,
+}
+
+/// A port, for this.
+pub type Key = (Transport, u16);
+
+#[derive(Debug)]
+struct Taken {
+    /// Holds it.
+    held: Vec<Socket>,
+    /// Number of the slot that it leads to; `None`: it is kept for a VM that is about to be handed over.
+    slot: Option<u32>,
 }
 
 impl Ports {
-    /// Takes these ports for a slot, all or none.
-    pub fn take(&mut self, ports: &[Publish], slot: u32) -> Result<(), SlotError> {
+    /// Takes these ports for a slot, or one that is to be found yet, all or none.
+    pub fn take(&mut self, ports: &[Publish], slot: Option<u32>) -> Result<(), SlotError> {
         if self.taken.len() + ports.len() > PUBLISHED_MAX {
             return Err(SlotError::PortsFull(PUBLISHED_MAX));
         }
-        let mut held = Vec::with_capacity(ports.len());
+        let mut new = HashMap::with_capacity(ports.len());
         for publish in ports {
-            let key = (publish.transport, publish.host);
-            if let Some((_, slot)) = self.taken.get(&key) {
+            let key = key(publish);
+            if let Some(taken) = self.taken.get(&key) {
                 let (transport, port) = key;
-                return Err(SlotError::PortPublished { port, transport, slot: *slot });
+                let of = match taken.slot {
+                    Some(slot) => format!("the VM in slot {slot}"),
+                    None => "a VM that is being taken out of a pool".to_owned(),
+                };
+                return Err(SlotError::PortPublished { port, transport, of });
             }
-            held.push((key, (hold(publish)?, slot)));
+            if !self.resting.contains_key(&key) {
+                new.insert(key, hold(publish)?);
+            }
         }
-        self.taken.extend(held);
+        for key in ports.iter().map(key) {
+            if let Some(held) = new.remove(&key).or_else(|| self.resting.remove(&key)) {
+                self.taken.insert(key, Taken { held, slot });
+            }
+        }
         Ok(())
+    }
+
+    /// What was kept is this slot's.
+    pub fn assign(&mut self, ports: &[Publish], slot: u32) {
+        for key in ports.iter().map(key) {
+            if let Some(taken) = self.taken.get_mut(&key) {
+                taken.slot = Some(slot);
+            }
+        }
     }
 
     /// The same for a VM that was taken over: its ports lead to it already, whoever else has got one meanwhile.
@@ -46,15 +79,38 @@ impl Ports {
                 tracing::warn!(slot, %error, "a published port of a VM that was taken over is not held");
                 Vec::new()
             });
-            self.taken.insert((publish.transport, publish.host), (held, slot));
+            self.taken.insert(key(publish), Taken { held, slot: Some(slot) });
         }
     }
 
     pub fn give_back(&mut self, ports: &[Publish]) {
-        for publish in ports {
-            self.taken.remove(&(publish.transport, publish.host));
+        for key in ports.iter().map(key) {
+            if let Some(taken) = self.taken.remove(&key) {
+                self.resting.insert(key, taken.held);
+            }
         }
     }
+
+    /// Whether some were given back and are held still.
+    pub fn rest(&self) -> bool {
+        !self.resting.is_empty()
+    }
+
+    /// Those: to be let go when the host's rules say nothing of them any more.
+    pub fn resting(&self) -> Vec<Key> {
+        self.resting.keys().copied().collect()
+    }
+
+    /// Frees those that rest still.
+    pub fn let_go(&mut self, ports: &[Key]) {
+        for key in ports {
+            self.resting.remove(key);
+        }
+    }
+}
+
+fn key(publish: &Publish) -> Key {
+    (publish.transport, publish.host)
 }
 
 /// Sockets that are bound to the port, of IPv4 and, if there is one, of IPv6, and do nothing.
@@ -106,16 +162,26 @@ mod tests {
         let program = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         let port = program.local_addr().unwrap().port();
         let tcp = [Publish { host: port, guest: 80, transport: Transport::Tcp }];
-        assert!(matches!(ports.take(&tcp, 1), Err(SlotError::PortTaken { .. })));
+        assert!(matches!(ports.take(&tcp, Some(1)), Err(SlotError::PortTaken { .. })));
         drop(program);
-        ports.take(&tcp, 1).unwrap();
+        ports.take(&tcp, Some(1)).unwrap();
         assert!(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_err(), "a program can have it");
-        assert!(matches!(ports.take(&tcp, 2), Err(SlotError::PortPublished { slot: 1, .. })));
+        let refused = ports.take(&tcp, Some(2)).unwrap_err();
+        assert!(refused.to_string().contains("slot 1"), "{refused}");
         let udp = [Publish { transport: Transport::Udp, ..tcp[0] }];
         let both = [udp[0], tcp[0]];
-        assert!(ports.take(&both, 2).is_err());
+        assert!(ports.take(&both, Some(2)).is_err());
         drop(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).expect("half of a refused request is taken"));
         ports.give_back(&tcp);
-        ports.take(&both, 2).unwrap();
+        assert!(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_err(), "rules may lead it away still");
+        ports.take(&both, None).unwrap();
+        assert!(!ports.rest() && ports.take(&tcp, Some(3)).is_err());
+        ports.assign(&both, 2);
+        let refused = ports.take(&tcp, Some(3)).unwrap_err();
+        assert!(refused.to_string().contains("slot 2"), "{refused}");
+        ports.give_back(&both);
+        let resting = ports.resting();
+        ports.let_go(&resting);
+        drop(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("it is held for nobody"));
     }
 }

@@ -24,6 +24,8 @@ pub const TAP: &str = "tap0";
 const TAP_MAC: &str = "02:63:6f:6c:64:01";
 /// A slot's end of its veth pair.
 const UP: &str = "up0";
+/// Of the first slot's route to ::1: behind the loopback's own, and no two alike, which the kernel would refuse.
+const LOCAL_METRIC: u32 = 65_536;
 /// The table in each slot.
 const TABLE: &str = "coldspark";
 
@@ -111,6 +113,12 @@ impl Rules {
             let _ = writeln!(text, "addr add {}/112 dev {veth} nodad", place.host6());
         }
         let _ = writeln!(text, "link set {veth} up");
+        if self.six {
+            // Answers to those who have called a published port by ::1 come in here, and the kernel routes ::1 by the interface (`rt6_need_strict`). What is sent
+            // to ::1 from outside it drops before that (`ip6_rcv_core`).
+            let metric = LOCAL_METRIC + place.number;
+            let _ = writeln!(text, "route add local ::1 dev {veth} table local metric {metric}");
+        }
         text
     }
 
@@ -195,6 +203,8 @@ impl Rules {
         let slots = format!("\"{}*\"", self.veth_prefix());
         let Plan { guests4, guests6, slots4, slots6 } = &self.plan;
         let (mut publish, mut guests, mut moved) = (String::new(), String::new(), String::new());
+        // Of a slot that is gone: it is not to be looked for elsewhere.
+        let mut gone = String::new();
         for (place, access) in used {
             for port in &access.publish {
                 let (transport, host, guest) = (port.transport, port.host, port.guest);
@@ -224,9 +234,10 @@ impl Rules {
             }
         }
         if self.six {
+            let _ = writeln!(gone, "oifname != {slots} ip6 daddr {slots6} drop");
             let _ = write!(
                 moved,
-                "oifname != {slots} ip6 saddr {slots6} masquerade\noifname {slots} ip6 saddr {guests6} masquerade\n"
+                "oifname != {slots} ip6 saddr {slots6} masquerade\noifname {slots} ip6 saddr {{ ::1, {guests6} }} masquerade\n"
             );
         }
         // Who calls a published port from an address that guests take for their own network, or by the host's loopback, gets the host's.
@@ -248,6 +259,7 @@ impl Rules {
              icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept\n\
              jump guests\ndrop\n}}\n\
              chain forward {{ type filter hook forward priority filter; policy accept;\n\
+             oifname != {slots} ip daddr {slots4} drop\n{gone}\
              ct state established,related accept\n\
              iifname {slots} oifname {slots} jump guests\n\
              iifname != {slots} oifname {slots} ct status dnat accept\n\

@@ -10,11 +10,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::error::SlotError;
+use crate::fleet::child;
 
 /// How long one of them may take.
 const WITHIN: Duration = Duration::from_secs(10);
 /// Of what it says when it fails.
 const SAID_MAX: u64 = 2 << 10;
+/// Of what it is asked for.
+const ANSWER_MAX: u64 = 8 << 20;
 /// Where a user's PATH may not lead.
 const FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
@@ -31,6 +34,18 @@ pub fn ip_all(text: &str) -> Result<(), SlotError> {
 /// Runs `nft -f -`, all or nothing, in this thread's network namespace.
 pub fn nft(text: &str) -> Result<(), SlotError> {
     run("nft", &["-f", "-"], text)
+}
+
+/// What a program says that is asked for something, in this thread's network namespace. What is beyond a limit is cut off.
+pub fn said(program: &'static str, arguments: &[&str]) -> Result<String, SlotError> {
+    let failed = |error: std::io::Error| SlotError::NoTool { program, reason: error.to_string() };
+    let mut answer = memory_file("coldspark-answer").map_err(failed)?;
+    let out = answer.try_clone().map_err(failed)?;
+    run_to(program, arguments, "", Stdio::from(out))?;
+    let mut bytes = Vec::new();
+    answer.rewind().map_err(failed)?;
+    answer.take(ANSWER_MAX).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// Whether both are there and this process may configure networks: asks for what a change would ask for.
@@ -53,6 +68,10 @@ pub fn set(path: &str, value: &str) -> Result<(), SlotError> {
 }
 
 fn run(program: &'static str, arguments: &[&str], text: &str) -> Result<(), SlotError> {
+    run_to(program, arguments, text, Stdio::null())
+}
+
+fn run_to(program: &'static str, arguments: &[&str], text: &str, out: Stdio) -> Result<(), SlotError> {
     let failed = |error: std::io::Error| SlotError::NoTool { program, reason: error.to_string() };
     let path = find(program).ok_or_else(|| SlotError::NoTool {
         program,
@@ -64,13 +83,13 @@ fn run(program: &'static str, arguments: &[&str], text: &str) -> Result<(), Slot
         Ok(file)
     });
     let said = memory_file("coldspark-said").map_err(failed)?;
-    let mut child = Command::new(path)
+    let mut command = Command::new(path);
+    command
         .args(arguments)
         .stdin(Stdio::from(input.map_err(failed)?))
-        .stdout(Stdio::null())
-        .stderr(Stdio::from(said.try_clone().map_err(failed)?))
-        .spawn()
-        .map_err(failed)?;
+        .stdout(out)
+        .stderr(Stdio::from(said.try_clone().map_err(failed)?));
+    let mut child = child::spawn(&mut command).map_err(failed)?;
     let in_time = ends(child.id());
     if !in_time {
         // Fails only when it has ended just now.

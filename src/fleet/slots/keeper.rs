@@ -1,0 +1,182 @@
+//! The pool's task: makes slots, takes them down with what the host remembers of them, one after the other, behind everybody's back.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::access::{Publish, Transport};
+use super::addresses::Place;
+use super::forget::{self, Forget};
+use super::ports::Key;
+use super::{DOWN_MAX, Gone, RETRY, Slots, maker};
+use crate::fleet::child;
+use crate::fleet::error::FleetError;
+use crate::fleet::network::NetworkError;
+use crate::fleet::snapshots::blocking;
+
+/// What the pool's task does next.
+enum Step {
+    /// With the ports that led to them.
+    TakeDown(Vec<Gone>, Vec<Key>),
+    /// Make the host forget their connections.
+    Forget(Vec<Place>),
+    Make(Place),
+    /// For something to do, at most until then.
+    Wait(Option<Instant>),
+    End,
+}
+
+/// The host is made to forget after so long again, or so many times as long as it took: it tells all that it remembers for that, which may be much.
+const FORGET_PAUSE: Duration = Duration::from_secs(1);
+const FORGET_PACE: u32 = 10;
+/// Slots after which it is made to all the same.
+const REMEMBERED_MAX: usize = 256;
+
+impl Slots {
+    /// The pool's task.
+    pub(super) async fn run(self: Arc<Self>) {
+        let mut retry = RETRY.0;
+        let mut was_down = false;
+        let mut forget_at = Instant::now();
+        loop {
+            let step = self.next_step(was_down, forget_at);
+            was_down = matches!(step, Step::TakeDown(..));
+            match step {
+                Step::End => return,
+                Step::Wait(None) => self.work.notified().await,
+                Step::Wait(Some(until)) => {
+                    // What it comes back with says the same: look again.
+                    let _ = tokio::time::timeout_at(until.into(), self.work.notified()).await;
+                }
+                Step::Forget(places) => {
+                    let begun = Instant::now();
+                    let ends = places
+                        .iter()
+                        .flat_map(|place| [IpAddr::V4(place.address4), IpAddr::V6(place.address6)]);
+                    let what = Forget { addresses: ends.collect(), ..Forget::default() };
+                    if let Err(error) = blocking(move || maker::behind(|| forget(&what))).await {
+                        tracing::error!(%error, "the host's connections cannot be looked at");
+                    }
+                    forget_at = Instant::now() + FORGET_PAUSE.max(begun.elapsed() * FORGET_PACE);
+                }
+                Step::TakeDown(gone, ports) => {
+                    if (!ports.is_empty() || gone.iter().any(|gone| gone.seen))
+                        && let Err(error) = self.set_host().await
+                    {
+                        tracing::error!(%error, "the host's rules for network slots cannot be set");
+                    }
+                    let slots = Arc::clone(&self);
+                    let done = blocking(move || maker::behind(|| slots.down(&gone, &ports))).await;
+                    if let Err(error) = done.and_then(|done| Ok(done??)) {
+                        tracing::error!(%error, "network slots are left behind");
+                    }
+                }
+                Step::Make(place) => {
+                    let rules = self.rules.clone();
+                    // Somebody may wait for it.
+                    let is_urgent = self.lock().ready.is_empty();
+                    let made = blocking(move || match is_urgent {
+                        true => Ok(maker::make(&rules, place)),
+                        false => maker::behind(|| maker::make(&rules, place)),
+                    })
+                    .await;
+                    match made.and_then(|made| Ok(made??)) {
+                        Ok(made) => {
+                            retry = RETRY.0;
+                            let mut state = self.lock();
+                            state.problem = None;
+                            if state.closed {
+                                let number = made.place.number;
+                                state.gone.push_back(Gone { number, place: None, seen: false });
+                                continue;
+                            }
+                            state.ready.push_back(made);
+                            drop(state);
+                            self.ready.add_permits(1);
+                            self.filled.notify_waiters();
+                        }
+                        Err(error) => {
+                            tracing::error!(%error, again_in_s = retry.as_secs(), "a network slot cannot be made");
+                            self.lock().problem = Some(format!("one could not be made: {error}"));
+                            self.rest(retry).await;
+                            retry = (retry * 2).min(RETRY.1);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits after a failure, unless the pool is closed.
+    async fn rest(&self, time: Duration) {
+        let rested = async {
+            while !self.lock().closed {
+                self.work.notified().await;
+            }
+        };
+        let _ = tokio::time::timeout(time, rested).await;
+    }
+
+    /// Taking down and making take turns, so that neither waits for ever.
+    fn next_step(&self, was_down: bool, forget_at: Instant) -> Step {
+        let mut state = self.lock();
+        let state = &mut *state;
+        if state.remembered.len() >= REMEMBERED_MAX {
+            return Step::Forget(std::mem::take(&mut state.remembered));
+        }
+        let wanted = !state.closed && state.ready.len() < self.size;
+        let make = if wanted { state.free(&self.rules) } else { None };
+        if let Some(place) = make
+            && (was_down || state.gone.is_empty())
+        {
+            let same = |old: &Place| old.address4 == place.address4 || old.address6 == place.address6;
+            return match state.remembered.iter().any(same) {
+                // Whoever talked to the last one is not to talk to the next.
+                true => Step::Forget(std::mem::take(&mut state.remembered)),
+                false => Step::Make(place),
+            };
+        }
+        if state.gone.is_empty() && !state.ports.rest() {
+            let is_due = !state.remembered.is_empty() && (state.closed || forget_at <= Instant::now());
+            return match is_due {
+                true => Step::Forget(std::mem::take(&mut state.remembered)),
+                false if state.closed && state.awaited == 0 => Step::End,
+                false => Step::Wait((!state.remembered.is_empty()).then_some(forget_at)),
+            };
+        }
+        let count = state.gone.len().min(DOWN_MAX);
+        let gone = state.gone.drain(..count).collect();
+        Step::TakeDown(gone, state.ports.resting())
+    }
+
+    /// Takes slots down, and lets the ports go that led to them. Blocks.
+    fn down(&self, gone: &[Gone], ports: &[Key]) -> Result<(), NetworkError> {
+        // Under the lock: a port is either there to be had again, or free.
+        child::undisturbed(|| self.lock().ports.let_go(ports));
+        let numbers: Vec<u32> = gone.iter().map(|gone| gone.number).collect();
+        let result = maker::take_down(&self.rules, &numbers);
+        self.lock().remembered.extend(gone.iter().filter_map(|gone| gone.place));
+        Ok(result?)
+    }
+}
+
+/// Who has asked these ports by UDP before, and asks on, is led to where they lead now.
+pub(super) async fn forget_ports(publish: &[Publish]) -> Result<(), FleetError> {
+    let udp = publish.iter().filter(|publish| publish.transport == Transport::Udp);
+    let what = Forget { udp_ports: udp.map(|publish| publish.host).collect(), ..Forget::default() };
+    match what.is_empty() {
+        true => Ok(()),
+        false => blocking(move || forget(&what)).await,
+    }
+}
+
+/// Makes the host forget connections, as well as it can.
+fn forget(what: &Forget) {
+    match forget::forget(what) {
+        Ok(count) => tracing::debug!(count, "connections were forgotten"),
+        Err(error) => tracing::warn!(
+            %error,
+            "the host's kernel cannot be made to forget connections of network slots; it does after some time without packets (is there the module nf_conntrack_netlink?)"
+        ),
+    }
+}
