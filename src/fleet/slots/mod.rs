@@ -460,7 +460,9 @@ impl Slots {
 
     fn none_to_spare(&self) -> SlotError {
         let (ready, used) = self.counts();
-        let problem = match self.lock().has_free(&self.rules) {
+        // Not in the match: that would hold the lock, which `problem` takes, too.
+        let has_free = self.lock().has_free(&self.rules);
+        let problem = match has_free {
             true => self.problem(),
             false => format!(" ({} have addresses, the most that --slot-network has)", ready + used),
         };
