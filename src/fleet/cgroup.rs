@@ -137,9 +137,10 @@ impl Cgroups {
         let group = self.group(&places, vm, limits);
         let made = group.set_up(&places, &limits).and_then(|()| group.take(pid));
         // What is there already goes with `group`.
-        made.map_err(|(path, source)| FleetError::Io {
-            what: format!("cannot limit the VM: {}", path.display()),
-            source,
+        made.map_err(|(path, source)| match source.raw_os_error() {
+            // There is no such process any more.
+            Some(libc::ESRCH) => FleetError::WorkerKilled("it ended before it could be limited".to_owned()),
+            _ => FleetError::Io { what: format!("cannot limit the VM: {}", path.display()), source },
         })?;
         Ok(group)
     }
