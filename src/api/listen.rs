@@ -68,9 +68,7 @@ impl Socket {
         check_folder(path)?;
         match fs::symlink_metadata(path) {
             Ok(there) if !there.file_type().is_socket() => return Err(ServeError::NoSocket(path.to_owned())),
-            Ok(_) if UnixStream::connect(path).await.is_ok() => {
-                return Err(ServeError::Taken(path.to_owned()));
-            }
+            Ok(_) if is_served(path).await => return Err(ServeError::Taken(path.to_owned())),
             Ok(_) => fs::remove_file(path).map_err(failed)?,
             Err(_) => {}
         }
@@ -100,6 +98,24 @@ impl Socket {
     /// The next connection.
     pub(super) async fn accept(&self) -> io::Result<(UnixStream, tokio::net::unix::SocketAddr)> {
         self.listener.accept().await
+    }
+}
+
+/// Whether the process that listens there lives. That it can be connected to is not enough: of a service that was killed, a child that is
+/// between its fork and its exec has the socket open for a moment longer.
+async fn is_served(path: &Path) -> bool {
+    let Ok(stream) = UnixStream::connect(path).await else { return false };
+    // The kernel tells who called listen(2). Nobody that has a number here: of another pid namespace, so alive for all we know.
+    let listener = stream.peer_cred().ok().and_then(|peer| peer.pid()).filter(|pid| *pid > 0);
+    listener.is_none_or(lives)
+}
+
+/// Whether there is such a process and it is no zombie. Where /proc does not tell, there is.
+fn lives(pid: i32) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        // "1234 (name) Z ...": the name may hold anything.
+        Ok(stat) => !stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
+        Err(error) => error.kind() != io::ErrorKind::NotFound || !Path::new("/proc/self/stat").exists(),
     }
 }
 
@@ -427,5 +443,60 @@ impl AsyncWrite for Connection {
             Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
             Stream::Tls(stream) => Pin::new(stream).poll_shutdown(context),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
+
+    use super::*;
+
+    const CHILD: &str = "COLDSPARK_TEST_LISTEN";
+
+    #[test]
+    #[ignore = "the second half of a_socket_whose_service_is_gone_is_free_though_somebody_has_it_open, which starts it"]
+    fn listening_child() {
+        if std::env::var_os(CHILD).is_some() {
+            rustix::net::listen(io::stdin(), 4).unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_whose_service_is_gone_is_free_though_somebody_has_it_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        // A process listens there and ends; we have the same socket open, as a child of it would.
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["--exact", "api::listen::tests::listening_child", "--ignored"]).env(CHILD, "1");
+        child.stdin(Stdio::from(socket.try_clone().unwrap())).stdout(Stdio::null());
+        assert!(child.status().unwrap().success());
+        assert!(UnixStream::connect(&path).await.is_ok(), "it listens");
+        assert!(!is_served(&path).await);
+        drop(child);
+        let served = Socket::bind(&path).await.unwrap();
+        assert!(matches!(Socket::bind(&path).await, Err(ServeError::Taken(_))));
+        drop(served);
+        assert!(!is_served(&path).await);
+    }
+
+    #[test]
+    fn who_lives_is_told() {
+        assert!(lives(std::process::id().try_into().unwrap()));
+        let mut child = Command::new("true").spawn().unwrap();
+        let pid = child.id().try_into().unwrap();
+        // Awaited without being reaped: a zombie.
+        let status = rustix::process::waitid(
+            rustix::process::WaitId::Pid(rustix::process::Pid::from_raw(pid).unwrap()),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        );
+        assert!(status.unwrap().is_some());
+        assert!(!lives(pid));
+        child.wait().unwrap();
+        assert!(!lives(pid));
     }
 }
