@@ -36,6 +36,7 @@ struct Table<T> {
 #[derive(Debug)]
 struct Entry<T> {
     asked: Box<[u8]>,
+    begun: Instant,
     /// Empty while the first request is under way, and after it failed.
     answer: OnceCell<T>,
 }
@@ -56,13 +57,24 @@ impl<T: Message + Clone + Send + Sync> Replays<T> {
         asked: &[u8],
         work: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, Status> {
+        self.once_while(id, asked, work, |_| true).await
+    }
+
+    /// As [`once`](Self::once), as long as an answer that is there `holds`; otherwise the work is done again.
+    pub async fn once_while(
+        &self,
+        id: &str,
+        asked: &[u8],
+        work: impl Future<Output = Result<T, Status>>,
+        holds: impl Fn(&T) -> bool,
+    ) -> Result<T, Status> {
         if id.is_empty() {
             return work.await;
         }
         if id.len() > ID_BYTES_MAX {
             return Err(invalid(format!("a request id of {} bytes; the most is {ID_BYTES_MAX}", id.len())));
         }
-        let entry = self.entry(id, asked);
+        let entry = self.entry(id, asked, holds);
         if *entry.asked != *asked {
             return Err(invalid(another(id)));
         }
@@ -73,19 +85,22 @@ impl<T: Message + Clone + Send + Sync> Replays<T> {
         });
         let answer = answer.await?.clone();
         if is_ours {
-            self.lock().weigh(answer.encoded_len());
+            self.lock().answered(id, &entry, answer.encoded_len());
         }
         Ok(answer)
     }
 
-    fn entry(&self, id: &str, asked: &[u8]) -> Arc<Entry<T>> {
+    fn entry(&self, id: &str, asked: &[u8], holds: impl Fn(&T) -> bool) -> Arc<Entry<T>> {
         let now = Instant::now();
         let mut table = self.lock();
         table.forget(|when, entries, _| now.duration_since(when) > KEPT_FOR || entries >= ENTRIES_MAX);
         if let Some(entry) = table.entries.get(id) {
-            return Arc::clone(entry);
+            if entry.answer.get().is_none_or(holds) {
+                return Arc::clone(entry);
+            }
+            table.drop_entry(id);
         }
-        let entry = Arc::new(Entry { asked: asked.into(), answer: OnceCell::new() });
+        let entry = Arc::new(Entry { asked: asked.into(), begun: now, answer: OnceCell::new() });
         table.entries.insert(id.to_owned(), Arc::clone(&entry));
         table.order.push_back((now, id.to_owned()));
         table.weigh(asked.len());
@@ -103,15 +118,29 @@ impl<T: Message> Table<T> {
         self.forget(|_, _, bytes| bytes > BYTES_MAX);
     }
 
+    /// This entry has an answer now, which is kept only if the entry is still.
+    fn answered(&mut self, id: &str, entry: &Arc<Entry<T>>, bytes: usize) {
+        if self.entries.get(id).is_some_and(|kept| Arc::ptr_eq(kept, entry)) {
+            self.weigh(bytes);
+        }
+    }
+
+    fn drop_entry(&mut self, id: &str) {
+        if let Some(entry) = self.entries.remove(id) {
+            let bytes = entry.asked.len() + entry.answer.get().map_or(0, Message::encoded_len);
+            self.bytes = self.bytes.saturating_sub(bytes);
+        }
+    }
+
     /// Drops the oldest while `wanted` by its time, the number of entries, and their bytes.
     fn forget(&mut self, wanted: impl Fn(Instant, usize, usize) -> bool) {
         while let Some((when, _)) = self.order.front()
             && wanted(*when, self.entries.len(), self.bytes)
-            && let Some((_, id)) = self.order.pop_front()
+            && let Some((when, id)) = self.order.pop_front()
         {
-            if let Some(entry) = self.entries.remove(&id) {
-                let bytes = entry.asked.len() + entry.answer.get().map_or(0, Message::encoded_len);
-                self.bytes = self.bytes.saturating_sub(bytes);
+            // A later request may have taken the id.
+            if self.entries.get(&id).is_some_and(|entry| entry.begun == when) {
+                self.drop_entry(&id);
             }
         }
     }
@@ -162,6 +191,38 @@ mod tests {
         tokio::task::yield_now().await;
         first.abort();
         assert_eq!(second.await.unwrap().unwrap(), answer("2"));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_does_not_hold_any_more_is_no_answer() {
+        let replays = Replays::default();
+        let again = |text| {
+            replays.once_while("a", b"x", async move { Ok(answer(text)) }, |kept| *kept != answer("1"))
+        };
+        assert_eq!(again("1").await.unwrap(), answer("1"));
+        assert_eq!(again("2").await.unwrap(), answer("2"));
+        assert_eq!(again("3").await.unwrap(), answer("2"));
+        let table = replays.lock();
+        assert_eq!((table.entries.len(), table.bytes), (1, 1 + answer("2").encoded_len()));
+    }
+
+    #[tokio::test]
+    async fn what_is_answered_after_it_was_forgotten_is_not_counted() {
+        let replays = Arc::new(Replays::default());
+        let (tell, told) = tokio::sync::oneshot::channel();
+        let slow = {
+            let replays = Arc::clone(&replays);
+            tokio::spawn(async move { replays.once("slow", b"x", async { Ok(told.await.unwrap()) }).await })
+        };
+        tokio::task::yield_now().await;
+        for n in 0..ENTRIES_MAX {
+            replays.once(&n.to_string(), b"x", async { Ok(answer("1")) }).await.unwrap();
+        }
+        assert!(!replays.lock().entries.contains_key("slow"));
+        let before = replays.lock().bytes;
+        tell.send(answer("2")).unwrap();
+        assert_eq!(slow.await.unwrap().unwrap(), answer("2"));
+        assert_eq!(replays.lock().bytes, before);
     }
 
     #[tokio::test]

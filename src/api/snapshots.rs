@@ -12,6 +12,7 @@ use super::proto::snapshot_service_server::SnapshotService;
 use super::replays::Replays;
 use crate::fleet::Fleet;
 use crate::fleet::claims::{Claim, Method};
+use crate::fleet::error::FleetError;
 use crate::fleet::keeping::KeptSoFar;
 use crate::fleet::snapshots::{CreateSnapshot, Described, Listing, Signed, WorkingSet};
 
@@ -21,12 +22,12 @@ const DAMAGED_MAX: usize = 100;
 /// The service.
 pub struct Snapshots {
     fleet: Arc<Fleet>,
-    replays: Replays<proto::CreateSnapshotResponse>,
+    replays: Arc<Replays<proto::CreateSnapshotResponse>>,
 }
 
 impl Snapshots {
     pub fn new(fleet: Arc<Fleet>) -> Self {
-        Self { fleet, replays: Replays::default() }
+        Self { fleet, replays: Arc::default() }
     }
 }
 
@@ -39,8 +40,9 @@ impl SnapshotService for Snapshots {
         let request = request.into_inner();
         let (id, asked) = (request.request_id.clone(), request.encode_to_vec());
         let claim = Claim::new(Method::CreateSnapshot, &id, &asked);
-        let take = async {
-            if let Some(earlier) = self.fleet.earlier_snapshot(claim.as_ref()).await? {
+        let fleet = Arc::clone(&self.fleet);
+        let take = async move {
+            if let Some(earlier) = fleet.earlier_snapshot(claim.as_ref()).await? {
                 let response =
                     proto::CreateSnapshotResponse { snapshot: Some(snapshot(earlier)), ..Default::default() };
                 return Ok(response);
@@ -52,7 +54,7 @@ impl SnapshotService for Snapshots {
                 function: None,
                 claim,
             };
-            let taken = self.fleet.create_snapshot(request).await?;
+            let taken = fleet.create_snapshot(request).await?;
             Ok(proto::CreateSnapshotResponse {
                 snapshot: Some(snapshot(taken.snapshot)),
                 pause_us: taken.pause_us,
@@ -60,7 +62,11 @@ impl SnapshotService for Snapshots {
                 steps: convert::steps(taken.steps),
             })
         };
-        Ok(Response::new(self.replays.once(&id, &asked, take).await?))
+        // A snapshot that has begun is made, whether its caller waits or not; who asks again waits for it.
+        let replays = Arc::clone(&self.replays);
+        let taken = tokio::spawn(async move { replays.once(&id, &asked, take).await });
+        let failed = |error| FleetError::Internal(format!("a task of the service failed: {error}"));
+        Ok(Response::new(taken.await.map_err(failed)??))
     }
 
     async fn list_snapshots(

@@ -28,7 +28,7 @@ use crate::fleet::error::FleetError;
 use crate::fleet::limits::{
     CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT, STOP_TIMEOUT_DEFAULT, STOP_TIMEOUT_MAX,
 };
-use crate::fleet::vm::Vm;
+use crate::fleet::vm::{State, Vm};
 use crate::telemetry::trace::Place;
 
 /// Events of one cold boot that the client has not taken yet.
@@ -131,7 +131,8 @@ impl VmService for Vms {
                 booted = true;
                 boot(&fleet, request, claim, &events).await
             };
-            let last = match created.once(&id, &asked, work).await {
+            let lives = |vm: &proto::Vm| fleet.vm(&vm.id).is_ok_and(|vm| vm.state() != State::Exited);
+            let last = match created.once_while(&id, &asked, work, lives).await {
                 Ok(vm) => {
                     // Who has not booted it hears of it now.
                     let [accepted, ready] = told_again(vm);
@@ -331,6 +332,7 @@ async fn boot(
     events: &mpsc::Sender<Result<proto::CreateVmEvent, Status>>,
 ) -> Result<proto::Vm, Status> {
     let (progress_in, mut progress) = mpsc::channel(PROGRESS_MAX);
+    let has_id = claim.is_some();
     let boot = fleet.create_vm(request, claim, progress_in);
     tokio::pin!(boot);
     let end = loop {
@@ -344,10 +346,16 @@ async fn boot(
         }
     };
     let Some(end) = end else {
-        // The boot sees that nobody listens and ends the VM.
+        // The boot sees that nobody listens and ends the VM, if it is not ready already.
         progress.close();
-        let _ = boot.await;
-        return Err(Status::cancelled("the caller went away"));
+        return match boot.await {
+            Ok(new) if has_id => Ok(convert::vm(&new.vm)),
+            Ok(new) => {
+                let _ = fleet.delete_vm(&new.vm.id).await;
+                Err(Status::cancelled("the caller went away"))
+            }
+            Err(_) => Err(Status::cancelled("the caller went away")),
+        };
     };
     while let Ok(event) = progress.try_recv() {
         if events.send(Ok(created(event))).await.is_err() {

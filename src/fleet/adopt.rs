@@ -90,7 +90,7 @@ impl Fleet {
             .collect();
         let unsettled: HashSet<String> = found
             .iter()
-            .filter(|(_, record, _)| matches!(record, Ok(None)))
+            .filter(|(_, record, _)| matches!(record, Ok(None) | Err(Unreadable::Damaged(_))))
             .map(|(folder, ..)| folder.id())
             .collect();
         for (folder, found, _) in &mut found {

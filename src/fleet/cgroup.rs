@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,9 @@ const PERIOD_US: u64 = 100_000;
 const LEAF: &str = "service";
 /// Longest file that is read.
 const TEXT_BYTES_MAX: usize = 1 << 20;
+/// How long groups may take to be empty at the end, and how often that is looked at.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+const CLOSE_LOOK: Duration = Duration::from_millis(10);
 
 /// What a VM may take; `None`: as much as there is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,13 +172,32 @@ impl Cgroups {
         }
     }
 
-    /// Removes what holds the VMs' groups, if there are none.
+    /// Removes all groups, when all VMs have ended. Blocks for a moment: a process that was killed leaves its group after its end is known,
+    /// and of version 1 the kernel does not tell when.
     pub fn close(&self) {
         let kept = self.places.lock().unwrap_or_else(PoisonError::into_inner).take();
-        kept.or_else(|| self.known())
-            .iter()
-            .flat_map(|places| self.tops(places))
-            .for_each(|top| remove(&top));
+        let tops: Vec<PathBuf> =
+            kept.or_else(|| self.known()).iter().flat_map(|places| self.tops(places)).collect();
+        let until = Instant::now() + CLOSE_WITHIN;
+        loop {
+            for top in &tops {
+                for group in fs::read_dir(top).into_iter().flatten().flatten() {
+                    if group.file_type().is_ok_and(|kind| kind.is_dir()) {
+                        remove(&group.path());
+                    }
+                }
+                remove(top);
+            }
+            let left: Vec<&PathBuf> = tops.iter().filter(|top| top.exists()).collect();
+            if left.is_empty() {
+                return;
+            }
+            if Instant::now() >= until {
+                tracing::warn!(?left, "control groups are left: what is in them has not ended");
+                return;
+            }
+            std::thread::sleep(CLOSE_LOOK);
+        }
     }
 
     /// Where groups can be made; says what is missing otherwise.

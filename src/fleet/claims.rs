@@ -30,6 +30,8 @@ const INLINE_BYTES_MAX: usize = 512;
 const ANSWER: &str = "answer";
 const ANSWER_BYTES_MAX: u64 = 2 << 20;
 
+/// A clock that was set back by no more than this is no matter.
+const CLOCKS_DIFFER_MS: u64 = 60_000;
 /// Label of a snapshot that was made for a request with an id.
 const REQUEST_LABEL: &str = "coldspark.request";
 
@@ -133,8 +135,7 @@ impl Claims {
             true => vec![vm.to_owned()],
             false => record.siblings.clone(),
         };
-        let known = Known { claim: claim.clone(), vms, folder: folder.to_owned() };
-        table.claims.insert((claim.method, claim.id.clone()), known);
+        table.know(claim, vms, folder);
     }
 
     /// It was taken over, or not.
@@ -148,6 +149,14 @@ impl Claims {
 }
 
 impl Table {
+    /// The request that these VMs were made for. Of two with the same id (the first was too old to count) the later one is meant.
+    fn know(&mut self, claim: &ClaimRecord, vms: Vec<String>, folder: &Path) {
+        let key = (claim.method, claim.id.clone());
+        if self.claims.get(&key).is_none_or(|other| other.claim.asked_unix_ms <= claim.asked_unix_ms) {
+            self.claims.insert(key, Known { claim: claim.clone(), vms, folder: folder.to_owned() });
+        }
+    }
+
     /// The VMs that this request has made, and where the answer is; forgets what is too old.
     fn find(
         &mut self,
@@ -221,7 +230,11 @@ impl Fleet {
                     continue;
                 }
                 let made = describe(&snapshot, store.signing())?;
-                if id::unix_ms().saturating_sub(made.created_unix_ms) > kept_ms {
+                // Nor one of a time to come, which would count for ever.
+                let now_ms = id::unix_ms();
+                if now_ms.saturating_sub(made.created_unix_ms) > kept_ms
+                    || made.created_unix_ms > now_ms.saturating_add(CLOCKS_DIFFER_MS)
+                {
                     continue;
                 }
                 return match *label == wanted {
@@ -246,9 +259,8 @@ mod tests {
 
     fn known(table: &mut Table, claim: &Claim, asked_unix_ms: u64, vms: &[&str]) {
         let (method, id, digest) = (claim.method, claim.id.clone(), claim.digest.clone());
-        let claim = ClaimRecord { method, id: id.clone(), digest, asked_unix_ms, answer: Answer::File };
-        let vms = vms.iter().map(|vm| (*vm).to_owned()).collect();
-        table.claims.insert((method, id), Known { claim, vms, folder: PathBuf::new() });
+        let claim = ClaimRecord { method, id, digest, asked_unix_ms, answer: Answer::File };
+        table.know(&claim, vms.iter().map(|vm| (*vm).to_owned()).collect(), Path::new(""));
     }
 
     #[test]
@@ -274,6 +286,20 @@ mod tests {
         assert!(found(&mut table, clone(b"x"), 1_600_001).unwrap().is_none());
         assert!(found(&mut table, clone(b"y"), 1_600_001).unwrap().is_none() && table.claims.is_empty());
         assert!(Claim::new(Method::CloneVm, "", b"x").is_none());
+    }
+
+    #[test]
+    fn of_two_requests_with_one_id_the_later_counts_in_whatever_order_they_are_found() {
+        let clone = |asked: &[u8]| Claim::new(Method::CloneVm, "a", asked).unwrap();
+        for order in [[0, 1], [1, 0]] {
+            let mut table = Table::default();
+            for which in order {
+                let (asked, when, vm) =
+                    [(&b"old"[..], 1_000_000, "vm-1"), (&b"new"[..], 1_700_000, "vm-2")][which];
+                known(&mut table, &clone(asked), when, &[vm]);
+            }
+            assert_eq!(table.find(&clone(b"new"), 1_700_001).unwrap().unwrap().0, ["vm-2"]);
+        }
     }
 
     #[test]

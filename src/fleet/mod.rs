@@ -285,7 +285,8 @@ impl Fleet {
             vm.ended().await;
             self.registry.remove(&vm.id);
         }
-        self.cgroups.close();
+        let cgroups = Arc::clone(&self.cgroups);
+        let _ = tokio::task::spawn_blocking(move || cgroups.close()).await;
         self.slots.close().await;
     }
 }

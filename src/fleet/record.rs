@@ -310,7 +310,14 @@ impl Vm {
             let record = self.record(&kept);
             self.written(match kept.empty.take() {
                 // What it is shorter by are blanks behind it.
-                Some(empty) if record.len() <= RECORD_ROOM => empty.write_all_at(&record, 0),
+                Some(empty) if record.len() <= RECORD_ROOM => {
+                    let written = empty.write_all_at(&record, 0);
+                    match self.papers.named.load(Ordering::Relaxed) {
+                        // While it was made: the mark is the file's last byte.
+                        true => written.and_then(|()| empty.write_all_at(&[NAMED], RECORD_ROOM as u64 - 1)),
+                        false => written,
+                    }
+                }
                 _ => fs::write(path, record),
             });
         }

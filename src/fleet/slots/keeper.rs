@@ -59,11 +59,16 @@ impl Slots {
                     }
                     forget_at = Instant::now() + FORGET_PAUSE.max(begun.elapsed() * FORGET_PACE);
                 }
-                Step::TakeDown(gone, ports) => {
+                Step::TakeDown(mut gone, ports) => {
                     if (!ports.is_empty() || gone.iter().any(|gone| gone.seen))
                         && let Err(error) = self.set_host().await
                     {
-                        tracing::error!(%error, "the host's rules for network slots cannot be set");
+                        tracing::error!(%error, again_in_s = retry.as_secs(), "the host's rules for network slots cannot be set");
+                        if self.put_back(&mut gone) {
+                            self.rest(retry).await;
+                            retry = (retry * 2).min(RETRY.1);
+                            continue;
+                        }
                     }
                     let slots = Arc::clone(&self);
                     let done = blocking(move || maker::behind(|| slots.down(&gone, &ports))).await;
@@ -147,6 +152,17 @@ impl Slots {
         let count = state.gone.len().min(DOWN_MAX);
         let gone = state.gone.drain(..count).collect();
         Step::TakeDown(gone, state.ports.resting())
+    }
+
+    /// These are to be taken down later: a rule of the host's may lead to them still, so nobody may have their addresses and ports. False: the
+    /// pool is closed, so nobody will, and they go now.
+    fn put_back(&self, gone: &mut Vec<Gone>) -> bool {
+        let mut state = self.lock();
+        let open = !state.closed;
+        if open {
+            gone.drain(..).rev().for_each(|gone| state.gone.push_front(gone));
+        }
+        open
     }
 
     /// Takes slots down, and lets the ports go that led to them. Blocks.
