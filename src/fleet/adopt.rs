@@ -24,7 +24,7 @@ use super::Fleet;
 use super::agent::AgentClient;
 use super::child::Ward;
 use super::console::Console;
-use super::disks::VmFolder;
+use super::disks::{RECORD, VmFolder};
 use super::error::FleetError;
 use super::limits::{COMMANDS_MAX, DISKS_MAX, FREEZE_TIMEOUT, LAYERS_MAX};
 use super::link::Link;
@@ -90,7 +90,12 @@ impl Fleet {
             .collect();
         let unsettled: HashSet<String> = found
             .iter()
-            .filter(|(_, record, _)| matches!(record, Ok(None) | Err(Unreadable::Damaged(_))))
+            // A record that is missing is of a VM that was being deleted: its siblings are still somebody's.
+            .filter(|(folder, record, _)| match record {
+                Ok(None) => folder.path().join(RECORD).exists(),
+                Err(error) => matches!(error, Unreadable::Damaged(_)),
+                Ok(Some(_)) => false,
+            })
             .map(|(folder, ..)| folder.id())
             .collect();
         for (folder, found, _) in &mut found {

@@ -5,8 +5,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -30,11 +31,27 @@ pub fn available() -> Result<(), String> {
     Ok(())
 }
 
+/// Removes the TAPs of trials that were killed: two with one network would take each other's packets.
+fn remove_left() {
+    for entry in fs::read_dir("/sys/class/net").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let pid = name.strip_prefix("cs").and_then(|rest| rest.split_once('-')).map(|(pid, _)| pid);
+        if pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
+            && let Ok(file) = attach(&name)
+        {
+            // SAFETY: TUNSETPERSIST takes a number. What cannot be removed stays.
+            unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST as _, 0) };
+        }
+    }
+}
+
 impl Tap {
     /// A TAP that answers to `address`, and only to that: what comes in from elsewhere, or asks for other addresses of this
     /// host, is ignored, so that several guests with one address do not disturb each other.
     pub fn new(address: [u8; 4]) -> anyhow::Result<Tap> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
+        static LEFT: Once = Once::new();
+        LEFT.call_once(remove_left);
         let name = name_of(&NUMBER.fetch_add(1, Ordering::Relaxed).to_string());
         let file = attach(&name).context("making a TAP")?;
         // SAFETY: TUNSETPERSIST takes a number.
