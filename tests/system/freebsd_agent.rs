@@ -284,6 +284,8 @@ async fn entropy(stage: Stage) -> anyhow::Result<()> {
     for clone in &untold {
         ensure!(clone.guest_entropy() == GuestEntropy::Unspecified, "{clone:?}");
         same.push(random(&client, &clone.id).await?);
+        let own = says(&client, &clone.id, &["sysctl", "-n", POOL_BYTES]).await?;
+        ensure!(own == pool_bytes, "{}: a clone that may not draw on what it gathers: {own}", clone.id);
         client.delete_vm(&clone.id).await?;
     }
     ensure!(same[0] == same[1], "clones that were told nothing differ: this trial could not tell");
