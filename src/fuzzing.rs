@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::agent::resync::{DOUBT_BYTES_MAX, Doubt, HELLO_BEGINS, Hellos, Verdict};
+use crate::agent::resync::{DOUBT_BYTES_MAX, DOUBTS_MAX, Doubt, HELLO_BEGINS, Hellos, Verdict};
 use crate::agent::streams::Said;
 use crate::agent::{AgentReply, AgentRequest, Frame, FrameDecoder, Hello, Host, More, wire};
 use crate::api;
@@ -191,7 +191,7 @@ fn doubt(stream: &[u8], piece: usize) {
         given += piece.len();
         match doubt.hear(piece) {
             Verdict::Wait(_) => assert!(given <= DOUBT_BYTES_MAX),
-            Verdict::Continue(bytes) => return assert_eq!(bytes.len(), given),
+            Verdict::Continue(bytes) | Verdict::TooLong(bytes) => return assert_eq!(bytes.len(), given),
             Verdict::Answered { follows, place, .. } => {
                 return assert!(follows.len() == given && place <= given);
             }
@@ -238,6 +238,10 @@ fn agent_seeds() -> Vec<Vec<u8>> {
         with_piece(frame(identity())),
         with_piece(hello.clone()),
         with_piece([rest, &answer].concat()),
+        // A doubt with what looks like others in it, and is none.
+        with_piece(
+            [rest, &[&hello[..HELLO_BEGINS], &[0xff; 4]].concat().repeat(DOUBTS_MAX), &[0x43; 4096]].concat(),
+        ),
     ]
 }
 

@@ -27,8 +27,11 @@ const POOL_BYTES_LEAST: u32 = 16;
 const POOL_BYTES_CLOSED: u32 = 0x7fff_5350;
 /// Drawn on at most so often, and a little more.
 const DRAWN_EVERY_NS: u64 = 100_000_000 + 10_000;
-/// Pools are not left closed longer.
-const CLOSED_NS_MAX: u64 = 60_000_000_000;
+/// Pools are not left closed longer: until then no UNMANAGED clone of an older service draws, whatever its system has gathered. The guest's
+/// uptime counts, which stands still from the freeze to the clone's first instruction, so what this is to outlive is the tenth of a second, the reply and
+/// the way to the freeze: 0.15 s, and a second or two on a slow host. Too short costs a clone a tenth of a second and nothing else: it
+/// closes them itself ([`Pools::draw`]).
+const CLOSED_NS_MAX: u64 = 3_000_000_000;
 /// How long the writes may take, and the wait for the clock.
 const WITHIN_NS: u64 = 5_000_000_000;
 /// Each pool gets eight bytes of two of them: as many as the system takes for enough (and 2^128 possibilities for who knows its state of

@@ -407,7 +407,8 @@ fn route<'a>(
     let socket = Socket::open(PF_ROUTE, SOCK_RAW)?;
     match sys::write(socket.0, &message[..length]) {
         Ok(_) => {}
-        Err(sys::ESRCH) if kind != RTM_ADD => return Ok(None),
+        // There is none; or this kernel knows no such addresses (no INET, or no INET6), so that it has none.
+        Err(sys::ESRCH | sys::EAFNOSUPPORT) if kind != RTM_ADD => return Ok(None),
         Err(error) => return Err(refused(error)),
     }
     if kind != RTM_GET {

@@ -455,17 +455,18 @@ pub(crate) fn end_thread() -> ! {
 pub(crate) fn keep_to_one_cpu() -> bool {
     const CPU_LEVEL_WHICH: usize = 3;
     const CPU_WHICH_PID: usize = 2;
-    /// As many as any of these systems takes (CPU_MAXSIZE), the first of them set.
+    /// The first of them set.
     const FIRST: [u64; 16] = {
         let mut cpus = [0; 16];
         cpus[0] = 1;
         cpus
     };
-    // SAFETY: a set of CPUs with its length.
-    unsafe {
-        call!(CPUSET_SETAFFINITY, CPU_LEVEL_WHICH, CPU_WHICH_PID, -1isize, size_of_val(&FIRST), FIRST.as_ptr())
-    }
-    .is_ok()
+    // A set is not to be shorter than the system's own, nor longer than the longest that it takes (CPU_MAXSIZE bits): 128 or 256 CPUs until FreeBSD 13,
+    // 1024 since.
+    [128usize, 32, 16].into_iter().any(|bytes| {
+        // SAFETY: a set of CPUs with a length that is not more than its own.
+        unsafe { call!(CPUSET_SETAFFINITY, CPU_LEVEL_WHICH, CPU_WHICH_PID, -1isize, bytes, FIRST.as_ptr()) }.is_ok()
+    })
 }
 
 /// Lets others run.

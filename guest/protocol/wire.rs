@@ -122,7 +122,7 @@ pub const KIND_BECOME: u16 = 0x1c;
 pub const KIND_SET_CLOCK: u16 = 0x1d;
 /// `on u32` -> `wait_ns u64`: before a snapshot: the system's generator keeps its state as it is, so that each clone can have it drawn
 /// from the clone's own entropy at once (FreeBSD's does that at most ten times a second). The snapshot is to be taken when so
-/// much of the guest's time has gone by. With 0, or after a minute, all is as it was.
+/// much of the guest's time has gone by. With 0, or after some seconds, all is as it was.
 pub const KIND_SETTLE: u16 = 0x1e;
 /// BECOME's payload, then `flags u32 (CLONE_*), count u32, {[`Address`], 24 bytes}` -> BECOME's reply, `entropy u32 (ENTROPY_*), count u32,
 /// {the same}`: an interface that is named gets these addresses and loses all others but those that its system makes for the link itself; and the

@@ -52,8 +52,11 @@ pub struct Doubt {
 pub enum Verdict {
     /// Not enough came. The frame, if there is one, is to be sent: the question.
     Wait(Option<Vec<u8>>),
-    /// It is no hello, or the question cannot be settled: these bytes follow those that the decoder has.
+    /// It is no hello: these bytes follow those that the decoder has.
     Continue(Vec<u8>),
+    /// The question cannot be settled. The same, and no hello in them is to be a doubt again: a guest could have as many of them weighed, each
+    /// time with all of these bytes.
+    TooLong(Vec<u8>),
     /// The reply has come. `follows`: what follows the bytes that the decoder has. If the decoder does not find the reply in it, an agent that
     /// says `hello` has started, and the rest of its words begins at `place` of it.
     Answered { follows: Vec<u8>, hello: Box<Hello>, place: usize },
@@ -107,7 +110,7 @@ impl Doubt {
                     self.hello = Some(hello);
                     question = self.question();
                 }
-                Some(Err(())) => return self.give_up(),
+                Some(Err(())) => return Verdict::Continue(self.follows()),
                 None => return Verdict::Wait(None),
             }
         }
@@ -118,7 +121,7 @@ impl Doubt {
             return Verdict::Answered { follows, hello: Box::new(hello), place: place - HELLO_BEGINS };
         }
         if self.kept.len() > DOUBT_BYTES_MAX {
-            return self.give_up();
+            return Verdict::TooLong(self.follows());
         }
         // One that was started may have been killed, too, and the question with it.
         while let Some(end) = self.kept.get(self.looked..).and_then(|rest| self.hellos.look(rest)) {
@@ -154,12 +157,11 @@ impl Doubt {
         place
     }
 
+    /// Ends the doubt: nothing is kept any more.
     fn follows(&mut self) -> Vec<u8> {
-        self.kept.split_off(HELLO_BEGINS.min(self.kept.len()))
-    }
-
-    fn give_up(&mut self) -> Verdict {
-        Verdict::Continue(self.follows())
+        let mut kept = std::mem::take(&mut self.kept);
+        kept.drain(..HELLO_BEGINS.min(kept.len()));
+        kept
     }
 }
 
@@ -219,7 +221,7 @@ mod tests {
             sent += noise.len();
             match doubt.hear(&noise) {
                 Verdict::Wait(None) => assert!(sent <= DOUBT_BYTES_MAX),
-                Verdict::Continue(bytes) => break assert_eq!(bytes.len(), sent),
+                Verdict::TooLong(bytes) => break assert_eq!(bytes.len(), sent),
                 other => panic!("{other:?}"),
             }
         }

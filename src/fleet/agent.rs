@@ -66,7 +66,7 @@ impl AgentClient {
             Arc::new(Conversation::start(socket, None, false));
     }
 
-    /// How many answers were given in this conversation.
+    /// How many answers were given in this conversation to what somebody wanted of the guest: SETTLE is the service's own.
     pub fn answers(&self) -> watch::Receiver<u64> {
         self.now().answers.clone()
     }
@@ -162,6 +162,8 @@ struct Conversation {
     answers: watch::Receiver<u64>,
     /// A permit for each request under way.
     under_way: Arc<Semaphore>,
+    /// The same for SETTLE, which a snapshot waits for a while and does without.
+    settling: Arc<Semaphore>,
     /// Held while a request is queued; and by [`Quiet`], so that none is.
     gate: Arc<Mutex<()>>,
     /// Names this conversation to the guest.
@@ -218,7 +220,7 @@ impl Conversation {
     fn start(socket: UnixStream, known: Option<Arc<Hello>>, resumed: bool) -> Self {
         // Of one that was never heard of, nothing was read.
         let resumed = resumed && known.is_some();
-        let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX);
+        let (orders, inbox) = mpsc::channel(AGENT_REQUESTS_MAX + SETTLES_MAX);
         let (presence_in, presence) = watch::channel(known.map_or(Presence::Silent, Presence::Here));
         let (answers_in, answers) = watch::channel(0);
         let (hold, holds) = watch::channel(0);
@@ -235,6 +237,7 @@ impl Conversation {
             presence,
             answers,
             under_way: Arc::new(Semaphore::new(AGENT_REQUESTS_MAX)),
+            settling: Arc::new(Semaphore::new(SETTLES_MAX)),
             gate: Arc::new(Mutex::new(())),
             session: u64::from_le_bytes(super::id::random().unwrap_or_default()),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
@@ -307,9 +310,13 @@ impl Conversation {
             Presence::Lost(reason) => return Err(FleetError::WrongState(reason.clone())),
         }
         let _gate = self.gate.lock().await;
-        let permit = Arc::clone(&self.under_way).try_acquire_owned().map_err(|_| FleetError::Limit {
+        let (permits, limit) = match request {
+            AgentRequest::Settle { .. } => (&self.settling, SETTLES_MAX),
+            _ => (&self.under_way, AGENT_REQUESTS_MAX),
+        };
+        let permit = Arc::clone(permits).try_acquire_owned().map_err(|_| FleetError::Limit {
             what: "requests to one agent",
-            limit: AGENT_REQUESTS_MAX,
+            limit,
             hint: "wait for some answers first",
         })?;
         let (sender, answer) = oneshot::channel();
@@ -326,6 +333,10 @@ impl Conversation {
             let gate = Arc::clone(&self.gate).lock_owned().await;
             // A permit comes back with the answer, or with the end of the conversation.
             let _all = self.under_way.acquire_many(all).await;
+            // An agent that is dead or hangs has never answered this one, and its VM is to have its snapshots. One that is slow has begun to
+            // speak, maybe.
+            let settles = u32::try_from(SETTLES_MAX).unwrap_or(u32::MAX);
+            let _ = tokio::time::timeout(SETTLE_TIMEOUT, self.settling.acquire_many(settles)).await;
             let hold = Hold::begin(&self.hold);
             let number = *self.hold.borrow();
             // The end of the conversation is quiet too.
@@ -672,7 +683,9 @@ impl Talk {
         }
         drop(order.permit);
         let _ = order.answer.send(reply.map_err(FleetError::Agent));
-        self.answers.send_modify(|answers| *answers += 1);
+        if !matches!(order.request, AgentRequest::Settle { .. }) {
+            self.answers.send_modify(|answers| *answers += 1);
+        }
         lost.map_or(Ok(()), Err)
     }
 }

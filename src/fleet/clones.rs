@@ -243,7 +243,10 @@ impl Fleet {
         let talk = async {
             let identity = match request.managed {
                 true => Some(identity::ask(&started.vm, generation, None, identity::Occasion::Cloned).await?),
-                false => None,
+                false => {
+                    identity::unsettle(&started.vm).await;
+                    None
+                }
             };
             let first = match request.first_call {
                 Some(call) => Some((started.vm.agent.begin(call.request).await?, call.within)),

@@ -78,6 +78,15 @@ pub async fn ask(
     Ok(Asking { asked: vm.agent.begin(request).await?, at, generation, host })
 }
 
+/// Tells a guest that is told nothing else that its system may draw on what it gathers: its snapshot may have been taken while it was not to.
+/// Nobody waits for the answer, and the agent does it by itself after some seconds.
+pub async fn unsettle(vm: &Vm) {
+    let request = AgentRequest::Settle { on: false };
+    if vm.agent.hello().is_some_and(|hello| hello.serves(&request)) {
+        let _ = vm.agent.begin(request).await;
+    }
+}
+
 /// Waits until it has confirmed that.
 pub async fn confirm(vm: &Vm, asking: Asking) -> Result<(), FleetError> {
     confirmed(vm, asking).await.inspect_err(|error| {

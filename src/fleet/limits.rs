@@ -92,6 +92,8 @@ pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(15);
 pub const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 pub const SETTLE_TRIES: usize = 8;
 pub const SETTLE_STEP: Duration = Duration::from_millis(1);
+/// Most of these requests of one VM that wait for their answer: an agent that is dead never answers, and each snapshot asks.
+pub const SETTLES_MAX: usize = 8;
 /// How long a snapshot waits for the agent's answers under way while nothing comes from it; and while something does.
 pub const QUIET_TIMEOUT: Duration = Duration::from_secs(5);
 pub const QUIET_TIMEOUT_MAX: Duration = Duration::from_secs(60);

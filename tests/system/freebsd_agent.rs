@@ -266,14 +266,17 @@ async fn random(client: &Client, vm: &str) -> anyhow::Result<Vec<u8>> {
     Ok(left.stdout)
 }
 
-/// What the kernel of a clone first gives is its own. Clones that are told nothing say what it would give otherwise: all the same.
+/// What the kernel of a clone first gives is its own. Clones that are told nothing, and whose kernel may not draw by itself, say what it would give
+/// otherwise: all the same.
 async fn entropy(stage: Stage) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     let vm = boot(&mut client, AgentPort::Virtio).await?;
-    let pool_bytes = says(&client, &vm, &["sysctl", "-n", POOL_BYTES]).await?;
+    put(&client, &vm, "/tmp/never", 0o755, &never_drawing()).await?;
     // Has it draw, so that it must not again for the tenth of a second in which the snapshot is asked for.
     random(&client, &vm).await?;
+    run(&client, &vm, &["/tmp/never"]).await?.expect(0, "")?;
+    let pool_bytes = 0x7fff_0000u32.to_string();
     client.snapshot(&vm, "base").await?;
     ensure!(
         says(&client, &vm, &["sysctl", "-n", POOL_BYTES]).await? == pool_bytes,
@@ -284,6 +287,8 @@ async fn entropy(stage: Stage) -> anyhow::Result<()> {
     for clone in &untold {
         ensure!(clone.guest_entropy() == GuestEntropy::Unspecified, "{clone:?}");
         same.push(random(&client, &clone.id).await?);
+        let own = says(&client, &clone.id, &["sysctl", "-n", POOL_BYTES]).await?;
+        ensure!(own == pool_bytes, "{}: a clone that may not draw on what it gathers: {own}", clone.id);
         client.delete_vm(&clone.id).await?;
     }
     ensure!(same[0] == same[1], "clones that were told nothing differ: this trial could not tell");
@@ -307,23 +312,44 @@ async fn entropy(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A FreeBSD program that ends the one that started it, by SIGKILL: ELF header, one segment, and getppid, kill, exit.
+/// A FreeBSD program that ends the one that started it, by SIGKILL: getppid, kill, exit.
 fn killer() -> Vec<u8> {
-    const AT: u64 = 0x40_0000;
-    const CODE: [u8; 32] = [
+    program(&[
         0xb8, 39, 0, 0, 0, 0x0f, 0x05, 0x89, 0xc7, 0xbe, 9, 0, 0, 0, 0xb8, 37, 0, 0, 0, 0x0f, 0x05, 0x31,
         0xff, 0xb8, 1, 0, 0, 0, 0x0f, 0x05, 0x0f, 0x0b,
+    ])
+}
+
+/// One that sets [`POOL_BYTES`] to 0x7fff0000, so that nothing is drawn on: sysctl for the name's numbers, sysctl with them, and exit with the error.
+fn never_drawing() -> Vec<u8> {
+    const _: () = assert!(POOL_BYTES.len() == 31);
+    let code = [
+        0x48, 0x81, 0xec, 0x00, 0x01, 0x00, 0x00, 0xc7, 0x84, 0x24, 0x80, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+        0x00, 0xc7, 0x84, 0x24, 0x84, 0x00, 0x00, 0x00, 0x03, 0x00, 0x00, 0x00, 0x48, 0xc7, 0x84, 0x24, 0x88,
+        0x00, 0x00, 0x00, 0x60, 0x00, 0x00, 0x00, 0x48, 0x8d, 0xbc, 0x24, 0x80, 0x00, 0x00, 0x00, 0xbe, 0x02,
+        0x00, 0x00, 0x00, 0x48, 0x89, 0xe2, 0x4c, 0x8d, 0x94, 0x24, 0x88, 0x00, 0x00, 0x00, 0x4c, 0x8d, 0x05,
+        0x50, 0x00, 0x00, 0x00, 0x41, 0xb9, 0x1f, 0x00, 0x00, 0x00, 0xb8, 0xca, 0x00, 0x00, 0x00, 0x0f, 0x05,
+        0x72, 0x38, 0xc7, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0x7f, 0x48, 0x89, 0xe7, 0x48,
+        0x8b, 0xb4, 0x24, 0x88, 0x00, 0x00, 0x00, 0x48, 0xc1, 0xee, 0x02, 0x31, 0xd2, 0x45, 0x31, 0xd2, 0x4c,
+        0x8d, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00, 0x41, 0xb9, 0x04, 0x00, 0x00, 0x00, 0xb8, 0xca, 0x00, 0x00,
+        0x00, 0x0f, 0x05, 0x72, 0x02, 0x31, 0xc0, 0x89, 0xc7, 0xb8, 0x01, 0x00, 0x00, 0x00, 0x0f, 0x05,
     ];
+    program(&[&code, POOL_BYTES.as_bytes()].concat())
+}
+
+/// ELF header, one segment, and its code.
+fn program(code: &[u8]) -> Vec<u8> {
+    const AT: u64 = 0x40_0000;
     let mut elf = b"\x7fELF\x02\x01\x01\x09\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
     for word in [AT + 120, 64, 0] {
         elf.extend(word.to_le_bytes());
     }
     elf.extend([0, 0, 0, 0, 64, 0, 56, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    for word in [0, AT, AT, 120 + CODE.len() as u64, 120 + CODE.len() as u64, 4096] {
+    for word in [0, AT, AT, 120 + code.len() as u64, 120 + code.len() as u64, 4096] {
         elf.extend(word.to_le_bytes());
     }
-    elf.extend(CODE);
+    elf.extend(code);
     elf
 }
 

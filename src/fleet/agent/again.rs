@@ -11,6 +11,16 @@ const AGAIN: &str = "the guest's agent started again";
 impl Talk {
     /// Words of the guest, which may be those of another agent than before.
     pub(super) fn listen(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let mut again = self.listen_once(bytes)?;
+        // At most as many times as there may be doubts, with what one of them kept.
+        while let Some(bytes) = again {
+            again = self.listen_once(&bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Gives what a doubt kept that is over, to be listened to.
+    fn listen_once(&mut self, bytes: &[u8]) -> Result<Option<Vec<u8>>, String> {
         let mut rest = bytes;
         while self.doubt.is_none() && self.doubts < DOUBTS_MAX {
             let Some(end) = self.hellos.look(rest) else { break };
@@ -25,21 +35,21 @@ impl Talk {
         }
         match &self.doubt {
             Some(_) => self.weigh(rest),
-            None => self.understand(rest),
+            None => self.understand(rest).map(|()| None),
         }
     }
 
-    fn weigh(&mut self, bytes: &[u8]) -> Result<(), String> {
-        let Some(mut doubt) = self.doubt.take() else { return self.understand(bytes) };
+    fn weigh(&mut self, bytes: &[u8]) -> Result<Option<Vec<u8>>, String> {
+        let Some(mut doubt) = self.doubt.take() else { return self.understand(bytes).map(|()| None) };
         match doubt.hear(bytes) {
             Verdict::Wait(question) => {
                 self.unsent.extend(question);
                 self.doubt = Some(doubt);
-                Ok(())
+                Ok(None)
             }
-            // At most as many times as there may be doubts.
-            Verdict::Continue(bytes) => self.listen(&bytes),
-            Verdict::Answered { follows, hello, place } => {
+            Verdict::Continue(bytes) => Ok(Some(bytes)),
+            Verdict::TooLong(bytes) => self.understand(&bytes).map(|()| None),
+            Verdict::Answered { mut follows, hello, place } => {
                 let mut left = follows.as_slice();
                 let mut frames = Vec::new();
                 while let Ok(Some(frame)) = self.decoder.next(&mut left) {
@@ -47,7 +57,9 @@ impl Talk {
                     frames.push(frame);
                     if is_reply {
                         frames.into_iter().try_for_each(|frame| self.answer(frame))?;
-                        return self.listen(left);
+                        let behind = follows.len() - left.len();
+                        follows.drain(..behind);
+                        return Ok(Some(follows));
                     }
                 }
                 tracing::info!(
@@ -55,7 +67,8 @@ impl Talk {
                 );
                 self.decoder = FrameDecoder::new();
                 self.greeted(*hello);
-                self.listen(follows.get(place..).unwrap_or_default())
+                follows.drain(..place.min(follows.len()));
+                Ok(Some(follows))
             }
         }
     }

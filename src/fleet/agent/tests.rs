@@ -1,5 +1,6 @@
 use super::super::streams::Heard;
 use super::*;
+use crate::agent::resync::{DOUBT_BYTES_MAX, DOUBTS_MAX, HELLO_BEGINS};
 use crate::agent::streams::Pipe;
 use crate::agent::{End, frame};
 
@@ -120,6 +121,42 @@ async fn a_silent_guest_costs_its_timeout_and_keeps_snapshots_away() {
     };
     let (answer, ()) = tokio::join!(held, serving);
     assert_eq!(answer.unwrap(), AgentReply::Bytes(b"two".to_vec()));
+}
+
+/// An agent that is dead or hangs says nothing more: its VM has its snapshots nevertheless, as many as are wanted.
+#[tokio::test]
+async fn a_guest_that_never_settles_keeps_no_snapshot_away() {
+    let (ours, mut guest) = Guest::new();
+    let agent = AgentClient::start(ours, None);
+    guest.socket.write_all(&hello().encode().unwrap()).await.unwrap();
+    agent.wait_hello().await.unwrap();
+    let settle = |on| AgentRequest::Settle { on };
+    for _ in 0..SETTLES_MAX / 2 {
+        let answer = agent.ask(settle(true), Duration::from_millis(20)).await;
+        assert!(matches!(answer, Err(FleetError::AgentTimeout(20))), "{answer:?}");
+        agent.begin(settle(false)).await.unwrap();
+    }
+    assert!(matches!(agent.begin(settle(true)).await, Err(FleetError::Limit { .. })));
+    drop(agent.quiet(QUIET_TIMEOUT).await.unwrap());
+    // It goes on, and what it answers late is for nobody.
+    for n in 0..SETTLES_MAX {
+        let late = guest.next().await;
+        assert_eq!((late.kind, late.payload[0]), (wire::KIND_SETTLE, u8::from(n % 2 == 0)));
+        guest.reply(&late, 0, &[0; 8]).await;
+    }
+    let serving = async {
+        let one = guest.next().await;
+        guest.reply(&one, 0, b"one").await;
+        let again = guest.next().await;
+        guest.reply(&again, 0, &[0; 8]).await;
+    };
+    let asking = async {
+        assert_eq!(agent.ask(echo("one"), LONG).await.unwrap(), AgentReply::Bytes(b"one".to_vec()));
+        agent.ask(settle(true), LONG).await.unwrap()
+    };
+    let (settled, ()) = tokio::join!(asking, serving);
+    assert_eq!(settled, AgentReply::Settled { wait_ns: 0 });
+    assert_eq!(*agent.answers().borrow(), 1, "the service's own questions are no use of the guest");
 }
 
 #[tokio::test]
@@ -451,4 +488,37 @@ async fn agents_may_be_killed_one_after_the_other() {
     let third = |presence: &Presence| matches!(presence, Presence::Here(hello) if hello.name == "third");
     presence.wait_for(third).await.unwrap();
     agent.quiet(LONG).await.unwrap();
+}
+
+/// A frame of the longest kind that is the answer to nothing, and begins with `words`.
+fn longest(words: &[u8]) -> Vec<u8> {
+    let mut payload = words.to_vec();
+    payload.resize(wire::PAYLOAD_BYTES_MAX, 0x43);
+    frame::encode(wire::KIND_ECHO | wire::REPLY, 0, 0, &payload).unwrap()
+}
+
+/// A guest that would have the same two megabytes weighed for each of the doubts that it may raise.
+#[test]
+fn what_a_doubt_kept_too_long_raises_no_other() {
+    let (_orders, inbox) = mpsc::channel(1);
+    let (presence, here) = watch::channel(Presence::Here(Arc::new(hello())));
+    let (_hold, holds) = watch::channel(0);
+    let mut talk =
+        Talk::new(inbox, presence, watch::channel(0).0, Arc::default(), holds, watch::channel(0).0);
+    let other = Hello { name: "of a file".into(), ..hello() }.encode().unwrap();
+    // Of a length that no hello has.
+    let like_it = [&other[..HELLO_BEGINS], &[0xff; 4]].concat();
+    let words = longest(&[&other, &like_it.repeat(DOUBTS_MAX)[..]].concat());
+    let all = [words, longest(b""), longest(b"")].concat();
+    assert!(all.len() > DOUBT_BYTES_MAX + wire::PAYLOAD_BYTES_MAX / 2);
+    for piece in all.chunks(64 << 10) {
+        talk.listen(piece).unwrap();
+    }
+    assert_eq!((talk.doubts, talk.doubt.is_some()), (1, false));
+    assert!(matches!(&*here.borrow(), Presence::Here(hello) if hello.name == "test"));
+
+    // What is no hello is known at once, and costs a doubt each until there may be none.
+    talk.listen(&longest(&like_it.repeat(DOUBTS_MAX))).unwrap();
+    assert_eq!((talk.doubts, talk.doubt.is_some()), (DOUBTS_MAX, false));
+    assert!(matches!(&*here.borrow(), Presence::Here(hello) if hello.name == "test"));
 }
