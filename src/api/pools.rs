@@ -11,12 +11,11 @@ use super::convert::{self, optional};
 use super::pages::Page;
 use super::proto;
 use super::proto::pool_service_server::PoolService;
-use super::replays::Replays;
+use super::replays::{Replays, kept_answer};
 use super::status::invalid;
 use super::{agent, network};
 use crate::fleet::Fleet;
 use crate::fleet::claims::{Claim, Method};
-use crate::fleet::error::FleetError;
 use crate::fleet::pools::settings::{Mode, Settings};
 use crate::fleet::pools::stock::Look;
 use crate::fleet::pools::{ChangePool, CreatePool, Named, TakeVm};
@@ -61,9 +60,7 @@ impl Pools {
     /// What an earlier daemon took for this request.
     fn earlier(&self, claim: Option<&Claim>) -> Result<Option<proto::TakeVmResponse>, Status> {
         let Some(earlier) = self.fleet.earlier(claim)? else { return Ok(None) };
-        let response = proto::TakeVmResponse::decode(&earlier.answer[..]);
-        let mut response =
-            response.map_err(|_| FleetError::Internal("a kept answer is damaged".to_owned()))?;
+        let mut response: proto::TakeVmResponse = kept_answer(&earlier)?;
         response.vm = earlier.vms.first().map(|vm| convert::vm(vm));
         Ok(Some(response))
     }

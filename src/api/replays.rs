@@ -13,7 +13,8 @@ use tokio::sync::OnceCell;
 use tonic::Status;
 
 use super::status::invalid;
-use crate::fleet::claims::{KEPT_FOR, another};
+use crate::fleet::claims::{Earlier, KEPT_FOR, another};
+use crate::fleet::error::FleetError;
 
 /// Longest request id.
 const ID_BYTES_MAX: usize = 64;
@@ -39,6 +40,12 @@ struct Entry<T> {
     begun: Instant,
     /// Empty while the first request is under way, and after it failed.
     answer: OnceCell<T>,
+}
+
+/// What an earlier daemon answered besides the VMs.
+pub fn kept_answer<T: Message + Default>(earlier: &Earlier) -> Result<T, Status> {
+    let damaged = |_| FleetError::Internal("a kept answer is damaged".to_owned());
+    Ok(T::decode(&earlier.answer[..]).map_err(damaged)?)
 }
 
 impl<T> Default for Replays<T> {

@@ -15,7 +15,7 @@ use super::convert::{self, optional};
 use super::pages::Page;
 use super::proto;
 use super::proto::vm_service_server::VmService;
-use super::replays::Replays;
+use super::replays::{Replays, kept_answer};
 use super::status::{invalid, limit_reached};
 use super::{agent, network};
 use crate::fleet::Fleet;
@@ -24,7 +24,6 @@ use crate::fleet::claims::{Claim, Method};
 use crate::fleet::clones::CloneVm;
 use crate::fleet::console::{Listener, Output};
 use crate::fleet::disk_files::{DiskFile, DiskMode};
-use crate::fleet::error::FleetError;
 use crate::fleet::limits::{
     CONSOLE_STREAMS_MAX, READY_TIMEOUT_DEFAULT, STOP_TIMEOUT_DEFAULT, STOP_TIMEOUT_MAX,
 };
@@ -91,9 +90,7 @@ impl Vms {
     /// What an earlier daemon made for this request.
     fn earlier(&self, claim: Option<&Claim>) -> Result<Option<proto::CloneVmResponse>, Status> {
         let Some(earlier) = self.fleet.earlier(claim)? else { return Ok(None) };
-        let response = proto::CloneVmResponse::decode(&earlier.answer[..]);
-        let mut response =
-            response.map_err(|_| FleetError::Internal("a kept answer is damaged".to_owned()))?;
+        let mut response: proto::CloneVmResponse = kept_answer(&earlier)?;
         response.vms = earlier.vms.iter().map(|vm| convert::vm(vm)).collect();
         Ok(Some(response))
     }
@@ -348,14 +345,13 @@ async fn boot(
     let Some(end) = end else {
         // The boot sees that nobody listens and ends the VM, if it is not ready already.
         progress.close();
-        return match boot.await {
-            Ok(new) if has_id => Ok(convert::vm(&new.vm)),
-            Ok(new) => {
-                let _ = fleet.delete_vm(&new.vm.id).await;
-                Err(Status::cancelled("the caller went away"))
+        if let Ok(new) = boot.await {
+            if has_id {
+                return Ok(convert::vm(&new.vm));
             }
-            Err(_) => Err(Status::cancelled("the caller went away")),
-        };
+            let _ = fleet.delete_vm(&new.vm.id).await;
+        }
+        return Err(Status::cancelled("the caller went away"));
     };
     while let Ok(event) = progress.try_recv() {
         if events.send(Ok(created(event))).await.is_err() {

@@ -162,14 +162,7 @@ impl Cgroups {
     /// Removes the groups that no VM needs any more.
     pub fn sweep(&self, living: &HashSet<String>) {
         let Some(places) = self.known() else { return };
-        for top in self.tops(&places) {
-            for entry in fs::read_dir(&top).into_iter().flatten().flatten() {
-                let is_group = entry.file_type().is_ok_and(|kind| kind.is_dir());
-                if is_group && entry.file_name().to_str().is_none_or(|name| !living.contains(name)) {
-                    remove(&entry.path());
-                }
-            }
-        }
+        self.tops(&places).iter().for_each(|top| remove_groups(top, living));
     }
 
     /// Removes all groups, when all VMs have ended. Blocks for a moment: a process that was killed leaves its group after its end is known,
@@ -181,11 +174,7 @@ impl Cgroups {
         let until = Instant::now() + CLOSE_WITHIN;
         loop {
             for top in &tops {
-                for group in fs::read_dir(top).into_iter().flatten().flatten() {
-                    if group.file_type().is_ok_and(|kind| kind.is_dir()) {
-                        remove(&group.path());
-                    }
-                }
+                remove_groups(top, &HashSet::new());
                 remove(top);
             }
             let left: Vec<&PathBuf> = tops.iter().filter(|top| top.exists()).collect();
@@ -305,6 +294,16 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         self.folders.iter().for_each(|folder| remove(folder));
+    }
+}
+
+/// Those of VMs that do not live.
+fn remove_groups(top: &Path, living: &HashSet<String>) {
+    for entry in fs::read_dir(top).into_iter().flatten().flatten() {
+        let is_group = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_group && entry.file_name().to_str().is_none_or(|name| !living.contains(name)) {
+            remove(&entry.path());
+        }
     }
 }
 
