@@ -18,6 +18,7 @@ mod agent;
 pub mod auth;
 pub mod client;
 mod convert;
+mod cut_off;
 mod events;
 mod exec;
 mod functions;

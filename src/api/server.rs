@@ -13,6 +13,7 @@ use tonic::transport::Server;
 use super::MESSAGE_BYTES_MAX;
 use super::agent::Agent;
 use super::auth::layer::GuardLayer;
+use super::cut_off::CutOffLayer;
 use super::events::Events;
 use super::functions::Functions;
 use super::images::Images;
@@ -87,6 +88,7 @@ pub async fn serve(
         .max_concurrent_streams(REQUESTS_MAX)
         .layer(MeasureLayer)
         .layer(GuardLayer(Arc::clone(&listeners.guard)))
+        .layer(CutOffLayer)
         .add_service(health_service)
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)

@@ -7,6 +7,8 @@ Ends with status 0 if every answer was what the .proto files promise.
 """
 
 import sys
+import threading
+import time
 import uuid
 
 import grpc
@@ -116,6 +118,31 @@ def functions(stub):
     stub.DeleteFunction(functions_pb2.DeleteFunctionRequest(function="shout"), timeout=SECONDS)
 
 
+def cut_off(stub):
+    """What a caller cancels in the middle of its stdin has not ended: no handler takes the part for the whole."""
+    handler = functions_pb2.GuestCommand(args=["cat"])
+    settings = functions_pb2.FunctionSettings(handler=handler)
+    list(stub.Deploy(functions_pb2.DeployRequest(name="cut", snapshot="base", settings=settings), timeout=SECONDS))
+    times = 10
+    for _ in range(times):
+        held = threading.Event()
+
+        def requests():
+            yield functions_pb2.InvokeStreamRequest(start=functions_pb2.InvokeStart(function="cut"))
+            yield functions_pb2.InvokeStreamRequest(stdin=b"a part")
+            held.wait(SECONDS)
+
+        call = stub.InvokeStream(requests(), timeout=SECONDS)
+        assert next(call).stdout == b"a part"
+        call.cancel()
+        held.set()
+    deadline = time.monotonic() + SECONDS
+    while (seen := stub.GetFunction(functions_pb2.GetFunctionRequest(function="cut"), timeout=SECONDS)).running:
+        assert time.monotonic() < deadline, f"still running: {seen}"
+    assert (seen.cancelled, seen.succeeded) == (times, 0), seen
+    stub.DeleteFunction(functions_pb2.DeleteFunctionRequest(function="cut"), timeout=SECONDS)
+
+
 def deadlines(vms):
     """What is waited for no longer is ended by the service: no VM is left."""
     ready = vms_pb2.CreateVmRequest(embedded=True)
@@ -160,6 +187,7 @@ def main(path):
         clones(vms, agent)
         pools(pools_pb2_grpc.PoolServiceStub(channel), vms)
         functions(functions_pb2_grpc.FunctionServiceStub(channel))
+        cut_off(functions_pb2_grpc.FunctionServiceStub(channel))
         lists(vms)
         deadlines(vms)
     print("all good")

@@ -8,11 +8,13 @@ use anyhow::{Context as _, bail, ensure};
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 
 use crate::client::{Client, ImageFiles, ask, expect_status};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, eventually};
 use crate::host::Need;
 use crate::trial::{Stage, trial};
 
@@ -23,6 +25,7 @@ const MOUNT: &[Need] = &[Need::Kvm, Need::Mount];
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("bad-input/images", ANYWHERE, 60, images),
+        trial("bad-input/image-cut-off", ANYWHERE, 60, image_cut_off),
         trial("bad-input/names-that-are-unknown", ANYWHERE, 30, unknown_names),
         trial("bad-input/machines", KVM, 60, machines),
         trial("bad-input/kernels", KVM, 60, kernels),
@@ -109,6 +112,42 @@ async fn images(stage: Stage) -> anyhow::Result<()> {
         &[Code::NotFound],
     )?;
     Ok(())
+}
+
+/// A caller who cancels in the middle of an import has not ended it: a part of a disk never becomes an image.
+async fn image_cut_off(stage: Stage) -> anyhow::Result<()> {
+    const TIMES: usize = 30;
+    const PIECE: usize = 512 << 10;
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let message = |message| ImportImageRequest { message: Some(message) };
+    for n in 0..TIMES {
+        let (messages, stream) = mpsc::channel(1);
+        let importing = {
+            let mut images = client.images.clone();
+            tokio::spawn(async move { images.import_image(ReceiverStream::new(stream)).await })
+        };
+        let disk = ImageSpec { disks: vec![DiskSettings::default()], ..spec(&format!("part-{n}")) };
+        messages.send(message(import_image_request::Message::Spec(disk))).await?;
+        for file in [file_chunk::File::Kernel(true), file_chunk::File::Disk(0), file_chunk::File::Disk(0)] {
+            let chunk = FileChunk { file: Some(file), data: vec![7; PIECE].into(), zeros: 0 };
+            messages.send(message(import_image_request::Message::Chunk(chunk))).await?;
+        }
+        // What `messages` sends has not ended when the call is cancelled.
+        importing.abort();
+        ensure!(importing.await.is_err_and(|error| error.is_cancelled()), "it answered");
+        drop(messages);
+    }
+    // Answered after all that was before it on this connection.
+    client.import(spec("whole"), some_kernel()).await?;
+    eventually("the parts are gone", 20, async || {
+        let list = client.images.clone().list_images(ListImagesRequest::default()).await?.into_inner();
+        let names: Vec<_> = list.images.into_iter().map(|image| image.name).collect();
+        ensure!(names == ["whole"], "half an image was kept: {names:?}");
+        let kept = fs::read_dir(daemon.data.join("images"))?.collect::<Result<Vec<_>, _>>()?;
+        Ok(kept.into_iter().filter(|file| file.file_name() != ".lock").count() == 1)
+    })
+    .await
 }
 
 async fn unknown_names(stage: Stage) -> anyhow::Result<()> {

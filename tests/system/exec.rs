@@ -264,18 +264,24 @@ async fn files(stage: Stage, port: AgentPort) -> anyhow::Result<()> {
     ensure!(told.contains("room"), "{told}");
     expect_status("a bad mode", put(&client, &vm, "/x", 0o10000, b"").await, &[Code::InvalidArgument])?;
     expect_status("no path", put(&client, &vm, "", 0o600, b"").await, &[Code::InvalidArgument])?;
-    // One that breaks off leaves what was there.
-    let (requests, stream) = tokio::sync::mpsc::channel(4);
-    let broken = PutFileStart { vm: vm.clone(), path: "/words".into(), mode: 0o600 };
-    requests.send(PutFileRequest { message: Some(put_file_request::Message::Start(broken)) }).await?;
-    let mut agent = client.agent.clone();
-    let putting =
-        tokio::spawn(
-            async move { agent.put_file(tokio_stream::wrappers::ReceiverStream::new(stream)).await },
-        );
-    expect_streams(&client, &vm, 1).await?;
-    putting.abort();
-    expect_streams(&client, &vm, 0).await?;
+    // One that breaks off leaves what was there, with or without some of its bytes.
+    for n in 0..20 {
+        let (requests, stream) = tokio::sync::mpsc::channel(4);
+        let broken = PutFileStart { vm: vm.clone(), path: "/words".into(), mode: 0o600 };
+        let message = |message| PutFileRequest { message: Some(message) };
+        requests.send(message(put_file_request::Message::Start(broken))).await?;
+        if n % 2 == 1 {
+            requests.send(message(put_file_request::Message::Data(pattern(4096).into()))).await?;
+        }
+        let mut agent = client.agent.clone();
+        let putting =
+            tokio::spawn(
+                async move { agent.put_file(tokio_stream::wrappers::ReceiverStream::new(stream)).await },
+            );
+        expect_streams(&client, &vm, 1).await?;
+        putting.abort();
+        expect_streams(&client, &vm, 0).await?;
+    }
     run(&client, &vm, &["cat", "/words"]).await?.expect(0, "words")
 }
 

@@ -1,6 +1,7 @@
 //! Functions: each invocation runs the handler in a clone of its own (or one of several, if that was chosen), within its limits, and leaves nothing.
 
 use std::collections::{BTreeSet, HashMap};
+use std::process::Stdio;
 
 use anyhow::{Context as _, bail, ensure};
 use coldspark::api::proto::deploy_event::Event;
@@ -15,7 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use crate::client::{Client, expect_status};
-use crate::daemon::{Daemon, eventually};
+use crate::daemon::{Daemon, eventually, program};
 use crate::host::Need;
 use crate::trial::{Stage, trial};
 
@@ -300,7 +301,13 @@ async fn limits(stage: Stage) -> anyhow::Result<()> {
     };
     deploy(&mut client, embedded("slow", two.clone())).await?;
     let first = Open::start(&mut client, "slow", 0).await?;
-    let second = Open::start(&mut client, "slow", 0).await?;
+    let mut second = tokio::process::Command::new(program())
+        .args(["function", "invoke", "slow", "--socket"])
+        .arg(daemon.socket())
+        .stdin(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    eventually("both run", 30, async || Ok(look(&mut client, "slow").await?.running == 2)).await?;
     let third = {
         let mut client = client.clone();
         tokio::spawn(async move { call(&mut client, "slow", b"third").await })
@@ -315,9 +322,10 @@ async fn limits(stage: Stage) -> anyhow::Result<()> {
     let timings = end(&third)?.timings.context("no timings")?;
     ensure!(timings.queue_us > 0, "{timings:?}");
 
-    // A caller that goes away ends what it began.
-    drop(second);
+    // A caller that is killed ends what it began: its stdin, which is still open, was cut off and has not ended.
+    second.kill().await?;
     eventually("it was given up", 30, async || Ok(look(&mut client, "slow").await?.cancelled == 1)).await?;
+    ensure!(look(&mut client, "slow").await?.succeeded == 2);
     all_gone_but_ready(&mut client).await?;
 
     // One that takes too long is ended, whatever it does.
