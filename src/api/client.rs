@@ -8,6 +8,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncBufReadExt;
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -263,6 +264,12 @@ fn endpoint(uri: Uri) -> Endpoint {
     Endpoint::from(uri)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+}
+
+/// For a stream of requests that broke off on this side: it must not end before the connection does, and the end of its
+/// sender would be a good end to the service, which would take the part that it has for all.
+pub fn leave_unended<T>(requests: mpsc::Sender<T>) {
+    std::mem::forget(requests);
 }
 
 /// All items of a list that comes in pages: `page` fetches the one of a token (the first: empty), with the token of the next.

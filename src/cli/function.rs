@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt;
 
 use super::limits::LimitArguments;
 use super::output::{self, Shape, Table};
 use super::pool::Mode;
+use super::stdin::Stdin;
 use super::vm::MemoryMode;
 use super::vm::network::{self, PoolNetArguments};
 use super::{SocketArgument, units};
@@ -24,8 +24,6 @@ use crate::api::proto::invocation_end::How;
 use crate::api::proto::invoke_stream_request::Message as In;
 use crate::api::proto::invoke_stream_response::Message as Out;
 
-/// What is read from stdin at a time.
-const PIECE_BYTES: usize = 64 << 10;
 /// Pieces that are not sent yet.
 const PIECES_MAX: usize = 4;
 /// A status of our own: the function was not run to its end.
@@ -237,6 +235,10 @@ async fn deploy(arguments: Deploy) -> anyhow::Result<()> {
     bail!("the service ended the deployment without a word")
 }
 
+fn message(message: In) -> proto::InvokeStreamRequest {
+    proto::InvokeStreamRequest { message: Some(message) }
+}
+
 async fn invoke(
     socket: &SocketArgument,
     start: proto::InvokeStart,
@@ -244,28 +246,21 @@ async fn invoke(
     timings: bool,
 ) -> anyhow::Result<ExitCode> {
     let mut client = socket.connect().await?.functions;
-    let message = |message| proto::InvokeStreamRequest { message: Some(message) };
     let (pieces_in, pieces) = tokio::sync::mpsc::channel(PIECES_MAX);
     pieces_in.send(message(In::Start(start))).await?;
-    if !no_stdin && !std::io::stdin().is_terminal() {
-        tokio::spawn(async move {
-            let mut stdin = tokio::io::stdin();
-            let mut piece = vec![0; PIECE_BYTES];
-            // What cannot be read ends it, as its end does.
-            while let Ok(count @ 1..) = stdin.read(&mut piece).await {
-                let bytes = piece.get(..count).unwrap_or_default().to_vec();
-                if pieces_in.send(message(In::Stdin(bytes.into()))).await.is_err() {
-                    return;
-                }
-            }
-        });
+    let mut stdin = if !no_stdin && !std::io::stdin().is_terminal() {
+        Stdin::pass_on(pieces_in, |bytes| message(In::Stdin(bytes)), None)
     } else {
         drop(pieces_in);
-    }
+        Stdin::none()
+    };
     let result = async {
         let requests = tokio_stream::wrappers::ReceiverStream::new(pieces);
         let mut responses = client.invoke_stream(requests).await?.into_inner();
-        while let Some(response) = responses.message().await? {
+        while let Some(response) = tokio::select! {
+            response = responses.message() => response?,
+            error = stdin.broken() => return Err(error),
+        } {
             match response.message {
                 Some(Out::Stdout(bytes)) => {
                     let mut out = std::io::stdout().lock();

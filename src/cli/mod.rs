@@ -19,6 +19,7 @@ mod run;
 mod serve;
 mod service;
 mod snapshot;
+mod stdin;
 mod tiny;
 mod token;
 mod top;

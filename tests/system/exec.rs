@@ -316,6 +316,12 @@ async fn command_line(stage: Stage) -> anyhow::Result<()> {
     let said =
         coldspark(&["exec", "-i", &vm, "--", "cat"]).stdin(std::fs::File::open(&from)?).output().await?;
     ensure!(said.status.success() && said.stdout == bytes, "{:?}", said.status);
+    // A stdin that cannot be read has no end: the command does not end well with what there was.
+    let unreadable = std::fs::File::open(folder.path())?;
+    let said = coldspark(&["exec", "-i", &vm, "--", "cat"]).stdin(unreadable).output().await?;
+    let why = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.code() == Some(1) && why.contains("cannot read stdin"), "{said:?}");
+    expect_streams(&_client, &vm, 0).await?;
 
     // An interrupt is the command's: one that goes on tells of it, one that does not is ended by it.
     let mut trap = coldspark(&["exec", "-i", &vm, "--", "trap"]);

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::FileArguments;
-use crate::api::client::Client;
+use crate::api::client::{Client, leave_unended};
 use crate::api::proto;
 use crate::cli::vm::create::{AgentPort, ReadyArguments};
 use crate::cli::{SocketArgument, output, units};
@@ -214,7 +214,8 @@ pub async fn send(
         let _ = messages.send(proto::ImportImageRequest { message: Some(Message::Spec(spec)) }).await;
         for part in parts {
             if let Err(error) = watch(part, &messages, &shown).await {
-                return Err((error, messages));
+                leave_unended(messages);
+                return Err(error);
             }
         }
         shown.set_message("the service looks through, sums and stores it");
@@ -225,8 +226,7 @@ pub async fn send(
     let result = tokio::select! {
         sent = &mut sending => match sent {
             Ok(()) => Ok(importing.await),
-            // The call is given up while its stream is still open, so that the service sees no good end.
-            Err((error, _open)) => Err(error),
+            Err(error) => Err(error),
         },
         image = &mut importing => Ok(image),
     };

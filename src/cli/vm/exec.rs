@@ -14,8 +14,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
+use crate::api::client::leave_unended;
 use crate::api::proto;
 use crate::cli::SocketArgument;
+use crate::cli::stdin::Stdin;
 use proto::exec_exit::How;
 use proto::exec_request::Message as In;
 use proto::exec_response::Message as Out;
@@ -84,15 +86,20 @@ pub async fn exec(arguments: ExecArguments) -> anyhow::Result<ExitCode> {
     };
     let (requests, stream) = mpsc::channel(MESSAGES_MAX);
     requests.send(request(In::Start(start))).await?;
-    if interactive {
-        tokio::spawn(read_stdin(requests.clone()));
+    let mut stdin = if interactive {
+        let piece = |bytes| request(In::Stdin(bytes));
+        Stdin::pass_on(requests.clone(), piece, Some(request(In::StdinEnd(true))))
     } else {
         requests.send(request(In::StdinEnd(true))).await?;
-    }
+        Stdin::none()
+    };
     // From here on they are the command's.
     tokio::spawn(pass_signals(requests)?);
     let mut answers = client.exec(ReceiverStream::new(stream)).await?.into_inner();
-    while let Some(answer) = answers.message().await? {
+    while let Some(answer) = tokio::select! {
+        answer = answers.message() => answer?,
+        error = stdin.broken() => return Err(error),
+    } {
         match answer.message {
             Some(Out::Stdout(bytes)) => write(&mut io::stdout(), &bytes)?,
             Some(Out::Stderr(bytes)) => write(&mut io::stderr(), &bytes)?,
@@ -118,21 +125,6 @@ fn request(message: In) -> proto::ExecRequest {
 fn write(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     to.write_all(bytes)?;
     to.flush()
-}
-
-async fn read_stdin(requests: mpsc::Sender<proto::ExecRequest>) {
-    let mut stdin = tokio::io::stdin();
-    let mut piece = vec![0u8; PIECE_BYTES];
-    loop {
-        let count = stdin.read(&mut piece).await.unwrap_or(0);
-        let message = match piece.get(..count) {
-            Some(bytes) if count > 0 => In::Stdin(Bytes::copy_from_slice(bytes)),
-            _ => In::StdinEnd(true),
-        };
-        if requests.send(request(message)).await.is_err() || count == 0 {
-            return;
-        }
-    }
 }
 
 /// Gives the command what would end this program. The numbers are the same on every system.
@@ -199,7 +191,13 @@ async fn put(socket: &SocketArgument, from: PathBuf, vm: String, path: String) -
     let read = async {
         let mut piece = vec![0u8; PIECE_BYTES];
         loop {
-            let count = file.read(&mut piece).await.with_context(|| format!("cannot read {shown}"))?;
+            let count = match file.read(&mut piece).await {
+                Ok(count) => count,
+                Err(error) => {
+                    leave_unended(requests);
+                    return Err(error).with_context(|| format!("cannot read {shown}"));
+                }
+            };
             let bytes = piece.get(..count).unwrap_or_default();
             let message = Some(PutIn::Data(Bytes::copy_from_slice(bytes)));
             if count == 0 || requests.send(proto::PutFileRequest { message }).await.is_err() {
