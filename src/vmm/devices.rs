@@ -60,7 +60,7 @@ impl DeviceThread {
         let thread = thread::Builder::new()
             .name("devices".into())
             .spawn(move || {
-                threads::begin(Role::Devices);
+                let _alive = threads::begin(Role::Devices);
                 worker.serve(&receiver);
             })
             .map_err(DevicesError::Start)?;

@@ -165,7 +165,7 @@ impl VcpuHandle {
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                threads::begin(Role::Vcpu);
+                let _alive = threads::begin(Role::Vcpu);
                 runner.serve(&receiver);
             })
             .map_err(start)?;
