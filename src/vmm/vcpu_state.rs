@@ -34,6 +34,10 @@ pub enum VcpuStateError {
 fn call(call: &'static str) -> impl FnOnce(errno::Error) -> VcpuStateError {
     move |source| VcpuStateError::Kvm { call, source }
 }
+    #[error(
+        "the guest has reset itself: there is nothing left that could go on; freeze it when it has booted again"
+    )]
+    Over,
 
 /// Everything of a vCPU that stands still. `msr_indices`: KVM_GET_MSR_INDEX_LIST.
 pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
