@@ -9,6 +9,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use userfaultfd::Uffd;
@@ -623,12 +624,21 @@ fn borrow(uffd: &Uffd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) }
 }
 
+/// Most words of one machine's ready port that the daemon is told. The first is what somebody waits for; a guest can say as many more as it
+/// likes, and each takes the daemon's time, which no limit of the VM's counts.
+const READY_TOLD_MAX: u32 = 16;
+
 /// Turns vCPU events into messages. An end of the guest ends the process once it was told.
 fn sink(daemon: Daemon) -> EventSink {
     let started = Instant::now();
+    let ready_told = AtomicU32::new(0);
     Arc::new(move |event| {
         let reason = match event {
             VcpuEvent::Ready(value) => {
+                let more = |told| (told < READY_TOLD_MAX).then_some(told + 1);
+                if ready_told.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_err() {
+                    return;
+                }
                 let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
                 daemon.event(Event::Phase { name: "ready port".into(), us });
                 daemon.event(Event::ReadyPort { value });
@@ -880,5 +890,37 @@ fn from_boot(protocol: boot::BootProtocol) -> BootProtocol {
         boot::BootProtocol::FreeBsd => BootProtocol::FreeBsd,
         boot::BootProtocol::Pvh => BootProtocol::Pvh,
         boot::BootProtocol::Linux => BootProtocol::Linux,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+    use crate::worker::Connection;
+    use crate::worker::channel::Channel;
+
+    #[test]
+    fn a_ready_port_that_is_written_all_the_time_does_not_keep_the_daemon_busy() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        for end in [&ours, &theirs] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let daemon = Daemon(Arc::new(Connection {
+            channel: ours,
+            adoptable: AtomicBool::new(false),
+            reset: Mutex::new(None),
+        }));
+        let sink = sink(daemon);
+        let mut words = Vec::new();
+        for value in 0..1000 {
+            sink(VcpuEvent::Ready(value));
+            while let Ok((FromWorker::Event(event), _)) = theirs.recv::<FromWorker>() {
+                words.extend(if let Event::ReadyPort { value } = event { Some(value) } else { None });
+            }
+        }
+        assert_eq!(words, (0..READY_TOLD_MAX).collect::<Vec<_>>());
     }
 }
