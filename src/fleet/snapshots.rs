@@ -388,11 +388,20 @@ impl Snapshots {
     fn keep(&self, id: String, source: &Arc<Source>) {
         let mut sources = self.lock();
         if sources.len() >= OPEN_SNAPSHOTS_MAX
+            && !sources.contains_key(&id)
             && let Some(any) = sources.keys().next().cloned()
         {
             sources.remove(&any);
+            // Those who run from it have it open by themselves.
+            if let Ok(snapshot) = self.store.get(&any) {
+                snapshot.close();
+            }
         }
-        sources.insert(id, Arc::clone(source));
+        sources.insert(id.clone(), Arc::clone(source));
+        // Deleted while it was opened, and told so before it was here: nobody would let go of its files.
+        if self.store.get(&id).is_err() {
+            sources.remove(&id);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Source>>> {
@@ -609,7 +618,67 @@ fn facts(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+    use crate::snapshot::manifest::MEMORY_FILE;
+
+    /// Publishes a snapshot of a VM without disks; gives its id.
+    fn publish(store: &Arc<SnapshotStore>) -> String {
+        const BYTES: u64 = 2 << 20;
+        let draft = store.begin(SnapshotId::random()).unwrap();
+        draft.state().write_all_at(b"state", 0).unwrap();
+        draft.memory().set_len(BYTES).unwrap();
+        let facts = Facts {
+            name: None,
+            labels: BTreeMap::new(),
+            guest: Guest { kernel: "k".into(), protocol: Protocol::Pvh, ready: String::new() },
+            vcpus: 1,
+            memory: Memory {
+                bytes: BYTES,
+                regions: vec![Region { guest_address: 0, bytes: BYTES, file_offset: 0 }],
+            },
+            cpu: Cpu { vendor: "v".into(), features: Vec::new(), tsc_khz: 0 },
+            kvm_capabilities: Vec::new(),
+            parent: None,
+            identity: Identity { agent: false },
+            devices: Vec::new(),
+            disks: Vec::new(),
+            networks: Vec::new(),
+        };
+        draft.publish(facts).unwrap().id().to_string()
+    }
+
+    /// How many snapshots of this folder this process has open.
+    fn open_in(folder: &Path) -> usize {
+        let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let paths = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        paths.filter(|path| path.starts_with(folder) && path.ends_with(MEMORY_FILE)).count()
+    }
+
+    #[test]
+    fn files_of_many_snapshots_are_not_all_held_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::open(folder.path(), false, Signing::default()).unwrap();
+        for _ in 0..OPEN_SNAPSHOTS_MAX + 5 {
+            let id = publish(&snapshots.store);
+            // As nobody holds them, and folding is not waited for: opened and kept, as `source` does.
+            let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
+            snapshots.keep(id, &Arc::new(source));
+        }
+        assert_eq!(open_in(folder.path()), OPEN_SNAPSHOTS_MAX);
+    }
+
+    #[test]
+    fn one_that_was_deleted_while_it_was_opened_is_not_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let snapshots = Snapshots::open(folder.path(), false, Signing::default()).unwrap();
+        let id = publish(&snapshots.store);
+        let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
+        snapshots.store.delete(&id).unwrap();
+        snapshots.keep(id, &Arc::new(source));
+        assert!(snapshots.lock().is_empty());
+    }
 
     #[test]
     fn times_of_manifests_are_read() {

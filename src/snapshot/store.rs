@@ -402,9 +402,12 @@ impl Snapshot {
         self.stored.write_advice(WORKING_SET_FILE, &bytes)
     }
 
-    /// Closes the files, once the last clone is done with them; the next restore opens and checks anew.
+    /// Closes the files, once the last clone is done with them; the next restore opens and checks anew. Does not wait for one that opens them
+    /// just now, who wants them open.
     pub fn close(&self) {
-        *self.opened.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if let Ok(mut opened) = self.opened.try_lock() {
+            *opened = None;
+        }
     }
 
     fn open(&self) -> Result<OpenSnapshot, StoreError> {

@@ -60,7 +60,7 @@ impl DeviceThread {
         let thread = thread::Builder::new()
             .name("devices".into())
             .spawn(move || {
-                threads::begin(Role::Devices);
+                let _alive = threads::begin(Role::Devices);
                 worker.serve(&receiver);
             })
             .map_err(DevicesError::Start)?;
@@ -309,5 +309,84 @@ impl Worker {
             );
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    use kvm_bindings::KvmIrqRouting;
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    use vmm_sys_util::errno;
+
+    use super::*;
+    use crate::vmm::bus::Bus;
+    use crate::vmm::chipset::Chipset;
+    use crate::vmm::chipset::ioapic::{IoApic, Routing};
+    use crate::vmm::virtio::VirtioDevice;
+    use crate::vmm::virtio::net::link::Link;
+    use crate::vmm::virtio::net::{Net, NetConfig};
+    use crate::vmm::virtio::testing::{BUFFERS, Machine};
+
+    struct Nowhere;
+
+    impl Routing for Nowhere {
+        fn connect(&self, _: &EventFd, _: u32) -> Result<(), errno::Error> {
+            Ok(())
+        }
+
+        fn set(&self, _: &KvmIrqRouting) -> Result<(), errno::Error> {
+            Ok(())
+        }
+    }
+
+    /// What the thread owns, with one device that a driver has brought up and given a buffer of its first queue.
+    fn worker(device: Box<dyn VirtioDevice>) -> Worker {
+        let mut driver = Machine::started(device, 16, 0);
+        driver.add(0, 0, &[(BUFFERS, 0x800, true)]);
+        driver.notify(0);
+        let Machine { memory, transport, .. } = driver;
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let (console, _) = UnixStream::pair().unwrap();
+        console.set_nonblocking(true).unwrap();
+        let ioapic = Arc::new(IoApic::new(Arc::new(Nowhere)));
+        let chipset = Chipset::new(ioapic, console, None, event(), None).unwrap();
+        let bus = Arc::new(Bus::new(chipset, vec![transport], memory));
+        let (epoll, watched) = (Epoll::new().unwrap(), HashMap::new());
+        let mut worker = Worker { epoll, watched, serial_changed: event(), wake: event(), bus };
+        worker.refresh(Source::Virtio(0));
+        worker
+    }
+
+    /// Answers what is ready until nothing is; false: something always is.
+    fn rests(worker: &mut Worker) -> bool {
+        let mut events = [EpollEvent::default(); EVENTS_AT_ONCE];
+        for _ in 0..100 {
+            let count = worker.epoll.wait(0, &mut events).unwrap();
+            if count == 0 {
+                return true;
+            }
+            for event in &events[..count] {
+                let Some(watched) = worker.watched.get(&event.fd()) else { continue };
+                let source = watched.source;
+                worker.handle(source, event.fd(), event.event_set());
+            }
+        }
+        false
+    }
+
+    #[test]
+    fn a_link_that_is_lost_wakes_nobody_any_more() {
+        let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        let (ours, theirs) = pair.unwrap();
+        // As the worker does for the machine that follows after a reset.
+        let _held = ours.try_clone().unwrap();
+        let config = NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None };
+        let mut worker = worker(Box::new(Net::new(Link::wire(ours).unwrap(), config)));
+        assert!(rests(&mut worker));
+        drop(theirs);
+        assert!(rests(&mut worker), "the thread spins");
     }
 }

@@ -63,6 +63,20 @@ impl Host {
         Ok(Host { kvm, supported_cpuid, msr_indices })
     }
 
+    /// For tests that take a KVM; `None`: this machine has none, which is told.
+    #[cfg(test)]
+    pub fn for_tests() -> Option<Self> {
+        let file = File::options().read(true).write(true).open("/dev/kvm");
+        let host = file.map_err(|error| error.to_string());
+        match host.and_then(|file| Host::new(file).map_err(|error| error.to_string())) {
+            Ok(host) => Some(host),
+            Err(why) => {
+                eprintln!("ignored: no usable /dev/kvm: {why}");
+                None
+            }
+        }
+    }
+
     /// What a guest on this host is really shown: set on a vCPU made for the question and read back. A KVM that cannot
     /// trap the instruction (kvm-pvm) shows the processor's own features besides those that were set.
     pub fn shown_cpuid(&self) -> Result<CpuId, HostError> {

@@ -165,7 +165,7 @@ impl VcpuHandle {
             .name(format!("vcpu{index}"))
             .stack_size(256 << 10)
             .spawn(move || {
-                threads::begin(Role::Vcpu);
+                let _alive = threads::begin(Role::Vcpu);
                 runner.serve(&receiver);
             })
             .map_err(start)?;
@@ -292,6 +292,8 @@ impl Runner {
             match command {
                 Command::Run => self.run(),
                 Command::Pause(done) => drop(done.send(())),
+                // A clone would go on behind the instruction that reset it.
+                Command::Save(answer) if self.dead => drop(answer.send(Err(VcpuStateError::Over))),
                 Command::Save(answer) => {
                     drop(answer.send(vcpu_state::save(&self.vcpu, &self.msr_indices)));
                 }
@@ -442,5 +444,71 @@ impl Runner {
             ),
             _ => "registers not to be had".into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_userspace_memory_region};
+    use memmap2::MmapMut;
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::vmm::chipset::Chipset;
+    use crate::vmm::chipset::ioapic::{IoApic, PINS};
+    use crate::vmm::host::Host;
+    use crate::vmm::memory::GuestMemory;
+
+    /// mov al, 0xfe; out 0x64, al; hlt: the keyboard controller's reset.
+    const RESET: [u8; 5] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4];
+
+    #[test]
+    fn a_vcpu_whose_guest_has_reset_itself_has_no_state_to_be_saved() {
+        let Some(host) = Host::for_tests() else { return };
+        install_stop_signal().unwrap();
+        let vm = Arc::new(host.kvm.create_vm().unwrap());
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = PINS as u64;
+        vm.enable_cap(&split).unwrap();
+        let mut page = MmapMut::map_anon(4096).unwrap();
+        page[..RESET.len()].copy_from_slice(&RESET);
+        let region = kvm_userspace_memory_region {
+            memory_size: page.len() as u64,
+            userspace_addr: page.as_mut_ptr().addr() as u64,
+            ..Default::default()
+        };
+        // SAFETY: the page outlives the vCPU's thread, which `handle` ends, and nobody looks at it meanwhile.
+        unsafe { vm.set_user_memory_region(region) }.unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let (mut regs, mut sregs) = (vcpu.get_regs().unwrap(), vcpu.get_sregs().unwrap());
+        (sregs.cs.base, sregs.cs.selector, regs.rip, regs.rflags) = (0, 0, 0, 2);
+        vcpu.set_sregs(&sregs).unwrap();
+        vcpu.set_regs(&regs).unwrap();
+
+        let (console, _) = UnixStream::pair().unwrap();
+        console.set_nonblocking(true).unwrap();
+        let changed = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let chipset = Chipset::new(Arc::new(IoApic::new(vm)), console, None, changed, None).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        let bus = Arc::new(Bus::new(chipset, Vec::new(), memory));
+        let (told, hears) = mpsc::channel();
+        let told = std::sync::Mutex::new(told);
+        let events: EventSink = Arc::new(move |event| told.lock().unwrap().send(event).unwrap());
+        let handle = VcpuHandle::start(0, vcpu, host.msr_indices.clone(), bus, events).unwrap();
+        assert!(handle.save().is_ok(), "it has not begun");
+        handle.resume().unwrap();
+        let event = hears.recv_timeout(Duration::from_secs(60)).unwrap();
+        assert!(matches!(event, VcpuEvent::Reset(_)), "{event:?}");
+        handle.pause().unwrap().wait().unwrap();
+        let saved = handle.save();
+        assert!(
+            matches!(saved, Err(VcpuError::State { index: 0, source: VcpuStateError::Over })),
+            "{:?}",
+            saved.err()
+        );
+        drop(handle);
     }
 }

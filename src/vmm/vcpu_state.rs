@@ -15,6 +15,11 @@ use crate::snapshot::state::vcpu::{CPUID_ENTRIES_MAX, MSRS_MAX, VcpuState};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Memory type ranges (SDM volume 3, 12.11): default type, those of fixed size, and KVM's eight others. KVM keeps them, and does not list them.
+const MTRRS: [u32; 28] = [
+    0x2ff, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e, 0x26f, 0x200, 0x201, 0x202,
+    0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c, 0x20d, 0x20e, 0x20f,
+];
 /// Minutes, at any frequency.
 const FITS_NOTHING: u64 = 1 << 42;
 
@@ -29,6 +34,10 @@ pub enum VcpuStateError {
     TooMany { what: &'static str, count: usize, max: usize },
     #[error("this host cannot run a guest at {needed} kHz (its own TSC has {host} kHz, and it cannot scale)")]
     TscFrequency { needed: u32, host: u32 },
+    #[error(
+        "the guest has reset itself: there is nothing left that could go on; freeze it when it has booted again"
+    )]
+    Over,
 }
 
 fn call(call: &'static str) -> impl FnOnce(errno::Error) -> VcpuStateError {
@@ -53,8 +62,20 @@ pub fn save(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, VcpuStateEr
     })
 }
 
-/// Reads every MSR of the list that this vCPU has: KVM lists some that a given CPUID hides, and stops at them.
+/// Reads every MSR of the list that this vCPU has, and those that belong to it besides.
 fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
+    let mut saved = read_msrs(vcpu, indices)?;
+    let besides: Vec<u32> = MTRRS.into_iter().filter(|index| !indices.contains(index)).collect();
+    // A new vCPU has zeros there: what is zero costs no clone anything.
+    let besides = read_msrs(vcpu, &besides)?.into_iter().filter(|entry| entry.data != 0);
+    // Before the last, which is IA32_TSC_DEADLINE.
+    let last = saved.pop_if(|entry| entry.index == MSR_TSC_DEADLINE);
+    saved.extend(besides.chain(last));
+    Ok(saved)
+}
+
+/// Reads those of the list that this vCPU has: KVM lists some that a given CPUID hides, and stops at them.
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, VcpuStateError> {
     let mut rest: Vec<kvm_msr_entry> =
         indices.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
     // KVM sets them in this order later: the TSC before all that looks at it, the deadline last.
@@ -195,4 +216,50 @@ pub fn read_tsc(vcpu: &VcpuFd) -> Option<u64> {
 /// The time stamp in a saved state.
 fn saved_tsc(state: &VcpuState) -> u64 {
     state.msrs.iter().find(|entry| entry.index == MSR_TSC).map_or(0, |entry| entry.data)
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap};
+    use kvm_ioctls::VmFd;
+
+    use super::*;
+    use crate::vmm::host::Host;
+    use crate::vmm::x86::cpuid;
+
+    /// A VM and its vCPU, which knows what processor it is.
+    fn vcpu(host: &Host) -> (VmFd, VcpuFd) {
+        let vm = host.kvm.create_vm().unwrap();
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = 24;
+        vm.enable_cap(&split).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let khz = vcpu.get_tsc_khz().unwrap();
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&host.supported_cpuid, 0, 1, khz)).unwrap();
+        (vm, vcpu)
+    }
+
+    #[test]
+    fn memory_types_are_part_of_the_state() {
+        let Some(host) = Host::for_tests() else { return };
+        let (_vm, source) = vcpu(&host);
+        let wanted = [(0x2ff, 0xc06), (0x250, 0x0606_0606_0606_0606), (0x200, 0xc000_0000)];
+        for (index, data) in wanted {
+            let entry = kvm_msr_entry { index, data, ..Default::default() };
+            assert_eq!(source.set_msrs(&msrs_of(&[entry]).unwrap()).unwrap(), 1, "{index:#x}");
+        }
+        let state = save(&source, &host.msr_indices).unwrap();
+        let last = state.msrs.last().map(|entry| entry.index);
+        assert!(
+            last == Some(MSR_TSC_DEADLINE) || state.msrs.iter().all(|entry| entry.index != MSR_TSC_DEADLINE)
+        );
+        let (_vm, clone) = vcpu(&host);
+        set_cpuid(&clone, &state).unwrap();
+        restore(&clone, &state).unwrap();
+        for (index, data) in wanted {
+            let mut ask = msrs_of(&[kvm_msr_entry { index, ..Default::default() }]).unwrap();
+            assert_eq!(clone.get_msrs(&mut ask).unwrap(), 1);
+            assert_eq!(ask.as_slice()[0].data, data, "{index:#x}");
+        }
+    }
 }

@@ -12,6 +12,7 @@ use crate::vmm::boot::BootError;
 use crate::vmm::host::HostError;
 use crate::vmm::machine::MachineError;
 use crate::vmm::memory::MemoryError;
+use crate::vmm::vcpu::VcpuError;
 use crate::vmm::vcpu_state::VcpuStateError;
 use crate::vmm::virtio::net::link::LinkError;
 
@@ -118,7 +119,10 @@ impl From<MachineError> for Fault {
             | MachineError::Links { .. }
             | MachineError::Memory(_)
             | MachineError::Boot(_) => FaultKind::InvalidInput,
-            MachineError::NoPowerButton(_) => FaultKind::WrongState,
+            MachineError::NoPowerButton(_)
+            | MachineError::Vcpu(VcpuError::State { source: VcpuStateError::Over, .. }) => {
+                FaultKind::WrongState
+            }
             MachineError::Mismatch(_) => FaultKind::Damaged,
             MachineError::State(StateError::Format { .. } | StateError::Version { .. }) => {
                 FaultKind::Unsupported
@@ -130,6 +134,8 @@ impl From<MachineError> for Fault {
                 VcpuStateError::Msr { .. } | VcpuStateError::TscFrequency { .. } => FaultKind::Unsupported,
                 // The saved registers are the only input of these calls.
                 VcpuStateError::Kvm { .. } | VcpuStateError::TooMany { .. } => FaultKind::Damaged,
+                // Nothing is saved here.
+                VcpuStateError::Over => FaultKind::Internal,
             },
             MachineError::Descriptors(_) => FaultKind::Exhausted,
             MachineError::Kvm { source, .. } if source.errno() == libc::ENOMEM => FaultKind::Exhausted,

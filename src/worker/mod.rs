@@ -50,6 +50,9 @@ use protocol::{
 };
 use vm::{Shell, Vm};
 
+/// Status of a worker that a thread of its machine was lost to, as Rust's own of one whose only thread panics.
+const THREAD_LOST: i32 = 101;
+
 /// How the process is to begin.
 #[derive(Debug, Clone)]
 pub struct Setting {
@@ -178,6 +181,8 @@ fn run(setting: Setting) -> Result<(), String> {
     if setting.die_with_parent {
         die_with(&control)?;
     }
+    // What it said of the panic is among the worker's last words.
+    crate::vmm::threads::at_loss(|_| std::process::exit(THREAD_LOST));
     crate::vmm::vcpu::install_stop_signal().map_err(|e| format!("the stop signal: {e}"))?;
     // A worker will be somebody else.
     let owner = rustix::process::geteuid().as_raw();

@@ -9,6 +9,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use userfaultfd::Uffd;
@@ -623,17 +624,29 @@ fn borrow(uffd: &Uffd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) }
 }
 
+/// Most words of one machine's ready port that the daemon is told. The first is what somebody waits for; a guest can say as many more as it
+/// likes, and each takes the daemon's time, which no limit of the VM's counts.
+const READY_TOLD_MAX: u32 = 16;
+
 /// Turns vCPU events into messages. An end of the guest ends the process once it was told.
 fn sink(daemon: Daemon) -> EventSink {
     let started = Instant::now();
+    let ready_told = AtomicU32::new(0);
+    let has_reset = AtomicBool::new(false);
     Arc::new(move |event| {
         let reason = match event {
             VcpuEvent::Ready(value) => {
+                let more = |told| (told < READY_TOLD_MAX).then_some(told + 1);
+                if ready_told.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_err() {
+                    return;
+                }
                 let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
                 daemon.event(Event::Phase { name: "ready port".into(), us });
                 daemon.event(Event::ReadyPort { value });
                 return;
             }
+            // Once for a machine: another vCPU's, told while the next machine is being made, would be taken for that one's.
+            VcpuEvent::Reset(_) if has_reset.swap(true, Ordering::Relaxed) => return,
             VcpuEvent::Reset(how) => {
                 // The daemon decides: this one, or the next, if there may be one; else there is nobody who would boot it again.
                 daemon.note_reset(Some(how));
@@ -880,5 +893,66 @@ fn from_boot(protocol: boot::BootProtocol) -> BootProtocol {
         boot::BootProtocol::FreeBsd => BootProtocol::FreeBsd,
         boot::BootProtocol::Pvh => BootProtocol::Pvh,
         boot::BootProtocol::Linux => BootProtocol::Linux,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::worker::Connection;
+    use crate::worker::channel::Channel;
+
+    /// A worker's connection, and the daemon's end of it.
+    fn connection() -> (Daemon, Channel) {
+        let (channel, theirs) = Channel::pair().unwrap();
+        for end in [&channel, &theirs] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let connection = Connection { channel, adoptable: AtomicBool::new(true), reset: Mutex::new(None) };
+        (Daemon(Arc::new(connection)), theirs)
+    }
+
+    fn told(theirs: &Channel) -> Vec<Event> {
+        let next = || match theirs.recv::<FromWorker>() {
+            Ok((FromWorker::Event(event), _)) => Some(event),
+            _ => None,
+        };
+        std::iter::from_fn(next).collect()
+    }
+
+    #[test]
+    fn a_ready_port_that_is_written_all_the_time_does_not_keep_the_daemon_busy() {
+        let (daemon, theirs) = connection();
+        let sink = sink(daemon);
+        let mut words = Vec::new();
+        for value in 0..1000 {
+            sink(VcpuEvent::Ready(value));
+            words.extend(told(&theirs).into_iter().filter_map(|event| match event {
+                Event::ReadyPort { value } => Some(value),
+                _ => None,
+            }));
+        }
+        assert_eq!(words, (0..READY_TOLD_MAX).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_machine_resets_once_whatever_its_other_vcpus_do() {
+        let (daemon, theirs) = connection();
+        let first = sink(daemon.clone());
+        first(VcpuEvent::Reset("one door"));
+        assert_eq!(daemon.reset().as_deref(), Some("one door"));
+        // The daemon has asked for the next machine, and the old one's threads are still ending.
+        daemon.note_reset(None);
+        first(VcpuEvent::Reset("another"));
+        assert_eq!(daemon.reset(), None);
+        sink(daemon.clone())(VcpuEvent::Reset("its own"));
+        assert_eq!(daemon.reset().as_deref(), Some("its own"));
+        let doors = told(&theirs).into_iter().filter_map(|event| match event {
+            Event::GuestReset { how } => Some(how),
+            _ => None,
+        });
+        assert_eq!(doors.collect::<Vec<_>>(), ["one door", "its own"]);
     }
 }

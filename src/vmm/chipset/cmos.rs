@@ -4,11 +4,15 @@
 //! snapshot's past. A guest that sets the clock is not obeyed: its clock is the host's. Periodic interrupts are not
 //! offered; FreeBSD prefers the LAPIC timer (`sys/x86/isa/atrtc.c` gives its own the lowest quality).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::snapshot::state::chipset::CmosState;
 
 const MEMORY_BYTES: usize = 128;
+/// A driver looks at status A, sees that no update is near, and reads the time register by register: for so long they belong together. (The
+/// chip promises 244 us, which is long for exits to a VMM that may have to wait for a CPU.)
+const TOGETHER: Duration = Duration::from_millis(20);
+const REGISTER_STATUS_A: u8 = 0x0a;
 const REGISTER_CENTURY: u8 = 0x32;
 /// 32 kHz divider on, 1024 Hz.
 const STATUS_A: u8 = 0x26;
@@ -21,21 +25,36 @@ const STATUS_D: u8 = 0x80;
 pub struct Cmos {
     index: u8,
     memory: [u8; MEMORY_BYTES],
+    /// When status A was read, and the Unix time then.
+    looked: Option<(Instant, u64)>,
 }
 
 impl Default for Cmos {
     fn default() -> Self {
-        Cmos { index: 0, memory: [0; MEMORY_BYTES] }
+        Cmos { index: 0, memory: [0; MEMORY_BYTES], looked: None }
     }
 }
 
 impl Cmos {
     /// Reads port 0x70 (index) or 0x71 (data).
-    pub fn read(&self, port: u16) -> u8 {
+    pub fn read(&mut self, port: u16) -> u8 {
         if port == 0x70 {
             return self.index;
         }
+        let now = Instant::now();
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        self.read_at(now, seconds)
+    }
+
+    /// The register that is selected, at this moment, which is this Unix time.
+    fn read_at(&mut self, now: Instant, seconds: u64) -> u8 {
+        if self.index == REGISTER_STATUS_A {
+            self.looked = Some((now, seconds));
+        }
+        let seconds = match self.looked {
+            Some((since, then)) if now.saturating_duration_since(since) < TOGETHER => then,
+            _ => seconds,
+        };
         let time = CivilTime::from_unix(seconds);
         match self.index {
             0x00 => bcd(time.second),
@@ -46,7 +65,7 @@ impl Cmos {
             0x08 => bcd(time.month),
             0x09 => bcd((time.year % 100) as u8),
             REGISTER_CENTURY => bcd((time.year / 100) as u8),
-            0x0a => STATUS_A,
+            REGISTER_STATUS_A => STATUS_A,
             0x0b => STATUS_B,
             0x0c => 0,
             0x0d => STATUS_D,
@@ -120,6 +139,22 @@ impl CivilTime {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Else a clock that is read while a minute ends is a minute wrong.
+    #[test]
+    fn registers_that_are_read_together_are_of_one_moment() {
+        let mut cmos = Cmos::default();
+        let begin = Instant::now();
+        let mut read = |register: u8, ms: u64, seconds: u64| {
+            cmos.write(0x70, register);
+            cmos.read_at(begin + Duration::from_millis(ms), seconds)
+        };
+        assert_eq!(read(0x00, 0, 3599), 0x59);
+        assert_eq!(read(REGISTER_STATUS_A, 1, 3599), STATUS_A);
+        assert_eq!(read(0x00, 2, 3600), 0x59);
+        assert_eq!((read(0x02, 3, 3600), read(0x04, 4, 3600)), (0x59, 0x00));
+        assert_eq!((read(0x02, 30, 3600), read(0x04, 31, 3600)), (0x00, 0x01));
+    }
 
     #[test]
     fn dates() {

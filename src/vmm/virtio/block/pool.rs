@@ -76,7 +76,7 @@ impl Pool {
             let shared = Arc::clone(&self.shared);
             let name = format!("disk{}", threads.len());
             let begun = thread::Builder::new().name(name).spawn(move || {
-                begin(Role::Disk);
+                let _alive = begin(Role::Disk);
                 serve(&shared);
             });
             match begun {

@@ -125,6 +125,9 @@ pub struct Net {
     /// Of frames in and out.
     limiters: [Option<Limiter>; 2],
     wishes: Wishes,
+    /// The link that was lost. It stays open: others in this process and the daemon may hold the same open file, and then the device
+    /// thread's epoll set goes on watching it, for ever ready, when this descriptor is closed before it is taken out of the set.
+    lost: Option<Link>,
 }
 
 impl Net {
@@ -152,6 +155,7 @@ impl Net {
             outgoing: frame(),
             limiters: [None, None],
             wishes: Wishes::default(),
+            lost: None,
         }
     }
 
@@ -190,7 +194,7 @@ impl Net {
 
     /// The other end is gone for good.
     fn lose_link(&mut self) {
-        self.link = Link::Down;
+        self.lost = Some(std::mem::replace(&mut self.link, Link::Down));
         self.transmit_blocked = false;
         self.wishes.config_changed = true;
         self.wishes.queues |= 1 << TRANSMIT;
