@@ -262,9 +262,10 @@ impl Fleet {
 
     /// Leaves the VMs that are their callers' to the next daemon, and ends the others.
     pub async fn leave(&self) {
+        let vms = self.registry.close();
         self.pools.close(self);
         self.shells.close();
-        for vm in self.registry.list() {
+        for vm in vms {
             if !vm.is_settled() || vm.command(vm::Command::Release).await.is_err() {
                 vm.kill("the service ended");
                 vm.ended().await;
@@ -275,9 +276,9 @@ impl Fleet {
 
     /// Ends every VM and waits for their ends.
     pub async fn close(&self) {
+        let vms = self.registry.close();
         self.pools.close(self);
         self.shells.close();
-        let vms = self.registry.list();
         for vm in &vms {
             vm.kill("the service ended");
         }
