@@ -1,9 +1,12 @@
 //! Snapshots: freezing a VM into the store, finding what is there, and holding files open for clones.
 
 use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
 
 use super::Fleet;
 use super::addresses::Given;
@@ -14,7 +17,7 @@ use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::keeping::{Keeping, KeptSoFar};
 use super::learning::Learning;
-use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
+use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX, VERIFIES_MAX};
 use super::network::{LinkRequest, VmNetwork, mac_from_text, mac_text};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
 use crate::agent::{FrameDecoder, Hello};
@@ -132,9 +135,43 @@ pub struct Listing {
 #[derive(Debug)]
 pub struct Snapshots {
     pub(super) store: Arc<SnapshotStore>,
-    sources: Mutex<HashMap<String, Arc<Source>>>,
+    sources: Opened<Source>,
     /// Learn them, and use them.
     working_sets: bool,
+    /// A permit for each that may be read through at a time.
+    verifying: Arc<Semaphore>,
+}
+
+/// What is open, by snapshots' ids.
+#[derive(Debug)]
+struct Opened<S>(Mutex<HashMap<String, Arc<S>>>);
+
+impl<S> Opened<S> {
+    fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<S>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what was opened, unless its snapshot was deleted meanwhile: its files would be held, and nobody would ever come for them. Who
+    /// deletes it takes it out of here when it `is_there` no more.
+    fn keep(&self, id: String, source: &Arc<S>, is_there: impl FnOnce(&str) -> bool) {
+        {
+            let mut sources = self.lock();
+            if sources.len() >= OPEN_SNAPSHOTS_MAX
+                && !sources.contains_key(&id)
+                && let Some(any) = sources.keys().next().cloned()
+            {
+                sources.remove(&any);
+            }
+            sources.insert(id.clone(), Arc::clone(source));
+        }
+        if !is_there(&id) {
+            self.lock().remove(&id);
+        }
+    }
 }
 
 /// Everything that a clone needs, opened once.
@@ -339,7 +376,8 @@ pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
 impl Snapshots {
     pub fn open(path: &Path, working_sets: bool, signing: Signing) -> Result<Self, FleetError> {
         let store = Arc::new(SnapshotStore::open(path, signing)?);
-        Ok(Self { store, sources: Mutex::new(HashMap::new()), working_sets })
+        let verifying = Arc::new(Semaphore::new(VERIFIES_MAX));
+        Ok(Self { store, sources: Opened::new(), working_sets, verifying })
     }
 
     /// The open files of a snapshot, by id or name.
@@ -386,17 +424,11 @@ impl Snapshots {
     }
 
     fn keep(&self, id: String, source: &Arc<Source>) {
-        let mut sources = self.lock();
-        if sources.len() >= OPEN_SNAPSHOTS_MAX
-            && let Some(any) = sources.keys().next().cloned()
-        {
-            sources.remove(&any);
-        }
-        sources.insert(id, Arc::clone(source));
+        self.sources.keep(id, source, |id| self.store.get(id).is_ok());
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Source>>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sources.lock()
     }
 }
 
@@ -409,12 +441,20 @@ pub(super) async fn blocking<T: Send + 'static>(
         .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))
 }
 
+/// Does what must not be given up in its middle, also when its caller goes away.
+pub(super) async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, FleetError>> + Send + 'static,
+) -> Result<T, FleetError> {
+    tokio::spawn(work)
+        .await
+        .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
+}
+
 impl Fleet {
     /// Takes a snapshot. The work goes on to its end even if the caller goes away.
     pub async fn create_snapshot(self: &Arc<Self>, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let fleet = Arc::clone(self);
-        let work = tokio::spawn(async move { fleet.take_snapshot(request).await });
-        work.await.map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
+        to_its_end(async move { fleet.take_snapshot(request).await }).await
     }
 
     async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
@@ -517,8 +557,13 @@ impl Fleet {
         Ok(described)
     }
 
-    /// Removes a snapshot; clones keep what they have. One that a pool is made of is refused.
-    pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
+    /// Removes a snapshot; clones keep what they have. One that a pool is made of is refused. What has begun is done, whether its caller waits or not.
+    pub async fn delete_snapshot(self: &Arc<Self>, id_or_name: &str) -> Result<(), FleetError> {
+        let (fleet, key) = (Arc::clone(self), id_or_name.to_owned());
+        to_its_end(async move { fleet.remove_snapshot(&key).await }).await
+    }
+
+    async fn remove_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
         // A damaged one can be removed too.
         let id = self.snapshots.store.get(id_or_name).map(|snapshot| snapshot.id().to_string());
         if let Some(pool) = id.ok().and_then(|id| self.pools.of(&id)) {
@@ -541,7 +586,13 @@ impl Fleet {
     pub async fn verify_snapshot(&self, id_or_name: &str) -> Result<(u64, Option<Signed>), FleetError> {
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let signing = store.signing().clone();
-        let (verified, signature) = blocking(move || store.verify(&key)).await??;
+        // Whoever may look may ask for this, and a caller that goes away does not end it.
+        let turn = Arc::clone(&self.snapshots.verifying).acquire_owned().await;
+        let verified = blocking(move || {
+            let _turn = turn;
+            store.verify(&key)
+        });
+        let (verified, signature) = verified.await??;
         Ok((verified.bytes, Signed::of(&signature, &signing)))
     }
 }
@@ -617,6 +668,44 @@ mod tests {
         assert_eq!(unix_ms("2026-11-22T12:00:01Z"), Some(1_795_348_801_000));
         assert_eq!(unix_ms("2024-02-29T23:59:59Z"), Some(1_709_251_199_000));
         assert_eq!(unix_ms(""), None);
+    }
+
+    #[test]
+    fn what_was_deleted_while_it_was_opened_is_not_kept_open() {
+        let (opened, source) = (Opened::new(), Arc::new(()));
+        opened.keep("snap-a".to_owned(), &source, |_| true);
+        opened.keep("snap-b".to_owned(), &source, |id| {
+            // A deletion that comes from here on finds it.
+            assert!(opened.lock().contains_key(id));
+            false
+        });
+        assert_eq!(
+            (opened.lock().contains_key("snap-a"), opened.lock().contains_key("snap-b")),
+            (true, false)
+        );
+        for n in 0..2 * OPEN_SNAPSHOTS_MAX {
+            opened.keep(format!("snap-{n}"), &source, |_| true);
+            opened.keep(format!("snap-{n}"), &source, |_| true);
+        }
+        assert_eq!(opened.lock().len(), OPEN_SNAPSHOTS_MAX);
+    }
+
+    #[tokio::test]
+    async fn what_must_be_done_is_done_when_its_caller_goes_away() {
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let (begun_in, begun) = tokio::sync::oneshot::channel();
+        let (done_in, done) = tokio::sync::oneshot::channel();
+        let caller = tokio::spawn(to_its_end(async move {
+            begun_in.send(()).unwrap();
+            gone.await.unwrap();
+            done_in.send(()).unwrap();
+            Ok(())
+        }));
+        begun.await.unwrap();
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        go.send(()).unwrap();
+        done.await.unwrap();
     }
 
     #[test]
