@@ -35,7 +35,7 @@ use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
 /// Label under which the agent's hello is kept, in hexadecimal.
 const HELLO_LABEL: &str = "coldspark.agent.hello";
 
-/// Label of a snapshot that was made for a function, with the function's name.
+/// Label of a snapshot that was made for a function, with the function's name, and the mark of the service whose function it is.
 const FUNCTION_LABEL: &str = "coldspark.function";
 
 impl From<StoreError> for FleetError {
@@ -58,10 +58,11 @@ pub struct CreateSnapshot {
 }
 
 impl CreateSnapshot {
-    /// What the manifest says of the request.
-    fn labels(&self) -> BTreeMap<String, String> {
-        let function = self.function.clone().map(|function| (FUNCTION_LABEL.to_owned(), function));
-        let claim = self.claim.as_ref().map(Claim::label);
+    /// What the manifest says of the request, by the service with this mark.
+    fn labels(&self, mark: &str) -> BTreeMap<String, String> {
+        let function = self.function.as_ref();
+        let function = function.map(|function| (FUNCTION_LABEL.to_owned(), format!("{function} {mark}")));
+        let claim = self.claim.as_ref().map(|claim| claim.label(mark));
         function.into_iter().chain(claim).collect()
     }
 }
@@ -135,6 +136,8 @@ pub struct Listing {
 #[derive(Debug)]
 pub struct Snapshots {
     pub(super) store: Arc<SnapshotStore>,
+    /// Tells what was made here from what was brought here: a label is believed of the former only.
+    pub(super) mark: String,
     sources: Opened<Source>,
     /// Learn them, and use them.
     working_sets: bool,
@@ -374,10 +377,10 @@ pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
 }
 
 impl Snapshots {
-    pub fn open(path: &Path, working_sets: bool, signing: Signing) -> Result<Self, FleetError> {
+    pub fn open(path: &Path, working_sets: bool, signing: Signing, mark: String) -> Result<Self, FleetError> {
         let store = Arc::new(SnapshotStore::open(path, signing)?);
         let verifying = Arc::new(Semaphore::new(VERIFIES_MAX));
-        Ok(Self { store, sources: Opened::new(), working_sets, verifying })
+        Ok(Self { store, mark, sources: Opened::new(), working_sets, verifying })
     }
 
     /// The open files of a snapshot, by id or name.
@@ -410,15 +413,16 @@ impl Snapshots {
         Ok(self.store.get(id_or_name)?)
     }
 
-    /// Ids of the snapshots that were made for functions, with the functions' names.
+    /// Ids of the snapshots that were made here for functions, with the functions' names.
     pub(super) fn of_functions(&self) -> Vec<(String, String)> {
         let whole = self.store.list().into_iter().filter_map(|listed| match listed {
             Listed::Whole(snapshot) => Some(snapshot),
             Listed::Damaged { .. } => None,
         });
         let labelled = whole.filter_map(|snapshot| {
-            let function = snapshot.manifest().facts.labels.get(FUNCTION_LABEL).cloned();
-            function.map(|function| (snapshot.id().to_string(), function))
+            let label = snapshot.manifest().facts.labels.get(FUNCTION_LABEL)?;
+            let (function, mark) = label.split_once(' ')?;
+            (mark == self.mark).then(|| (snapshot.id().to_string(), function.to_owned()))
         });
         labelled.collect()
     }
@@ -459,7 +463,7 @@ impl Fleet {
 
     async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let arrived = Instant::now();
-        let labels = request.labels();
+        let labels = request.labels(&self.snapshots.mark);
         let vm = self.vm(&request.vm)?;
         let store = Arc::clone(&self.snapshots.store);
         if let Some(name) = &request.name {
