@@ -247,12 +247,21 @@ async fn invoke(
     let message = |message| proto::InvokeStreamRequest { message: Some(message) };
     let (pieces_in, pieces) = tokio::sync::mpsc::channel(PIECES_MAX);
     pieces_in.send(message(In::Start(start))).await?;
+    let (failed_in, mut failed) = tokio::sync::mpsc::channel(1);
     if !no_stdin && !std::io::stdin().is_terminal() {
         tokio::spawn(async move {
             let mut stdin = tokio::io::stdin();
             let mut piece = vec![0; PIECE_BYTES];
-            // What cannot be read ends it, as its end does.
-            while let Ok(count @ 1..) = stdin.read(&mut piece).await {
+            loop {
+                let count = match stdin.read(&mut piece).await {
+                    Ok(0) => return,
+                    Ok(count) => count,
+                    // The stream stays open: the handler is not to take a part of its payload for all of it.
+                    Err(error) => {
+                        let _ = failed_in.send((error, pieces_in)).await;
+                        return;
+                    }
+                };
                 let bytes = piece.get(..count).unwrap_or_default().to_vec();
                 if pieces_in.send(message(In::Stdin(bytes.into()))).await.is_err() {
                     return;
@@ -265,7 +274,14 @@ async fn invoke(
     let result = async {
         let requests = tokio_stream::wrappers::ReceiverStream::new(pieces);
         let mut responses = client.invoke_stream(requests).await?.into_inner();
-        while let Some(response) = responses.message().await? {
+        loop {
+            let response = tokio::select! {
+                response = responses.message() => response?,
+                Some((error, _open)) = failed.recv() => {
+                    return Err(anyhow::Error::from(error).context("cannot read stdin"));
+                }
+            };
+            let Some(response) = response else { break };
             match response.message {
                 Some(Out::Stdout(bytes)) => {
                     let mut out = std::io::stdout().lock();

@@ -84,15 +84,22 @@ pub async fn exec(arguments: ExecArguments) -> anyhow::Result<ExitCode> {
     };
     let (requests, stream) = mpsc::channel(MESSAGES_MAX);
     requests.send(request(In::Start(start))).await?;
+    let (failed_in, mut failed) = mpsc::channel(1);
     if interactive {
-        tokio::spawn(read_stdin(requests.clone()));
+        tokio::spawn(read_stdin(requests.clone(), failed_in));
     } else {
         requests.send(request(In::StdinEnd(true))).await?;
     }
     // From here on they are the command's.
     tokio::spawn(pass_signals(requests)?);
     let mut answers = client.exec(ReceiverStream::new(stream)).await?.into_inner();
-    while let Some(answer) = answers.message().await? {
+    loop {
+        let answer = tokio::select! {
+            answer = answers.message() => answer?,
+            // The stream is open still, so the command is ended and takes no part of stdin for all of it.
+            Some(error) = failed.recv() => return Err(error).context("cannot read stdin"),
+        };
+        let Some(answer) = answer else { break };
         match answer.message {
             Some(Out::Stdout(bytes)) => write(&mut io::stdout(), &bytes)?,
             Some(Out::Stderr(bytes)) => write(&mut io::stderr(), &bytes)?,
@@ -120,11 +127,18 @@ fn write(to: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     to.flush()
 }
 
-async fn read_stdin(requests: mpsc::Sender<proto::ExecRequest>) {
+async fn read_stdin(requests: mpsc::Sender<proto::ExecRequest>, failed: mpsc::Sender<io::Error>) {
     let mut stdin = tokio::io::stdin();
     let mut piece = vec![0u8; PIECE_BYTES];
     loop {
-        let count = stdin.read(&mut piece).await.unwrap_or(0);
+        let count = match stdin.read(&mut piece).await {
+            Ok(count) => count,
+            Err(error) => {
+                // Nobody listens when the command has ended.
+                let _ = failed.send(error).await;
+                return;
+            }
+        };
         let message = match piece.get(..count) {
             Some(bytes) if count > 0 => In::Stdin(Bytes::copy_from_slice(bytes)),
             _ => In::StdinEnd(true),
