@@ -211,8 +211,10 @@ async fn follow(
             wrote = &mut writing, if !written => match wrote {
                 Ok(()) => written = true,
                 Err(status) => {
+                    // Ended now, whether or not the caller takes the error.
+                    drop(invocation);
                     let _ = responses.send(Err(status)).await;
-                    break None;
+                    return;
                 }
             },
             () = &mut deadline => {

@@ -41,8 +41,9 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// A bound socket. Its file is removed with it.
 #[derive(Debug)]
 pub struct Socket {
-    listener: UnixListener,
+    /// Goes first: as long as somebody listens, the next service does not put its own in this place.
     _file: SocketFile,
+    listener: UnixListener,
 }
 
 #[derive(Debug)]
@@ -92,7 +93,7 @@ impl Socket {
             let _ = fs::remove_file(&hidden);
             return Err(failed(source));
         }
-        Ok(Self { listener, _file: SocketFile(path.to_owned()) })
+        Ok(Self { _file: SocketFile(path.to_owned()), listener })
     }
 
     /// The next connection.

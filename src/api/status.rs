@@ -32,6 +32,7 @@ impl From<FleetError> for Status {
             Kind::DeadlineExceeded => Code::DeadlineExceeded,
             Kind::Aborted => Code::Aborted,
             Kind::Unimplemented => Code::Unimplemented,
+            Kind::Unavailable => Code::Unavailable,
             Kind::Internal => Code::Internal,
         };
         metrics().error(error.reason());

@@ -129,8 +129,11 @@ impl VmService for Vms {
                 boot(&fleet, request, claim, &events).await
             };
             let lives = |vm: &proto::Vm| fleet.vm(&vm.id).is_ok_and(|vm| vm.state() != State::Exited);
+            let mut is_nobodys = None;
             let last = match created.once_while(&id, &asked, work, lives).await {
                 Ok(vm) => {
+                    // A caller that can ask again will.
+                    is_nobodys = Some(vm.id.clone()).filter(|_| id.is_empty());
                     // Who has not booted it hears of it now.
                     let [accepted, ready] = told_again(vm);
                     if !booted {
@@ -140,7 +143,11 @@ impl VmService for Vms {
                 }
                 Err(status) => Err(status),
             };
-            let _ = events.send(last).await;
+            if !was_taken(&events, last).await
+                && let Some(vm) = is_nobodys
+            {
+                let _ = fleet.delete_vm(&vm).await;
+            }
         };
         tokio::spawn(Place::carry(Place::here(), booting));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
@@ -315,6 +322,11 @@ async fn follow(
     }
 }
 
+/// Tells the last of a stream; whether it, and all before it, was taken to be sent: else the caller went away.
+async fn was_taken<T>(events: &mpsc::Sender<T>, last: T) -> bool {
+    events.send(last).await.is_ok() && events.reserve_many(events.max_capacity()).await.is_ok()
+}
+
 /// What there is to tell of a VM that was booted for this request before.
 fn told_again(vm: proto::Vm) -> [proto::CreateVmEvent; 2] {
     use proto::create_vm_event::Event;
@@ -443,4 +455,26 @@ fn created(progress: Progress) -> proto::CreateVmEvent {
         Progress::Choice(choice) => Event::Choice(choice),
         Progress::Console(bytes) => Event::Console(bytes),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_last_of_a_stream_was_taken_or_its_caller_went_away() {
+        let (events, mut stream) = mpsc::channel(4);
+        events.send(1).await.unwrap();
+        let (taken, ()) = tokio::join!(was_taken(&events, 2), async {
+            assert_eq!((stream.recv().await, stream.recv().await), (Some(1), Some(2)));
+        });
+        assert!(taken);
+        // Gone with the last in its hands, but not looked at.
+        let (taken, ()) = tokio::join!(was_taken(&events, 3), async {
+            tokio::task::yield_now().await;
+            drop(stream);
+        });
+        assert!(!taken);
+        assert!(!was_taken(&events, 4).await);
+    }
 }

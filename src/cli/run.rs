@@ -271,6 +271,9 @@ impl Console {
             {
                 return Ok(String::from_utf8_lossy(rest.get(..end).unwrap_or_default()).into_owned());
             }
+            if found.is_some() && self.heard.len() > HEARD_BYTES_MAX {
+                bail!("the guest's console goes on where the command's status belongs");
+            }
             if !self.more().await? {
                 bail!("the guest ended before the command did");
             }

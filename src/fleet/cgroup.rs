@@ -116,12 +116,29 @@ pub struct Cgroups {
     /// Of the group that holds the VMs' groups.
     name: String,
     places: Mutex<Option<Places>>,
+    busy: Busy,
 }
 
-/// A VM's group; removed when this is dropped, which has to be after the end of its processes.
+/// Groups that nobody needs and that could not be removed yet: of version 1 a process leaves its group a moment after its end is known, and a clone that is
+/// given up is being killed still. They are tried again with every other one.
+#[derive(Debug, Clone, Default)]
+struct Busy(Arc<Mutex<Vec<PathBuf>>>);
+
+impl Busy {
+    /// Removes these, and those from before, as far as that can be done now.
+    fn remove(&self, folders: Vec<PathBuf>) {
+        let mut all = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        all.extend(folders);
+        all.retain(|folder| !remove(folder));
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).append(&mut all);
+    }
+}
+
+/// A VM's group; removed when this is dropped, or as soon after that as its processes have ended.
 #[derive(Debug)]
 pub struct Group {
     folders: Vec<PathBuf>,
+    busy: Busy,
     /// In which `oom_kill` counts processes that were killed because the memory was up.
     kills: PathBuf,
     pub limits: Limits,
@@ -132,12 +149,14 @@ impl Cgroups {
     pub fn new(data_dir: &Path) -> Arc<Self> {
         let place = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
         let hash = blake3::hash(place.as_os_str().as_encoded_bytes()).to_hex();
-        Arc::new(Self { name: format!("coldspark-{}", &hash[..16]), places: Mutex::default() })
+        let name = format!("coldspark-{}", &hash[..16]);
+        Arc::new(Self { name, places: Mutex::default(), busy: Busy::default() })
     }
 
     /// Makes a group with these limits and moves the process into it. Blocks for as long as the kernel takes.
     pub fn make(&self, vm: &str, limits: Limits, pid: u32) -> Result<Group, FleetError> {
         let places = self.places()?;
+        self.busy.remove(Vec::new());
         let group = self.group(&places, vm, limits);
         let made = group.set_up(&places, &limits).and_then(|()| group.take(pid));
         // What is there already goes with `group`.
@@ -230,7 +249,7 @@ impl Cgroups {
             Places::Split { .. } => "memory.oom_control",
         };
         let kills = folders.first().map(|folder| folder.join(file)).unwrap_or_default();
-        Group { folders, kills, limits }
+        Group { folders, busy: self.busy.clone(), kills, limits }
     }
 }
 
@@ -293,7 +312,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        self.folders.iter().for_each(|folder| remove(folder));
+        self.busy.remove(std::mem::take(&mut self.folders));
     }
 }
 
@@ -307,13 +326,14 @@ fn remove_groups(top: &Path, living: &HashSet<String>) {
     }
 }
 
-/// One that is busy is somebody's yet.
-fn remove(folder: &Path) {
+/// Whether it is gone. One that is busy is somebody's yet.
+fn remove(folder: &Path) -> bool {
     match fs::remove_dir(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::debug!(folder = %folder.display(), %error, "a control group cannot be removed yet");
+            false
         }
-        _ => {}
+        _ => true,
     }
 }
 
@@ -532,11 +552,39 @@ mod tests {
         }
     }
 
+    fn cgroups() -> Cgroups {
+        Cgroups { name: "coldspark-x".into(), places: Mutex::default(), busy: Busy::default() }
+    }
+
+    #[test]
+    fn a_group_that_is_busy_when_its_vm_is_given_up_goes_with_another_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cgroups, places) = (cgroups(), Places::Unified { own: folder.path().to_owned() });
+        let at = |vm: &str| folder.path().join("coldspark-x").join(vm);
+        let group = |vm: &str| {
+            fs::create_dir_all(at(vm)).unwrap();
+            cgroups.group(&places, vm, Limits::default())
+        };
+        let (first, second, third) = (group("vm-1"), group("vm-2"), group("vm-3"));
+        // What is in it stands for a process that has not ended.
+        fs::create_dir(at("vm-1").join("process")).unwrap();
+        drop(first);
+        drop(second);
+        assert!(at("vm-1").exists() && !at("vm-2").exists());
+        fs::remove_dir(at("vm-1").join("process")).unwrap();
+        drop(third);
+        assert!(!at("vm-1").exists() && !at("vm-3").exists());
+        // The next service's is left.
+        group("vm-4").leave();
+        drop(group("vm-5"));
+        assert!(at("vm-4").exists() && !at("vm-5").exists());
+    }
+
     #[test]
     fn a_group_is_set_up_by_the_files_of_its_version_and_tells_its_end() {
         let folder = tempfile::tempdir().unwrap();
         let limits = Limits { memory_bytes: Some(64 << 20), cpu_millis: Some(500), ..Limits::default() };
-        let cgroups = Cgroups { name: "coldspark-x".into(), places: Mutex::default() };
+        let cgroups = cgroups();
         let own = folder.path().to_owned();
         let places = Places::Unified { own: own.clone() };
         let at = own.join("coldspark-x/vm-1");

@@ -60,9 +60,10 @@ impl Claim {
         (!id.is_empty()).then(|| Self { method, id: id.to_owned(), digest: digest() })
     }
 
-    /// What the manifest of a snapshot says of the request that it was made for. Of the id, which may be any text, the digest.
-    pub fn label(&self) -> (String, String) {
-        (REQUEST_LABEL.to_owned(), format!("{} {}", blake3::hash(self.id.as_bytes()).to_hex(), self.digest))
+    /// What the manifest of a snapshot says of the request that it was made for, by the service with this mark. Of the id, which may be any text, the digest.
+    pub fn label(&self, mark: &str) -> (String, String) {
+        let id = blake3::hash(self.id.as_bytes()).to_hex();
+        (REQUEST_LABEL.to_owned(), format!("{mark} {id} {}", self.digest))
     }
 }
 
@@ -218,15 +219,16 @@ impl Fleet {
     /// The snapshot that was made for this request, by this daemon or an earlier one.
     pub async fn earlier_snapshot(&self, claim: Option<&Claim>) -> Result<Option<Described>, FleetError> {
         let Some(claim) = claim.cloned() else { return Ok(None) };
-        let store = Arc::clone(&self.snapshots.store);
+        let (store, mark) = (Arc::clone(&self.snapshots.store), self.snapshots.mark.clone());
         blocking(move || {
-            let (_, wanted) = claim.label();
-            let wanted_id = wanted.split(' ').next();
+            let (_, wanted) = claim.label(&mark);
+            // Mark and id: what comes from another store was made for another's request.
+            let wanted_id = wanted.rsplit_once(' ').map(|(front, _)| front);
             let kept_ms = u64::try_from(KEPT_FOR.as_millis()).unwrap_or(u64::MAX);
             for listed in store.list() {
                 let Listed::Whole(snapshot) = listed else { continue };
                 let Some(label) = snapshot.manifest().facts.labels.get(REQUEST_LABEL) else { continue };
-                if label.split(' ').next() != wanted_id {
+                if label.rsplit_once(' ').map(|(front, _)| front) != wanted_id {
                     continue;
                 }
                 let made = describe(&snapshot, store.signing())?;
@@ -286,6 +288,17 @@ mod tests {
         assert!(found(&mut table, clone(b"x"), 1_600_001).unwrap().is_none());
         assert!(found(&mut table, clone(b"y"), 1_600_001).unwrap().is_none() && table.claims.is_empty());
         assert!(Claim::new(Method::CloneVm, "", b"x").is_none());
+    }
+
+    #[test]
+    fn a_snapshots_label_is_of_one_service() {
+        let claim = |asked: &[u8]| Claim::new(Method::CreateSnapshot, "a b", asked).unwrap();
+        let (name, label) = claim(b"x").label("here");
+        assert_eq!(name, REQUEST_LABEL);
+        let front = |label: &str| label.rsplit_once(' ').map(|(front, _)| front.to_owned());
+        assert_eq!(front(&label), front(&claim(b"y").label("here").1));
+        assert_ne!(label, claim(b"y").label("here").1);
+        assert_ne!(front(&label), front(&claim(b"x").label("there").1));
     }
 
     #[test]

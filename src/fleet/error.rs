@@ -22,6 +22,7 @@ pub enum Kind {
     DeadlineExceeded,
     Aborted,
     Unimplemented,
+    Unavailable,
     Internal,
 }
 
@@ -54,6 +55,8 @@ pub enum FleetError {
         "the VM {0}, which this request has made, is being taken over from an earlier service still; ask again"
     )]
     TakenOverLater(String),
+    #[error("the service ends and starts no VM any more; ask the next one")]
+    Ending,
     #[error("{what} are at their limit of {limit}; {hint}")]
     Limit { what: &'static str, limit: usize, hint: &'static str },
     #[error(
@@ -140,6 +143,7 @@ impl FleetError {
             // Its worker was killed: the same request may go well with another.
             | Self::WorkerKilled(_)
             | Self::Channel(ChannelError::Closed) => Kind::Aborted,
+            Self::Ending => Kind::Unavailable,
             Self::Agent(error) => match error.refusal() {
                 Some(crate::agent::wire::STATUS_UNKNOWN_KIND) => Kind::Unimplemented,
                 Some(crate::agent::wire::STATUS_NOT_FOUND) => Kind::NotFound,

@@ -128,5 +128,7 @@ pub const LEARN_WITHIN: Duration = Duration::from_secs(1);
 /// How often the working sets of snapshots in use are looked at, and how long after its last clone one is in use.
 pub const KEEP_EVERY: Duration = Duration::from_secs(1);
 pub const KEEP_FOR: Duration = Duration::from_secs(600);
+/// Snapshots that are read through and compared at a time; who asks for another waits.
+pub const VERIFIES_MAX: usize = 2;
 /// Image imports under way.
 pub const IMPORTS_MAX: usize = 4;

@@ -93,7 +93,7 @@ use slots::Slots;
 use slots::addresses::Plan;
 use snapshots::Snapshots;
 
-use crate::snapshot::folder::Lock;
+use crate::snapshot::folder::{self, Lock};
 use crate::snapshot::memory::pager::Pager;
 pub use crate::worker::protocol::{
     Activity, AgentPort, BootProtocol, Hardware, Jail, JailMode, Layer, MemoryMode, ModuleKind, NetworkStats,
@@ -186,7 +186,8 @@ impl Fleet {
         // Before this one makes any itself.
         let left = leftovers(&vms_dir);
         let folder = config.data_dir.join("snapshots");
-        let snapshots = Snapshots::open(&folder, config.working_sets, config.signing)?;
+        let snapshots =
+            Snapshots::open(&folder, config.working_sets, config.signing, mark(&config.data_dir)?)?;
         let images = Images::open(&config.data_dir.join("images"))?;
         let pools = Pools::open(config.data_dir.join("pools"), config.refill_share)?;
         let functions = Functions::open(config.data_dir.join("functions"))?;
@@ -262,9 +263,10 @@ impl Fleet {
 
     /// Leaves the VMs that are their callers' to the next daemon, and ends the others.
     pub async fn leave(&self) {
+        let vms = self.registry.close();
         self.pools.close(self);
         self.shells.close();
-        for vm in self.registry.list() {
+        for vm in vms {
             if !vm.is_settled() || vm.command(vm::Command::Release).await.is_err() {
                 vm.kill("the service ended");
                 vm.ended().await;
@@ -275,9 +277,9 @@ impl Fleet {
 
     /// Ends every VM and waits for their ends.
     pub async fn close(&self) {
+        let vms = self.registry.close();
         self.pools.close(self);
         self.shells.close();
-        let vms = self.registry.list();
         for vm in &vms {
             vm.kill("the service ended");
         }
@@ -304,9 +306,47 @@ fn lock(vms_dir: &Path) -> Result<Lock, FleetError> {
     }
 }
 
+/// Random digits that are this data folder's for good. A copy of it has them, too; its snapshots alone have not.
+fn mark(data_dir: &Path) -> Result<String, FleetError> {
+    const DIGITS: usize = 32;
+    let path = data_dir.join("mark");
+    if let Ok(Some(bytes)) = folder::read_small(&path, DIGITS as u64)
+        && bytes.len() == DIGITS
+        && bytes.iter().all(u8::is_ascii_hexdigit)
+        && let Ok(mark) = String::from_utf8(bytes)
+    {
+        return Ok(mark);
+    }
+    // New, or damaged: then what was made before is as if it had been brought here.
+    let mark: String = id::random::<16>()?.iter().map(|byte| format!("{byte:02x}")).collect();
+    if let Err(error) = folder::replace_small(&path, mark.as_bytes()) {
+        // On a full disk, say. No reason not to serve.
+        tracing::warn!(%error, "snapshots made now will not be known as made here by the next service");
+    }
+    Ok(mark)
+}
+
 /// Folders of VMs of an earlier daemon.
 fn leftovers(vms_dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(vms_dir).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     names.filter(|name| name.starts_with(id::VM_PREFIX)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_folder_keeps_its_mark_and_no_two_have_the_same() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let first = mark(one.path()).unwrap();
+        assert_eq!(mark(one.path()).unwrap(), first);
+        assert_ne!(mark(other.path()).unwrap(), first);
+        for damaged in ["", "00", &"x".repeat(32), &"0".repeat(33)] {
+            fs::write(one.path().join("mark"), damaged).unwrap();
+            let new = mark(one.path()).unwrap();
+            assert!(new.len() == 32 && new != damaged && mark(one.path()).unwrap() == new, "{damaged:?}");
+        }
+    }
 }

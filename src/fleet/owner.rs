@@ -518,6 +518,7 @@ impl Owner {
                         disk.frozen(frozen.disks_frozen.get(n).copied().unwrap_or(true), overlay);
                     }
                 }
+                self.vm.has(&self.disks);
                 self.set_state(if resume { before } else { State::Paused });
                 Ok(FrozenVm { draft, frozen, disks: self.disks.clone() })
             }

@@ -19,6 +19,7 @@ impl FleetError {
             Self::Invalid(_) => "INVALID_REQUEST",
             Self::WrongState(_) => "WRONG_STATE",
             Self::TakenOverLater(_) => "TAKEN_OVER_LATER",
+            Self::Ending => "SERVICE_ENDING",
             Self::Limit { .. } => "LIMIT_REACHED",
             Self::LittleMemory { .. } => "LITTLE_MEMORY",
             Self::NoLimits(_) => "LIMITS_UNAVAILABLE",
@@ -80,6 +81,7 @@ impl FleetError {
             | Self::PoolFull { .. }
             | Self::AgentBusy
             | Self::TakenOverLater(_)
+            | Self::Ending
             | Self::LittleMemory { .. } => true,
             Self::Network(NetworkError::Slot(error)) => error.passes(),
             _ => false,

@@ -226,6 +226,22 @@ struct Kept {
     settled: bool,
 }
 
+impl Kept {
+    /// What its disks might have been made of is forgotten, else the record would grow with every snapshot.
+    fn forget_others(&mut self, disks: &[VmDisk]) {
+        let of = |disk: &VmDisk| {
+            let frozen =
+                std::iter::once(&disk.base).chain(&disk.layers).map(|frozen| Arc::clone(&frozen.file));
+            frozen.chain(disk.overlay.clone()).collect::<Vec<_>>()
+        };
+        let ids: io::Result<Vec<FileId>> = disks.iter().flat_map(of).map(|file| FileId::of(&file)).collect();
+        // Where one has no number, all are kept.
+        if let Ok(ids) = ids {
+            self.files.retain(|known| ids.contains(&known.id));
+        }
+    }
+}
+
 impl Papers {
     /// Of a VM that is being made; `folder`: its folder, if it can outlive the daemon, and the empty record in it.
     pub fn new(
@@ -369,6 +385,13 @@ impl Vm {
         self.replace(&kept);
     }
 
+    /// Its disks are made of these files now, and of no others.
+    pub(super) fn has(&self, disks: &[VmDisk]) {
+        let mut kept = self.papers.lock();
+        kept.forget_others(disks);
+        self.replace(&kept);
+    }
+
     /// A reset is its end from now on.
     pub(super) fn never_again(&self) {
         let mut kept = self.papers.lock();
@@ -492,6 +515,28 @@ mod tests {
             siblings: kept.siblings.clone(),
             named: false,
         }
+    }
+
+    #[test]
+    fn what_a_vm_might_have_had_is_forgotten_when_it_is_known_what_it_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut disk = disk(folder.path());
+        let papers =
+            Papers::new(Some((folder.path(), None)), std::slice::from_ref(&disk), None, None).unwrap();
+        for n in 0..1000 {
+            let next = file(folder.path(), &format!("overlay-{n}"));
+            let id = FileId::of(&next).unwrap();
+            papers.lock().files.push(KnownFile { id, known: None, foreign: false });
+            // Only the first and the last had anything in them.
+            disk.frozen(n == 0 || n == 999, next);
+            papers.lock().forget_others(std::slice::from_ref(&disk));
+        }
+        let record = record(&papers);
+        assert_eq!((disk.layers.len(), record.files.len()), (2, 4));
+        let open = |name: &str| File::open(folder.path().join(name)).unwrap();
+        let files = ["base", "overlay", "overlay-998", "overlay-999"].map(open);
+        let disks = record.disks(&[disk.spec()], files.into()).unwrap();
+        assert!(disks[0].base.foreign && disks[0].layers.len() == 2);
     }
 
     #[test]

@@ -26,6 +26,8 @@ struct Table {
     vms: BTreeMap<u64, Arc<Vm>>,
     numbers_by_id: HashMap<String, u64>,
     numbers_by_name: HashMap<String, u64>,
+    /// The service ends: none is let in.
+    closed: bool,
 }
 
 impl Registry {
@@ -41,6 +43,13 @@ impl Registry {
     /// A number for a VM to be made.
     pub fn next_number(&self) -> u64 {
         self.next_number.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// From here on none is let in: what is made still by calls under way would outlive a service that ends. Gives those that are in.
+    pub fn close(&self) -> Vec<Arc<Vm>> {
+        let mut table = self.lock();
+        table.closed = true;
+        table.vms.values().cloned().collect()
     }
 
     /// Whether so many more VMs may be made, and these names given.
@@ -120,6 +129,9 @@ impl Registry {
     }
 
     fn check_count(&self, table: &Table, more: usize) -> Result<(), FleetError> {
+        if table.closed {
+            return Err(FleetError::Ending);
+        }
         let living = table.vms.values().filter(|vm| vm.state() != State::Exited).count();
         match living.saturating_add(more) <= self.vms_max {
             true => Ok(()),
@@ -259,5 +271,24 @@ impl Fleet {
         }
         self.registry.remove(&vm.id);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_that_ends_lets_no_vm_in() {
+        let registry = Registry::new(2);
+        registry.check_room(2, &[]).unwrap();
+        assert_eq!(registry.check_room(3, &[]).unwrap_err().reason(), "LIMIT_REACHED");
+        assert!(registry.close().is_empty());
+        let error = registry.check_room(1, &[]).unwrap_err();
+        assert_eq!(
+            (error.reason(), error.kind()),
+            ("SERVICE_ENDING", crate::fleet::error::Kind::Unavailable)
+        );
+        assert!(error.passes());
     }
 }

@@ -1,9 +1,12 @@
 //! Snapshots: freezing a VM into the store, finding what is there, and holding files open for clones.
 
 use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+
+use tokio::sync::Semaphore;
 
 use super::Fleet;
 use super::addresses::Given;
@@ -14,7 +17,7 @@ use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::keeping::{Keeping, KeptSoFar};
 use super::learning::Learning;
-use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX};
+use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX, VERIFIES_MAX};
 use super::network::{LinkRequest, VmNetwork, mac_from_text, mac_text};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
 use crate::agent::{FrameDecoder, Hello};
@@ -32,7 +35,7 @@ use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
 /// Label under which the agent's hello is kept, in hexadecimal.
 const HELLO_LABEL: &str = "coldspark.agent.hello";
 
-/// Label of a snapshot that was made for a function, with the function's name.
+/// Label of a snapshot that was made for a function, with the function's name, and the mark of the service whose function it is.
 const FUNCTION_LABEL: &str = "coldspark.function";
 
 impl From<StoreError> for FleetError {
@@ -55,10 +58,11 @@ pub struct CreateSnapshot {
 }
 
 impl CreateSnapshot {
-    /// What the manifest says of the request.
-    fn labels(&self) -> BTreeMap<String, String> {
-        let function = self.function.clone().map(|function| (FUNCTION_LABEL.to_owned(), function));
-        let claim = self.claim.as_ref().map(Claim::label);
+    /// What the manifest says of the request, by the service with this mark.
+    fn labels(&self, mark: &str) -> BTreeMap<String, String> {
+        let function = self.function.as_ref();
+        let function = function.map(|function| (FUNCTION_LABEL.to_owned(), format!("{function} {mark}")));
+        let claim = self.claim.as_ref().map(|claim| claim.label(mark));
         function.into_iter().chain(claim).collect()
     }
 }
@@ -132,9 +136,46 @@ pub struct Listing {
 #[derive(Debug)]
 pub struct Snapshots {
     pub(super) store: Arc<SnapshotStore>,
-    sources: Mutex<HashMap<String, Arc<Source>>>,
+    /// Tells what was made here from what was brought here: a label is believed of the former only.
+    pub(super) mark: String,
+    sources: Opened<Source>,
     /// Learn them, and use them.
     working_sets: bool,
+    /// A permit for each that may be read through at a time.
+    verifying: Arc<Semaphore>,
+}
+
+/// What is open, by snapshots' ids.
+#[derive(Debug)]
+struct Opened<S>(Mutex<HashMap<String, Arc<S>>>);
+
+impl<S> Opened<S> {
+    fn new() -> Self {
+        Self(Mutex::default())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<S>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what was opened, unless its snapshot was deleted meanwhile: its files would be held, and nobody would ever come for them. Who
+    /// deletes it takes it out of here when it `is_there` no more. Gives which one is kept no longer, where there were too many.
+    fn keep(&self, id: String, source: &Arc<S>, is_there: impl FnOnce(&str) -> bool) -> Option<String> {
+        let given_up = {
+            let mut sources = self.lock();
+            let is_full = sources.len() >= OPEN_SNAPSHOTS_MAX && !sources.contains_key(&id);
+            let any = sources.keys().next().filter(|_| is_full).cloned();
+            if let Some(any) = &any {
+                sources.remove(any);
+            }
+            sources.insert(id.clone(), Arc::clone(source));
+            any
+        };
+        if !is_there(&id) {
+            self.lock().remove(&id);
+        }
+        given_up
+    }
 }
 
 /// Everything that a clone needs, opened once.
@@ -337,9 +378,10 @@ pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
 }
 
 impl Snapshots {
-    pub fn open(path: &Path, working_sets: bool, signing: Signing) -> Result<Self, FleetError> {
+    pub fn open(path: &Path, working_sets: bool, signing: Signing, mark: String) -> Result<Self, FleetError> {
         let store = Arc::new(SnapshotStore::open(path, signing)?);
-        Ok(Self { store, sources: Mutex::new(HashMap::new()), working_sets })
+        let verifying = Arc::new(Semaphore::new(VERIFIES_MAX));
+        Ok(Self { store, mark, sources: Opened::new(), working_sets, verifying })
     }
 
     /// The open files of a snapshot, by id or name.
@@ -372,40 +414,30 @@ impl Snapshots {
         Ok(self.store.get(id_or_name)?)
     }
 
-    /// Ids of the snapshots that were made for functions, with the functions' names.
+    /// Ids of the snapshots that were made here for functions, with the functions' names.
     pub(super) fn of_functions(&self) -> Vec<(String, String)> {
         let whole = self.store.list().into_iter().filter_map(|listed| match listed {
             Listed::Whole(snapshot) => Some(snapshot),
             Listed::Damaged { .. } => None,
         });
         let labelled = whole.filter_map(|snapshot| {
-            let function = snapshot.manifest().facts.labels.get(FUNCTION_LABEL).cloned();
-            function.map(|function| (snapshot.id().to_string(), function))
+            let label = snapshot.manifest().facts.labels.get(FUNCTION_LABEL)?;
+            let (function, mark) = label.split_once(' ')?;
+            (mark == self.mark).then(|| (snapshot.id().to_string(), function.to_owned()))
         });
         labelled.collect()
     }
 
     fn keep(&self, id: String, source: &Arc<Source>) {
-        let mut sources = self.lock();
-        if sources.len() >= OPEN_SNAPSHOTS_MAX
-            && !sources.contains_key(&id)
-            && let Some(any) = sources.keys().next().cloned()
-        {
-            sources.remove(&any);
-            // Those who run from it have it open by themselves.
-            if let Ok(snapshot) = self.store.get(&any) {
-                snapshot.close();
-            }
-        }
-        sources.insert(id.clone(), Arc::clone(source));
-        // Deleted while it was opened, and told so before it was here: nobody would let go of its files.
-        if self.store.get(&id).is_err() {
-            sources.remove(&id);
+        let given_up = self.sources.keep(id, source, |id| self.store.get(id).is_ok());
+        // Those who run from it have it open by themselves.
+        if let Some(Ok(snapshot)) = given_up.map(|id| self.store.get(&id)) {
+            snapshot.close();
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Source>>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sources.lock()
     }
 }
 
@@ -418,17 +450,25 @@ pub(super) async fn blocking<T: Send + 'static>(
         .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))
 }
 
+/// Does what must not be given up in its middle, also when its caller goes away.
+pub(super) async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, FleetError>> + Send + 'static,
+) -> Result<T, FleetError> {
+    tokio::spawn(work)
+        .await
+        .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
+}
+
 impl Fleet {
     /// Takes a snapshot. The work goes on to its end even if the caller goes away.
     pub async fn create_snapshot(self: &Arc<Self>, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let fleet = Arc::clone(self);
-        let work = tokio::spawn(async move { fleet.take_snapshot(request).await });
-        work.await.map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
+        to_its_end(async move { fleet.take_snapshot(request).await }).await
     }
 
     async fn take_snapshot(&self, request: CreateSnapshot) -> Result<Taken, FleetError> {
         let arrived = Instant::now();
-        let labels = request.labels();
+        let labels = request.labels(&self.snapshots.mark);
         let vm = self.vm(&request.vm)?;
         let store = Arc::clone(&self.snapshots.store);
         if let Some(name) = &request.name {
@@ -453,7 +493,9 @@ impl Fleet {
                     Event::new(Kind::Snapshot, Change::Made, &snapshot.id, snapshot.name.as_deref())
                 });
                 steps.push(step("publish", micros(publishing)));
-                self.snapshots.keep(snapshot.id.clone(), &source);
+                if let Some(source) = source {
+                    self.snapshots.keep(snapshot.id.clone(), &source);
+                }
                 if stop_after {
                     let reason = format!("stopped after its snapshot {}", snapshot.id);
                     let _ = vm.commands.send(Command::Stop(reason)).await;
@@ -477,7 +519,7 @@ impl Fleet {
         frozen: FrozenVm,
         name: Option<String>,
         labels: BTreeMap<String, String>,
-    ) -> Result<(Described, Arc<Source>), FleetError> {
+    ) -> Result<(Described, Option<Arc<Source>>), FleetError> {
         let FrozenVm { mut draft, frozen, disks } = frozen;
         let (vm, working_sets) = (Arc::clone(vm), self.snapshots.working_sets);
         let store = Arc::clone(&self.snapshots.store);
@@ -486,9 +528,14 @@ impl Fleet {
             let facts = facts(&vm, &frozen, name, labels, lines)?;
             let draft: Draft = *draft;
             let snapshot = draft.publish(facts)?;
-            let source = Arc::new(Source::open(&snapshot, working_sets)?);
-            source.fold();
-            Ok((describe(&snapshot, store.signing())?, source))
+            // It is published: what cannot be opened now may be when it is cloned.
+            let source = Source::open(&snapshot, working_sets).map(Arc::new).inspect_err(|error| {
+                tracing::warn!(%error, snapshot = %snapshot.id(), "a new snapshot cannot be opened yet");
+            });
+            if let Ok(source) = &source {
+                source.fold();
+            }
+            Ok((describe(&snapshot, store.signing())?, source.ok()))
         })
         .await?
     }
@@ -526,8 +573,13 @@ impl Fleet {
         Ok(described)
     }
 
-    /// Removes a snapshot; clones keep what they have. One that a pool is made of is refused.
-    pub async fn delete_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
+    /// Removes a snapshot; clones keep what they have. One that a pool is made of is refused. What has begun is done, whether its caller waits or not.
+    pub async fn delete_snapshot(self: &Arc<Self>, id_or_name: &str) -> Result<(), FleetError> {
+        let (fleet, key) = (Arc::clone(self), id_or_name.to_owned());
+        to_its_end(async move { fleet.remove_snapshot(&key).await }).await
+    }
+
+    async fn remove_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
         // A damaged one can be removed too.
         let id = self.snapshots.store.get(id_or_name).map(|snapshot| snapshot.id().to_string());
         if let Some(pool) = id.ok().and_then(|id| self.pools.of(&id)) {
@@ -550,7 +602,13 @@ impl Fleet {
     pub async fn verify_snapshot(&self, id_or_name: &str) -> Result<(u64, Option<Signed>), FleetError> {
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let signing = store.signing().clone();
-        let (verified, signature) = blocking(move || store.verify(&key)).await??;
+        // Whoever may look may ask for this, and a caller that goes away does not end it.
+        let turn = Arc::clone(&self.snapshots.verifying).acquire_owned().await;
+        let verified = blocking(move || {
+            let _turn = turn;
+            store.verify(&key)
+        });
+        let (verified, signature) = verified.await??;
         Ok((verified.bytes, Signed::of(&signature, &signing)))
     }
 }
@@ -659,7 +717,7 @@ mod tests {
     #[test]
     fn files_of_many_snapshots_are_not_all_held_open() {
         let folder = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(folder.path(), false, Signing::default()).unwrap();
+        let snapshots = Snapshots::open(folder.path(), false, Signing::default(), "mark".to_owned()).unwrap();
         for _ in 0..OPEN_SNAPSHOTS_MAX + 5 {
             let id = publish(&snapshots.store);
             // As nobody holds them, and folding is not waited for: opened and kept, as `source` does.
@@ -672,7 +730,7 @@ mod tests {
     #[test]
     fn one_that_was_deleted_while_it_was_opened_is_not_kept() {
         let folder = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(folder.path(), false, Signing::default()).unwrap();
+        let snapshots = Snapshots::open(folder.path(), false, Signing::default(), "mark".to_owned()).unwrap();
         let id = publish(&snapshots.store);
         let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
         snapshots.store.delete(&id).unwrap();
@@ -686,6 +744,42 @@ mod tests {
         assert_eq!(unix_ms("2026-11-22T12:00:01Z"), Some(1_795_348_801_000));
         assert_eq!(unix_ms("2024-02-29T23:59:59Z"), Some(1_709_251_199_000));
         assert_eq!(unix_ms(""), None);
+    }
+
+    #[test]
+    fn what_was_deleted_while_it_was_opened_is_not_kept_open() {
+        let (opened, source) = (Opened::new(), Arc::new(()));
+        opened.keep("snap-a".to_owned(), &source, |_| true);
+        opened.keep("snap-b".to_owned(), &source, |id| {
+            // A deletion that comes from here on finds it.
+            assert!(opened.lock().contains_key(id));
+            false
+        });
+        let has = |id: &str| opened.lock().contains_key(id);
+        assert!(has("snap-a") && !has("snap-b"));
+        for n in 0..2 * OPEN_SNAPSHOTS_MAX {
+            opened.keep(format!("snap-{n}"), &source, |_| true);
+            opened.keep(format!("snap-{n}"), &source, |_| true);
+        }
+        assert_eq!(opened.lock().len(), OPEN_SNAPSHOTS_MAX);
+    }
+
+    #[tokio::test]
+    async fn what_must_be_done_is_done_when_its_caller_goes_away() {
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        let (begun_in, begun) = tokio::sync::oneshot::channel();
+        let (done_in, done) = tokio::sync::oneshot::channel();
+        let caller = tokio::spawn(to_its_end(async move {
+            begun_in.send(()).unwrap();
+            gone.await.unwrap();
+            done_in.send(()).unwrap();
+            Ok(())
+        }));
+        begun.await.unwrap();
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+        go.send(()).unwrap();
+        done.await.unwrap();
     }
 
     #[test]

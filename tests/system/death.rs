@@ -22,6 +22,7 @@ pub fn trials() -> Vec<Trial> {
         trial("death/stopped", NEEDS, 60, stopped),
         trial("death/daemon-killed-while-snapshotting", NEEDS, 180, daemon_killed_while_snapshotting),
         trial("death/daemon-stopped", NEEDS, 60, daemon_stopped),
+        trial("death/daemon-stopped-under-load", NEEDS, 180, daemon_stopped_under_load),
     ]
 }
 
@@ -252,5 +253,52 @@ async fn daemon_stopped(stage: Stage) -> anyhow::Result<()> {
     ensure!(client.list_snapshots().await?.snapshots.iter().any(|kept| kept.id == snapshot.id));
     client.boot_image("kept", 1, BootProtocol::Unspecified).await?;
     client.clone_vms("kept", 1, MemoryMode::Mapped, Identity::Managed).await?;
+    Ok(())
+}
+
+/// SIGTERM while VMs are made as fast as can be: none of them is there afterwards, and callers are told why they get no more.
+async fn daemon_stopped_under_load(stage: Stage) -> anyhow::Result<()> {
+    const CALLERS: usize = 4;
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    let vm = client.boot_embedded(64 << 20).await?;
+    client.snapshot(&vm.id, "base").await?;
+    client.delete_vm(&vm.id).await?;
+    for round in 0..4 {
+        let mut callers = Vec::new();
+        for _ in 0..CALLERS {
+            let mut client = daemon.client().await?;
+            callers.push(tokio::spawn(async move {
+                let mut made = 0;
+                loop {
+                    match client.clone_vms("base", 2, MemoryMode::Mapped, Identity::Unmanaged).await {
+                        Err(status) => return (made, status),
+                        Ok(vms) => {
+                            made += vms.len();
+                            for vm in vms {
+                                let _ = client.delete_vm(&vm.id).await;
+                            }
+                        }
+                    }
+                }
+            }));
+        }
+        eventually("they are at it", 30, async || Ok(!client.list_vms().await?.is_empty())).await?;
+        let status = daemon.stop().await?;
+        ensure!(status.success(), "round {round}: the daemon ended with {status}");
+        for caller in callers {
+            let (made, status) = caller.await?;
+            // Told, or cut off in the middle.
+            let codes = [Code::Unavailable, Code::Cancelled, Code::Unknown, Code::Aborted];
+            ensure!(codes.contains(&status.code()), "round {round}: after {made} clones: {status}");
+        }
+        daemon.start_again().await?;
+        client = daemon.client().await?;
+        let left = client.list_vms().await?;
+        ensure!(left.is_empty(), "round {round}: VMs that outlived a service that was stopped: {left:?}");
+        let log = daemon.log()?;
+        let found = log.lines().find(|line| line.contains("VMs of an earlier service")).unwrap_or_default();
+        ensure!(!found.contains("half_made") || found.contains("half_made=0"), "round {round}: {found}");
+    }
     Ok(())
 }

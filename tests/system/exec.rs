@@ -303,6 +303,12 @@ async fn command_line(stage: Stage) -> anyhow::Result<()> {
     let said = coldspark(&["exec", &vm, "--", "nothing"]).output().await?;
     ensure!(said.status.code() == Some(1) && !said.stderr.is_empty(), "{said:?}");
 
+    // What cannot be read is not the end of stdin.
+    let mut unreadable = coldspark(&["exec", "-i", &vm, "--", "cat"]);
+    let said = unreadable.stdin(std::fs::File::open("/")?).output().await?;
+    let told = String::from_utf8_lossy(&said.stderr);
+    ensure!(said.status.code() == Some(1) && told.contains("cannot read stdin"), "{said:?}");
+
     // Files, and stdin from one.
     let folder = tempfile::tempdir()?;
     let (from, to) = (folder.path().join("from"), folder.path().join("to"));

@@ -18,7 +18,7 @@ use tonic::{Code, Status, Streaming};
 use crate::client::{Client, expect_status};
 use crate::daemon::{Daemon, eventually, program};
 use crate::host::Need;
-use crate::trial::{Stage, trial};
+use crate::trial::{Stage, limit, trial};
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         trial("functions/limits", &[Need::Kvm], 180, limits),
         trial("functions/redeploy", &[Need::Kvm], 180, redeploy),
         trial("functions/prepare", &[Need::Kvm], 120, prepare),
+        trial("functions/side-by-side", &[Need::Kvm], 120, side_by_side),
         trial("functions/bad-input", &[Need::Kvm], 120, bad_input),
     ]
 }
@@ -300,6 +301,18 @@ async fn limits(stage: Stage) -> anyhow::Result<()> {
         ..settings("cat")
     };
     deploy(&mut client, embedded("slow", two.clone())).await?;
+    // A payload that cannot be read is not an empty one.
+    let unreadable = tokio::process::Command::new(program())
+        .args(["function", "invoke", "slow", "--socket"])
+        .arg(daemon.socket())
+        .stdin(std::fs::File::open("/")?)
+        .kill_on_drop(true)
+        .output()
+        .await?;
+    let told = String::from_utf8_lossy(&unreadable.stderr);
+    ensure!(unreadable.status.code() == Some(125) && told.contains("cannot read stdin"), "{told}");
+    eventually("it was given up", 30, async || Ok(look(&mut client, "slow").await?.running == 0)).await?;
+    let given_up = look(&mut client, "slow").await?.cancelled;
     let first = Open::start(&mut client, "slow", 0).await?;
     let mut second = tokio::process::Command::new(program())
         .args(["function", "invoke", "slow", "--socket"])
@@ -324,7 +337,12 @@ async fn limits(stage: Stage) -> anyhow::Result<()> {
 
     // A caller that is killed ends what it began: its stdin, which is still open, was cut off and has not ended.
     second.kill().await?;
-    eventually("it was given up", 30, async || Ok(look(&mut client, "slow").await?.cancelled == 1)).await?;
+    eventually(
+        "it was given up",
+        30,
+        async || Ok(look(&mut client, "slow").await?.cancelled == given_up + 1),
+    )
+    .await?;
     ensure!(look(&mut client, "slow").await?.succeeded == 2);
     all_gone_but_ready(&mut client).await?;
 
@@ -443,9 +461,67 @@ async fn prepare(stage: Stage) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A deployment that takes long holds nobody up, and leaves nothing when its caller goes away.
+async fn side_by_side(stage: Stage) -> anyhow::Result<()> {
+    let daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    deploy(&mut client, embedded("quick", settings("upper"))).await?;
+    let mut other = daemon.client().await?;
+    // It has a minute and more to go.
+    let long = DeployRequest { prepare: Some(command("spin 90000")), ..embedded("long", settings("cat")) };
+    let mut events = other.functions.deploy(long).await?.into_inner();
+    eventually("its command runs", 60, async || {
+        Ok(client.list_vms().await?.iter().any(|vm| vm.state() == VmState::Ready))
+    })
+    .await?;
+    ensure!(matches!(events.message().await?.and_then(|event| event.event), Some(Event::Phase(_))));
+    let meanwhile = async {
+        deploy(&mut client, embedded("quick", settings("cat"))).await?;
+        ensure!(call(&mut client, "quick", b"a").await?.output == "a");
+        client.functions.delete_function(DeleteFunctionRequest { function: "quick".into() }).await?;
+        anyhow::Ok(())
+    };
+    tokio::time::timeout(limit(30), meanwhile)
+        .await
+        .context("held up by a deployment of another function")??;
+    refused(call(&mut client, "long", b"").await, Code::NotFound, "long")?;
+    drop((events, other));
+    all_gone_but_ready(&mut client).await?;
+    let snapshots = client.list_snapshots().await?.snapshots;
+    ensure!(snapshots.is_empty(), "{snapshots:?}");
+    refused(call(&mut client, "long", b"").await, Code::NotFound, "long")
+}
+
+/// Words that do not belong into an invocation end it at once, also for a caller that takes nothing any more.
+async fn bad_words(client: &mut Client) -> anyhow::Result<()> {
+    let endless = FunctionSettings { concurrency: 1, queue: Some(0), ..settings("yes 1000000000000") };
+    deploy(client, embedded("endless", endless)).await?;
+    let open = Open::start(client, "endless", 0).await?;
+    // All windows on the way are full when its guest stands still.
+    let mut exits = 0;
+    eventually("nothing more is taken", 60, async || {
+        let vms = client.list_vms().await?;
+        let vm = vms.first().context("no VM")?.id.clone();
+        let now = client.vms.get_vm_stats(GetVmStatsRequest { vm }).await?.into_inner().vcpu_exits;
+        Ok(now == std::mem::replace(&mut exits, now))
+    })
+    .await?;
+    ensure!(look(client, "endless").await?.running == 1);
+    let again = InvokeStart { function: "endless".into(), ..Default::default() };
+    open.stdin.send(InvokeStreamRequest { message: Some(In::Start(again)) }).await?;
+    eventually("it has ended, though nobody takes its error", 20, async || {
+        Ok(look(client, "endless").await?.running == 0)
+    })
+    .await?;
+    drop(open);
+    client.functions.delete_function(DeleteFunctionRequest { function: "endless".into() }).await?;
+    all_gone_but_ready(client).await
+}
+
 async fn bad_input(stage: Stage) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
+    bad_words(&mut client).await?;
     let good = embedded("good", settings("cat"));
     let with = |settings| embedded("good", settings);
     let cases = [

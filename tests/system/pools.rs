@@ -1,6 +1,7 @@
 //! Pools: what they promise is ready, is nobody's before it is taken and one caller's after, and is made again whatever happens to it.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use coldspark::api::proto::agent_call_request::Op;
@@ -20,6 +21,7 @@ pub fn trials() -> Vec<Trial> {
         trial("pools/crowd", &[Need::Kvm], 180, crowd),
         trial("pools/rolling", &[Need::Kvm], 180, rolling),
         trial("pools/restart", &[Need::Kvm], 180, restart),
+        trial("pools/given-up", &[Need::Kvm], 180, given_up),
         trial("pools/bad-input", &[Need::Kvm], 120, bad_input),
     ]
 }
@@ -161,6 +163,42 @@ async fn modes(stage: Stage) -> anyhow::Result<()> {
             .vms;
         ensure!(all.is_empty(), "left behind: {all:?}");
     }
+    Ok(())
+}
+
+/// Callers that go away in the middle of a change: it is made, or not, and what the next service finds is what this one had.
+async fn given_up(stage: Stage) -> anyhow::Result<()> {
+    const ROUNDS: u64 = 60;
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    snapshot(&mut client, "base").await?;
+    let wanted = |name: &str| pool(name, "base", PoolMode::Shell, 0, 4);
+    for round in 0..ROUNDS {
+        // Each a little later than the one before.
+        let moment = Duration::from_micros(50 * round);
+        let mut other = client.clone();
+        let request = wanted(&format!("given-up-{round}"));
+        let _ = tokio::time::timeout(moment, other.pools.create_pool(request)).await;
+        client.pools.create_pool(wanted("victim")).await?;
+        let delete = || DeletePoolRequest { pool: "victim".into() };
+        let _ = tokio::time::timeout(moment, other.pools.delete_pool(delete())).await;
+        match client.pools.delete_pool(delete()).await {
+            Ok(_) => {}
+            Err(status) if status.code() == Code::NotFound => {}
+            Err(status) => bail!("round {round}: a pool that cannot be deleted any more: {status}"),
+        }
+    }
+    let names = async |client: &mut Client| {
+        let pools = client.pools.list_pools(ListPoolsRequest::default()).await?.into_inner().pools;
+        anyhow::Ok(pools.into_iter().map(|pool| pool.name).collect::<BTreeSet<_>>())
+    };
+    let before = names(&mut client).await?;
+    ensure!(!before.is_empty() && before.len() < ROUNDS as usize, "none, or all: {}", before.len());
+    drop(client);
+    ensure!(daemon.stop().await?.success());
+    daemon.start_again().await?;
+    let after = names(&mut daemon.client().await?).await?;
+    ensure!(before == after, "before: {before:?}, after: {after:?}");
     Ok(())
 }
 

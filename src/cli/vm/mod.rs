@@ -277,7 +277,11 @@ pub async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 vms = every(&mut client, false).await?.into_iter().map(|vm| vm.id).collect();
             }
             for vm in vms {
-                client.delete_vm(proto::DeleteVmRequest { vm: vm.clone() }).await?;
+                match client.delete_vm(proto::DeleteVmRequest { vm: vm.clone() }).await {
+                    // Somebody else was faster, or it is forgotten.
+                    Err(status) if all && status.code() == tonic::Code::NotFound => continue,
+                    other => other?,
+                };
                 output::line(&vm)?;
             }
         }

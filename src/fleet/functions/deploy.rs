@@ -19,7 +19,7 @@ use crate::fleet::limits::READY_TIMEOUT_DEFAULT;
 use crate::fleet::network;
 use crate::fleet::registry::Guard;
 use crate::fleet::slots::access::Access;
-use crate::fleet::snapshots::CreateSnapshot;
+use crate::fleet::snapshots::{CreateSnapshot, to_its_end};
 use crate::fleet::streams::Heard;
 use crate::fleet::vm::Vm;
 use crate::fleet::{Fleet, id};
@@ -51,6 +51,14 @@ pub struct Deploy {
     pub settings: Settings,
 }
 
+/// What a function will be made of.
+enum Prepared {
+    /// As it is.
+    Snapshot { id: String, from: String },
+    /// To be frozen. Dropped before, it ends.
+    Vm { guard: Guard, from: String },
+}
+
 /// What happens meanwhile.
 #[derive(Debug, Clone)]
 pub enum Step {
@@ -62,7 +70,7 @@ pub enum Step {
 
 impl Fleet {
     /// Makes a function, or changes one: invocations go to the older deployment until the new one can take them, and none fails. If this
-    /// fails, or its future is dropped, everything is as it was.
+    /// fails, or its caller goes away (`progress` is closed) before it is frozen, everything is as it was.
     pub async fn deploy(
         self: &Arc<Self>,
         request: Deploy,
@@ -71,27 +79,43 @@ impl Fleet {
         id::check_name("a function", &request.name)?;
         request.settings.check()?;
         self.check_limits(request.settings.limits).await?;
-        let _changing = self.functions.changing.lock().await;
-        {
-            let table = self.functions.lock();
-            if !table.contains_key(&request.name) && table.len() >= FUNCTIONS_MAX {
-                return Err(FleetError::Limit {
-                    what: "functions",
-                    limit: FUNCTIONS_MAX,
-                    hint: "delete one",
-                });
+        // Before the work; and again after it, when it counts.
+        self.check_room_for_function(&request.name)?;
+        let prepared = self.prepare(&request, &progress).await?;
+        let fleet = Arc::clone(self);
+        to_its_end(async move {
+            let (snapshot, own, from) = fleet.freeze(prepared, &request.name, &progress).await?;
+            let put = fleet.put_function(request, snapshot.clone(), own, from).await;
+            if put.is_err() && own {
+                remove_snapshot(&fleet, &snapshot).await;
             }
+            put
+        })
+        .await
+    }
+
+    fn check_room_for_function(&self, name: &str) -> Result<(), FleetError> {
+        let table = self.functions.lock();
+        match table.contains_key(name) || table.len() < FUNCTIONS_MAX {
+            true => Ok(()),
+            false => Err(FleetError::Limit { what: "functions", limit: FUNCTIONS_MAX, hint: "delete one" }),
         }
-        let (snapshot, own, from) = self.make_snapshot(&request, &progress).await?;
+    }
+
+    /// The function is made of this snapshot from now on.
+    async fn put_function(
+        self: &Arc<Self>,
+        request: Deploy,
+        snapshot: String,
+        own: bool,
+        from: String,
+    ) -> Result<Look, FleetError> {
+        let _changing = self.functions.changing.lock().await;
+        self.check_room_for_function(&request.name)?;
         let before = self.functions.get(&request.name).ok().map(|function| function.made());
         let revision = before.map_or(1, |made| made.revision + 1);
         let made = Made { snapshot: snapshot.clone(), own, from, revision };
-        if let Err(error) = self.write_function(&request.name, &made, &request.settings).await {
-            if own {
-                remove_snapshot(self, &snapshot).await;
-            }
-            return Err(error);
-        }
+        self.write_function(&request.name, &made, &request.settings).await?;
         let change = if revision == 1 { Change::Made } else { Change::Changed };
         let old = self.functions.put(self, &request.name, made, request.settings);
         if let Some(old) = old.filter(|old| old.own && old.snapshot != snapshot) {
@@ -102,13 +126,13 @@ impl Fleet {
         self.function(&request.name)
     }
 
-    /// The snapshot's id, whether it was made for this, and from what.
-    async fn make_snapshot(
+    /// What the function will be made of.
+    async fn prepare(
         self: &Arc<Self>,
         request: &Deploy,
         progress: &mpsc::Sender<Step>,
-    ) -> Result<(String, bool, String), FleetError> {
-        let (vm, from) = match &request.from {
+    ) -> Result<Prepared, FleetError> {
+        let (guard, from) = match &request.from {
             From::Snapshot(name) => {
                 let source = self.snapshots.source(name).await?;
                 if source.hello.is_none() {
@@ -117,7 +141,7 @@ impl Fleet {
                 let id = source.id();
                 self.check_slots(&request.settings.pool(id.clone()), &source.networks)?;
                 if request.prepare.is_none() {
-                    return Ok((id, false, format!("snapshot {name}")));
+                    return Ok(Prepared::Snapshot { id, from: format!("snapshot {name}") });
                 }
                 let clone = CloneVm {
                     snapshot: id,
@@ -131,35 +155,53 @@ impl Fleet {
                 };
                 let vms = self.clone_vm(clone).await?.vms;
                 let vm = vms.into_iter().next().ok_or(FleetError::WorkerConfused)?;
-                tell(progress, format!("{} started from snapshot {name}", vm.id)).await;
-                (vm, format!("snapshot {name}"))
+                let guard = Guard::new(self, vm);
+                tell(progress, format!("{} started from snapshot {name}", guard.vm().id)).await;
+                (guard, format!("snapshot {name}"))
             }
             From::Image(name) => {
-                let vm = self.boot_to_agent(Some(name), &request.settings.slots, progress).await?;
-                (vm, format!("image {name}"))
+                let guard = self.boot_to_agent(Some(name), &request.settings.slots, progress).await?;
+                (guard, format!("image {name}"))
             }
             From::Embedded => {
-                let vm = self.boot_to_agent(None, &request.settings.slots, progress).await?;
-                (vm, "embedded test guest".to_owned())
+                let guard = self.boot_to_agent(None, &request.settings.slots, progress).await?;
+                (guard, "embedded test guest".to_owned())
             }
         };
-        // Whatever happens now, this VM is to end.
-        let _guard = Guard::new(self, Arc::clone(&vm));
         if let Some(prepare) = &request.prepare {
             let begun = Instant::now();
-            run_prepare(&vm, prepare, progress).await?;
+            run_prepare(guard.vm(), prepare, progress).await?;
             tell(progress, format!("prepared in {:.1} s", begun.elapsed().as_secs_f64())).await;
         }
+        Ok(Prepared::Vm { guard, from })
+    }
+
+    /// The snapshot's id, whether it was made for this, and from what. For nobody none is made.
+    async fn freeze(
+        self: &Arc<Self>,
+        prepared: Prepared,
+        function: &str,
+        progress: &mpsc::Sender<Step>,
+    ) -> Result<(String, bool, String), FleetError> {
+        let (guard, from) = match prepared {
+            Prepared::Snapshot { id, from } => return Ok((id, false, from)),
+            Prepared::Vm { guard, from } => (guard, from),
+        };
         let freeze = CreateSnapshot {
-            vm: vm.id.clone(),
+            vm: guard.vm().id.clone(),
             name: None,
             stop_after: true,
-            function: Some(request.name.clone()),
+            function: Some(function.to_owned()),
             claim: None,
         };
-        let taken = self.create_snapshot(freeze).await?;
-        tell(progress, format!("frozen as {}", taken.snapshot.id)).await;
-        Ok((taken.snapshot.id, true, from))
+        let id = self.create_snapshot(freeze).await?.snapshot.id;
+        drop(guard);
+        tell(progress, format!("frozen as {id}")).await;
+        if progress.is_closed() {
+            remove_snapshot(self, &id).await;
+            return Err(FleetError::WrongState("the caller went away before the function was made".into()));
+        }
+        Ok((id, true, from))
     }
 
     /// Boots an image (`None`: the embedded guest) until its agent has said hello, with the interfaces that its clones will have.
@@ -168,7 +210,7 @@ impl Fleet {
         image: Option<&str>,
         slots: &[Option<Access>],
         progress: &mpsc::Sender<Step>,
-    ) -> Result<Arc<Vm>, FleetError> {
+    ) -> Result<Guard, FleetError> {
         let plan = self.slots.plan();
         let command_line = match (image, slots.iter().any(Option::is_some)) {
             // It takes addresses from nowhere else.
@@ -205,8 +247,9 @@ impl Fleet {
                 }
             }
         };
-        let (made, ()) = tokio::join!(self.create_for_now(request, events_in), passing);
-        Ok(made?.vm)
+        // Guarded at once: the caller may go away while what there is to tell waits for it.
+        let making = async { Ok(Guard::new(self, self.create_for_now(request, events_in).await?.vm)) };
+        tokio::join!(making, passing).0
     }
 }
 

@@ -30,7 +30,7 @@ struct Now {
     made: Made,
     settings: Arc<Settings>,
     turns: Arc<Turns>,
-    warm: Vec<Warm>,
+    warm: Shelf<Arc<Vm>>,
     closed: bool,
 }
 
@@ -52,11 +52,46 @@ pub struct Counts {
 
 /// A VM that has run invocations and may run more.
 #[derive(Debug)]
-struct Warm {
-    vm: Arc<Vm>,
+struct Warm<V> {
+    vm: V,
     revision: u64,
     used: u32,
     since: Instant,
+}
+
+/// Those that wait for another one.
+#[derive(Debug)]
+struct Shelf<V> {
+    warm: Vec<Warm<V>>,
+    /// A task sees to it that they come to their ends. One: with one VM that is used again and again this is empty and not empty as often.
+    is_watched: bool,
+}
+
+impl<V> Shelf<V> {
+    fn new() -> Self {
+        Self { warm: Vec::new(), is_watched: false }
+    }
+
+    /// Says whether nobody watches yet, and somebody is to from now on.
+    fn put(&mut self, warm: Warm<V>) -> bool {
+        self.warm.push(warm);
+        !std::mem::replace(&mut self.is_watched, true)
+    }
+
+    /// For who watches: takes out what has waited long enough, or is of no more use; says when to look again, `None`: never, nothing waits.
+    fn over(
+        &mut self,
+        at: Instant,
+        ttl: Duration,
+        is_useless: impl Fn(&Warm<V>) -> bool,
+    ) -> (Vec<Warm<V>>, Option<Instant>) {
+        let all = std::mem::take(&mut self.warm).into_iter();
+        let (gone, kept) = all.partition(|warm| warm.since + ttl <= at || is_useless(warm));
+        self.warm = kept;
+        let next = self.warm.iter().map(|warm| warm.since + ttl).min();
+        self.is_watched = next.is_some();
+        (gone, next)
+    }
 }
 
 /// A function as it is.
@@ -135,7 +170,7 @@ impl Function {
                 made,
                 settings: Arc::new(settings),
                 turns,
-                warm: Vec::new(),
+                warm: Shelf::new(),
                 closed: false,
             }),
             counts: Counts::default(),
@@ -164,8 +199,10 @@ impl Function {
             // Those that run and wait go on by the old numbers.
             now.turns = Turns::new(&settings);
             now.settings = Arc::new(settings);
-            (std::mem::replace(&mut now.made, made), std::mem::take(&mut now.warm))
+            (std::mem::replace(&mut now.made, made), std::mem::take(&mut now.warm.warm))
         };
+        // Those of now may wait for less long.
+        self.warm_changed.notify_one();
         end(fleet, warm, "its function was deployed anew");
         old
     }
@@ -175,7 +212,7 @@ impl Function {
         let warm = {
             let mut now = self.lock();
             now.closed = true;
-            std::mem::take(&mut now.warm)
+            std::mem::take(&mut now.warm.warm)
         };
         self.warm_changed.notify_one();
         end(fleet, warm, "its function was deleted");
@@ -191,7 +228,7 @@ impl Function {
             settings: Arc::clone(&now.settings),
             running: now.turns.concurrency.saturating_sub(free),
             queued: now.turns.waiting.load(Ordering::Relaxed),
-            warm: u32::try_from(now.warm.len()).unwrap_or(u32::MAX),
+            warm: u32::try_from(now.warm.warm.len()).unwrap_or(u32::MAX),
             succeeded: count(&self.counts.succeeded),
             failed: count(&self.counts.failed),
             timed_out: count(&self.counts.timed_out),
@@ -204,8 +241,8 @@ impl Function {
     /// One that waits for another invocation, how many it has run, and of which revision it is. The newest, so that the others come to their end.
     pub fn take_warm(&self) -> Option<(Arc<Vm>, u32, u64)> {
         let mut now = self.lock();
-        now.warm.retain(|warm| warm.vm.state() != State::Exited);
-        now.warm.pop().map(|warm| (warm.vm, warm.used, warm.revision))
+        now.warm.warm.retain(|warm| warm.vm.state() != State::Exited);
+        now.warm.warm.pop().map(|warm| (warm.vm, warm.used, warm.revision))
     }
 
     /// A VM that has run `used` invocations and may run another; given back if it may not.
@@ -224,10 +261,9 @@ impl Function {
         if !is_wanted {
             return Some(vm);
         }
-        let was_empty = now.warm.is_empty();
-        now.warm.push(Warm { vm, revision, used, since: Instant::now() });
+        let is_to_be_watched = now.warm.put(Warm { vm, revision, used, since: Instant::now() });
         drop(now);
-        if was_empty {
+        if is_to_be_watched {
             tokio::spawn(sweep(Arc::downgrade(fleet), Arc::clone(self)));
         }
         None
@@ -238,19 +274,14 @@ impl Function {
     }
 
     /// Takes out what has waited long enough; says when to look again, `None` when nothing waits any more.
-    fn idle(&self, at: Instant) -> (Vec<Warm>, Option<Instant>) {
+    fn idle(&self, at: Instant) -> (Vec<Warm<Arc<Vm>>>, Option<Instant>) {
         let mut now = self.lock();
         let (ttl, revision) = (now.settings.idle_ttl, now.made.revision);
-        let (gone, kept) = std::mem::take(&mut now.warm).into_iter().partition(|warm| {
-            warm.revision != revision || warm.vm.state() == State::Exited || warm.since + ttl <= at
-        });
-        now.warm = kept;
-        let next = now.warm.iter().map(|warm| warm.since + ttl).min();
-        (gone, next)
+        now.warm.over(at, ttl, |warm| warm.revision != revision || warm.vm.state() == State::Exited)
     }
 }
 
-fn end(fleet: &Fleet, warm: Vec<Warm>, reason: &str) {
+fn end(fleet: &Fleet, warm: Vec<Warm<Arc<Vm>>>, reason: &str) {
     for warm in warm {
         warm.vm.kill(reason);
         fleet.registry.remove(&warm.vm.id);
@@ -317,5 +348,25 @@ mod tests {
         let error = turns.take("f").await.unwrap_err();
         assert!(error.to_string().contains("within 5 ms"), "{error}");
         assert_eq!(turns.waiting.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn one_task_watches_whatever_is_taken_and_put_back() {
+        let now = Instant::now();
+        let (ttl, tick) = (Duration::from_secs(60), Duration::from_millis(1));
+        let warm = |n: u32| Warm { vm: n, revision: 1, used: n, since: now + tick * n };
+        let mut shelf = Shelf::new();
+        assert!(shelf.put(warm(0)), "nobody watches");
+        // One invocation after the other, each in the VM that the one before has left.
+        for n in 1..1000 {
+            assert!(shelf.warm.pop().is_some());
+            assert!(!shelf.put(warm(n)), "a second task at the {n}th");
+            assert_eq!(shelf.over(now, ttl, |_| false).1, Some(now + tick * n + ttl));
+        }
+        let (gone, next) = shelf.over(now + tick * 999 + ttl, ttl, |_| false);
+        assert_eq!((gone.len(), next), (1, None));
+        assert!(shelf.put(warm(0)), "the task has ended");
+        let (gone, next) = shelf.over(now, ttl, |warm| warm.revision == 1);
+        assert_eq!((gone.len(), next), (1, None));
     }
 }

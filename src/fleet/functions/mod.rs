@@ -27,7 +27,7 @@ use super::Fleet;
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::pools::FUNCTION_PREFIX;
-use super::snapshots::blocking;
+use super::snapshots::{blocking, to_its_end};
 use super::stored::Files;
 
 /// All functions.
@@ -37,7 +37,7 @@ pub struct Functions {
     files: Arc<Files>,
     /// What the files said, until [`begin`](Self::begin).
     stored: Mutex<Vec<(String, Stored)>>,
-    /// Changes of the table and its files, one at a time.
+    /// Changes of the table and its files, one at a time. Not held while a deployment is prepared, which may take an hour.
     changing: tokio::sync::Mutex<()>,
 }
 
@@ -111,7 +111,12 @@ impl Fleet {
     }
 
     /// Forgets a function, with the snapshot that was made for it. Invocations that run go on to their ends.
-    pub async fn delete_function(&self, name: &str) -> Result<(), FleetError> {
+    pub async fn delete_function(self: &Arc<Self>, name: &str) -> Result<(), FleetError> {
+        let (fleet, name) = (Arc::clone(self), name.to_owned());
+        to_its_end(async move { fleet.forget_function(&name).await }).await
+    }
+
+    async fn forget_function(self: &Arc<Self>, name: &str) -> Result<(), FleetError> {
         let _changing = self.functions.changing.lock().await;
         let function = self.functions.get(name)?;
         let (files, file) = (Arc::clone(&self.functions.files), name.to_owned());
@@ -135,7 +140,7 @@ impl Fleet {
 }
 
 /// Removes a snapshot that was made for a function. If it cannot be, the next service tries again.
-async fn remove_snapshot(fleet: &Fleet, snapshot: &str) {
+async fn remove_snapshot(fleet: &Arc<Fleet>, snapshot: &str) {
     if let Err(error) = fleet.delete_snapshot(snapshot).await {
         tracing::warn!(%error, snapshot, "a function's snapshot could not be removed");
     }

@@ -41,7 +41,7 @@ use super::registry::Guard;
 use super::slots::Reserved;
 use super::slots::access::{Access, Publish};
 use super::slots::error::SlotError;
-use super::snapshots::{Source, blocking};
+use super::snapshots::{Source, blocking, to_its_end};
 use super::stored::Files;
 use super::vm::Vm;
 use super::{id, identity};
@@ -218,8 +218,14 @@ impl Fleet {
         Settings { max: usual.max.min(u32::try_from(self.registry.vms_max()).unwrap_or(u32::MAX)), ..usual }
     }
 
-    /// Makes a pool and begins to keep it. Its snapshot is looked at: what no clone could be made of is refused.
+    /// Makes a pool and begins to keep it. Its snapshot is looked at: what no clone could be made of is refused. Of a pool its file and what is kept are
+    /// changed both, or neither, also when the caller goes away meanwhile.
     pub async fn create_pool(self: &Arc<Self>, request: CreatePool) -> Result<Named, FleetError> {
+        let fleet = Arc::clone(self);
+        to_its_end(async move { fleet.make_pool(request).await }).await
+    }
+
+    async fn make_pool(self: &Arc<Self>, request: CreatePool) -> Result<Named, FleetError> {
         let CreatePool { name, settings } = request;
         id::check_name("a pool", &name)?;
         settings.check(self.registry.vms_max())?;
@@ -244,7 +250,12 @@ impl Fleet {
     }
 
     /// Changes a pool. What stands ready and is of something else is replaced one by one, and handed out until it is.
-    pub async fn change_pool(&self, name: &str, change: ChangePool) -> Result<Named, FleetError> {
+    pub async fn change_pool(self: &Arc<Self>, name: &str, change: ChangePool) -> Result<Named, FleetError> {
+        let (fleet, name) = (Arc::clone(self), name.to_owned());
+        to_its_end(async move { fleet.set_pool(&name, change).await }).await
+    }
+
+    async fn set_pool(&self, name: &str, change: ChangePool) -> Result<Named, FleetError> {
         let _changing = self.pools.changing.lock().await;
         let pool = self.pools.get(name)?;
         let old = pool.settings();
@@ -269,7 +280,12 @@ impl Fleet {
     }
 
     /// Ends what stands ready and forgets the pool. VMs that were taken from it go on.
-    pub async fn delete_pool(&self, name: &str) -> Result<(), FleetError> {
+    pub async fn delete_pool(self: &Arc<Self>, name: &str) -> Result<(), FleetError> {
+        let (fleet, name) = (Arc::clone(self), name.to_owned());
+        to_its_end(async move { fleet.remove_pool(&name).await }).await
+    }
+
+    async fn remove_pool(&self, name: &str) -> Result<(), FleetError> {
         let _changing = self.pools.changing.lock().await;
         let pool = self.pools.get(name)?;
         let (files, file) = (Arc::clone(&self.pools.files), name.to_owned());

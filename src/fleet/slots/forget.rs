@@ -5,9 +5,9 @@
 //!
 //! Facts: `linux/netfilter/nfnetlink.h`, `nfnetlink_conntrack.h`, `net/netfilter/nf_conntrack_netlink.c`; the same as `conntrack -D`, without that program.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ const WITHIN: Duration = Duration::from_secs(5);
 const FOUND_MAX: usize = 4096;
 /// Times.
 const ROUNDS_MAX: usize = 64;
+/// Addresses of which it is remembered whether they are this host's.
+const ASKED_MAX: usize = 4096;
 /// The kernel's messages are no longer.
 const BUFFER_BYTES: usize = 64 << 10;
 
@@ -62,7 +64,8 @@ const UDP: u8 = 17;
 pub struct Forget {
     /// All to and from these.
     pub addresses: HashSet<IpAddr>,
-    /// Those by UDP to these ports that lead to nobody else than they were sent to: of a time when the port was not published.
+    /// Those by UDP to these ports of this host that lead to nobody else than they were sent to: of a time when the port was not published. What
+    /// this host itself, or whom it forwards for, has asked of others by the same port goes on.
     pub udp_ports: HashSet<u16>,
 }
 
@@ -80,12 +83,41 @@ impl Forget {
         self.addresses.is_empty() && self.udp_ports.is_empty()
     }
 
-    fn is(&self, there: &Tuple, back: &Tuple) -> bool {
+    fn is(&self, there: &Tuple, back: &Tuple, is_own: impl FnOnce(IpAddr) -> bool) -> bool {
         let ends = [there.source, there.destination, back.source, back.destination];
         let as_sent = (there.source, there.destination) == (back.destination, back.source)
             && there.ports == (back.ports.1, back.ports.0);
         ends.iter().any(|address| self.addresses.contains(address))
-            || (there.protocol == UDP && as_sent && self.udp_ports.contains(&there.ports.1))
+            || (there.protocol == UDP
+                && as_sent
+                && self.udp_ports.contains(&there.ports.1)
+                && is_own(there.destination))
+    }
+}
+
+/// Which addresses are this host's, in this thread's network namespace, as the rules' `fib daddr type local` has it.
+#[derive(Default)]
+struct Own(HashMap<IpAddr, bool>);
+
+impl Own {
+    fn has(&mut self, address: IpAddr) -> bool {
+        if let Some(known) = self.0.get(&address) {
+            return *known;
+        }
+        let is_own = match address {
+            address if address.is_multicast() => false,
+            // Which interface's is not known here, so it cannot be asked.
+            IpAddr::V6(six) if six.is_unicast_link_local() => true,
+            // The kernel lets nobody be bound to others' addresses; what cannot be asked may be.
+            address => match UdpSocket::bind((address, 0)) {
+                Ok(_) => true,
+                Err(error) => error.kind() != io::ErrorKind::AddrNotAvailable,
+            },
+        };
+        if self.0.len() < ASKED_MAX {
+            self.0.insert(address, is_own);
+        }
+        is_own
     }
 }
 
@@ -131,7 +163,7 @@ struct Entry {
 fn find(socket: &OwnedFd, what: &Forget, until: Instant) -> io::Result<Vec<Entry>> {
     // Of both families.
     tell(socket, GET, REQUEST | DUMP, &[0; FAMILY])?;
-    let mut found = Vec::new();
+    let (mut found, mut own) = (Vec::new(), Own::default());
     read(socket, until, |kind, body| {
         match kind {
             DONE => return Ok(true),
@@ -139,7 +171,7 @@ fn find(socket: &OwnedFd, what: &Forget, until: Instant) -> io::Result<Vec<Entry
             _ => {}
         }
         if found.len() < FOUND_MAX
-            && let Some(entry) = meant(body, what)
+            && let Some(entry) = meant(body, what, |address| own.has(address))
         {
             found.push(entry);
         }
@@ -149,7 +181,7 @@ fn find(socket: &OwnedFd, what: &Forget, until: Instant) -> io::Result<Vec<Entry
 }
 
 /// An entry that is meant; `None` also for what is no entry.
-fn meant(body: &[u8], what: &Forget) -> Option<Entry> {
+fn meant(body: &[u8], what: &Forget, is_own: impl FnOnce(IpAddr) -> bool) -> Option<Entry> {
     let (&family, rest) = (body.first()?, body.get(FAMILY..)?);
     let (mut there, mut back, mut names) = (None, None, Vec::new());
     for (kind, value, whole) in attributes(rest) {
@@ -164,7 +196,7 @@ fn meant(body: &[u8], what: &Forget) -> Option<Entry> {
             names.resize(names.len().next_multiple_of(ATTRIBUTE), 0);
         }
     }
-    what.is(&there?, &back?).then_some(Entry { family, names })
+    what.is(&there?, &back?, is_own).then_some(Entry { family, names })
 }
 
 fn tuple(bytes: &[u8]) -> Option<Tuple> {
@@ -302,13 +334,28 @@ mod tests {
         );
         let slot = Forget { addresses: ["10.77.0.2".parse().unwrap()].into(), ..Forget::default() };
         let port = Forget { udp_ports: [5353].into(), ..Forget::default() };
-        let is = |body: &[u8], what: &Forget| meant(body, what).is_some();
+        let is = |body: &[u8], what: &Forget| meant(body, what, |_| true).is_some();
         assert_eq!((is(&published, &slot), is(&plain, &slot), is(&tcp, &slot)), (true, false, false));
         assert_eq!((is(&published, &port), is(&plain, &port), is(&tcp, &port)), (false, true, false));
-        let named = meant(&published, &slot).unwrap();
+        // This host's own question to a port of another's.
+        let others = |address: IpAddr| {
+            assert_eq!(address, "192.0.2.9".parse::<IpAddr>().unwrap());
+            false
+        };
+        assert!(meant(&plain, &port, others).is_none());
+        let named = meant(&published, &slot, |_| false).unwrap();
         assert_eq!(named.family, 2);
         let kinds: Vec<u16> = attributes(&named.names).map(|(kind, ..)| kind).collect();
         assert_eq!(kinds, [TUPLE_ORIG, ID]);
+    }
+
+    #[test]
+    fn an_address_is_this_hosts_or_it_is_not() {
+        let mut own = Own::default();
+        let mut has = |address: &str| own.has(address.parse().unwrap());
+        assert!(has("127.0.0.1") && has("127.0.0.1") && has("fe80::1"));
+        // Of documentation (RFC 5737), and a group.
+        assert!(!has("192.0.2.9") && !has("192.0.2.9") && !has("224.0.0.251") && !has("ff02::fb"));
     }
 
     #[test]
@@ -320,10 +367,11 @@ mod tests {
         let what = Forget { udp_ports: [5353].into(), ..Forget::default() };
         for length in 0..whole.len() {
             // The id comes last: without it the rest is whole.
-            let _ = meant(&whole[..length], &what);
+            let _ = meant(&whole[..length], &what, |_| true);
         }
-        assert!(meant(&whole[..40], &what).is_none());
-        assert!(meant(&[0xff; 64], &what).is_none() && meant(&[0; 64], &what).is_none());
+        for cut in [&whole[..40], &[0xff; 64], &[0; 64]] {
+            assert!(meant(cut, &what, |_| true).is_none());
+        }
         assert!(outcome(&[0, 0]).is_err());
         assert!(!outcome(&(-libc::ENOENT).to_ne_bytes()).unwrap());
         assert!(outcome(&(-libc::EPERM).to_ne_bytes()).is_err());

@@ -36,10 +36,12 @@ impl Slots {
     /// The pool's task.
     pub(super) async fn run(self: Arc<Self>) {
         let mut retry = RETRY.0;
+        // When what could not be taken down is tried again.
+        let (mut again_at, mut again_in) = (Instant::now(), RETRY.0);
         let mut was_down = false;
         let mut forget_at = Instant::now();
         loop {
-            let step = self.next_step(was_down, forget_at);
+            let step = self.next_step(was_down, forget_at, again_at);
             was_down = matches!(step, Step::TakeDown(..));
             match step {
                 Step::End => return,
@@ -72,8 +74,16 @@ impl Slots {
                     }
                     let slots = Arc::clone(&self);
                     let done = blocking(move || maker::behind(|| slots.down(&gone, &ports))).await;
-                    if let Err(error) = done.and_then(|done| Ok(done??)) {
-                        tracing::error!(%error, "network slots are left behind");
+                    match done.and_then(|done| Ok(done??)) {
+                        Ok(()) => again_in = RETRY.0,
+                        Err(error) if self.lock().stuck.is_empty() => {
+                            tracing::error!(%error, "network slots are left behind");
+                        }
+                        Err(error) => {
+                            tracing::error!(%error, again_in_s = again_in.as_secs(), "network slots cannot be taken down");
+                            again_at = Instant::now() + again_in;
+                            again_in = (again_in * 2).min(RETRY.1);
+                        }
                     }
                 }
                 Step::Make(place) => {
@@ -123,9 +133,14 @@ impl Slots {
     }
 
     /// Taking down and making take turns, so that neither waits for ever.
-    fn next_step(&self, was_down: bool, forget_at: Instant) -> Step {
+    fn next_step(&self, was_down: bool, forget_at: Instant, again_at: Instant) -> Step {
         let mut state = self.lock();
         let state = &mut *state;
+        // At the end once more, and then they are left behind.
+        if state.closed || again_at <= Instant::now() {
+            let again = state.stuck.drain(..).map(|number| Gone { number, place: None, seen: false });
+            state.gone.extend(again);
+        }
         if state.remembered.len() >= REMEMBERED_MAX {
             return Step::Forget(std::mem::take(&mut state.remembered));
         }
@@ -146,7 +161,11 @@ impl Slots {
             return match is_due {
                 true => Step::Forget(std::mem::take(&mut state.remembered)),
                 false if state.closed && state.awaited == 0 => Step::End,
-                false => Step::Wait((!state.remembered.is_empty()).then_some(forget_at)),
+                false => {
+                    let forget = (!state.remembered.is_empty()).then_some(forget_at);
+                    let again = (!state.stuck.is_empty()).then_some(again_at);
+                    Step::Wait(forget.into_iter().chain(again).min())
+                }
             };
         }
         let count = state.gone.len().min(DOWN_MAX);
@@ -171,7 +190,12 @@ impl Slots {
         child::undisturbed(|| self.lock().ports.let_go(ports));
         let numbers: Vec<u32> = gone.iter().map(|gone| gone.number).collect();
         let result = maker::take_down(&self.rules, &numbers);
-        self.lock().remembered.extend(gone.iter().filter_map(|gone| gone.place));
+        let left = if result.is_err() { maker::left_of(&self.rules, &numbers) } else { Vec::new() };
+        let mut state = self.lock();
+        state.remembered.extend(gone.iter().filter_map(|gone| gone.place));
+        if !state.closed {
+            state.stuck.extend(left);
+        }
         Ok(result?)
     }
 }
@@ -194,5 +218,30 @@ fn forget(what: &Forget) {
             %error,
             "the host's kernel cannot be made to forget connections of network slots; it does after some time without packets (is there the module nf_conntrack_netlink?)"
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::slots::addresses::Plan;
+
+    #[tokio::test]
+    async fn what_cannot_be_taken_down_is_tried_again_later_and_at_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let slots = Slots::new(0, Plan::default(), folder.path()).unwrap();
+        let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(3600));
+        let taken_down = |step| match step {
+            Step::TakeDown(gone, _) => gone.iter().map(|gone| gone.number).collect(),
+            _ => Vec::new(),
+        };
+        slots.lock().stuck = vec![5, 6];
+        assert!(matches!(slots.next_step(false, now, later), Step::Wait(Some(until)) if until == later));
+        assert_eq!(taken_down(slots.next_step(false, now, now)), [5, 6]);
+        assert!(matches!(slots.next_step(false, now, now), Step::Wait(None)));
+        slots.lock().stuck = vec![7];
+        slots.lock().closed = true;
+        assert_eq!(taken_down(slots.next_step(false, now, later)), [7]);
+        assert!(matches!(slots.next_step(false, now, later), Step::End));
     }
 }

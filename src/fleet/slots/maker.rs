@@ -89,6 +89,12 @@ pub fn take_down(rules: &Rules, numbers: &[u32]) -> Result<(), SlotError> {
     }
 }
 
+/// Those of which something is there still.
+pub fn left_of(rules: &Rules, numbers: &[u32]) -> Vec<u32> {
+    let all = found(rules);
+    numbers.iter().copied().filter(|number| all.contains(number)).collect()
+}
+
 fn exists(netns: &str) -> bool {
     fs::symlink_metadata(format!("{NETNS_FOLDER}/{netns}")).is_ok()
 }

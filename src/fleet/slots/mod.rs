@@ -79,7 +79,7 @@ pub struct Slots {
     /// Another one is ready.
     filled: Notify,
     /// The host's table is written by one at a time.
-    host: tokio::sync::Mutex<()>,
+    host: Arc<tokio::sync::Mutex<()>>,
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -92,6 +92,8 @@ struct State {
     ports: Ports,
     /// To be taken down.
     gone: VecDeque<Gone>,
+    /// Numbers of those that could not be: they are tried again.
+    stuck: Vec<u32>,
     /// Of slots that are taken down: connections of theirs may be remembered by the host.
     remembered: Vec<Place>,
     /// From which number on one is looked for that is free.
@@ -187,7 +189,7 @@ impl Slots {
             ready: Semaphore::new(0),
             work: Notify::new(),
             filled: Notify::new(),
-            host: tokio::sync::Mutex::default(),
+            host: Arc::default(),
             task: Mutex::default(),
         }))
     }
@@ -485,21 +487,36 @@ impl Slots {
 
     /// Writes the host's table as it is to be now.
     async fn set_host(&self) -> Result<(), FleetError> {
-        let _one = self.host.lock().await;
-        let text = {
+        let text = || {
             let state = self.lock();
             let seen = state.used.values().filter(|(place, access)| {
                 access.is_seen_by_host() || !self.rules.plan.has(place.address4.into())
             });
             self.rules.host(seen.map(|(place, access)| (place, access)))
         };
-        let done = blocking(move || maker::set_host(&text)).await?;
+        let done = one_by_one(&self.host, text, |text| maker::set_host(&text)).await?;
         Ok(done.map_err(NetworkError::from)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Does `work` with what `look` sees when it is its turn. Who is given up in the middle of it has its turn to the work's end all the same: what the next
+/// one writes is not to be overtaken by something older.
+async fn one_by_one<L: Send + 'static, T: Send + 'static>(
+    turns: &Arc<tokio::sync::Mutex<()>>,
+    look: impl FnOnce() -> L,
+    work: impl FnOnce(L) -> T + Send + 'static,
+) -> Result<T, FleetError> {
+    let turn = Arc::clone(turns).lock_owned().await;
+    let seen = look();
+    blocking(move || {
+        let _turn = turn;
+        work(seen)
+    })
+    .await
 }
 
 impl State {
@@ -518,6 +535,7 @@ impl State {
             let taken = self.used.contains_key(&place.number)
                 || self.ready.iter().any(|made| made.place.number == place.number)
                 || self.gone.iter().any(|gone| gone.number == place.number)
+                || self.stuck.contains(&place.number)
                 // Of an earlier service, that had other networks.
                 || self.used.values().any(|(other, _)| other.address4 == place.address4 || other.address6 == place.address6);
             if !taken && !maker::is_there(rules, place.number) {
@@ -547,6 +565,34 @@ mod tests {
         let place = rules.plan.place(3);
         state.used.insert(40, (Place { number: 40, ..place }, Access::default()));
         assert_eq!(state.free(&rules).map(|place| place.number), Some(4), "another's address");
+    }
+
+    #[tokio::test]
+    async fn nothing_older_is_written_over_what_is_newer_when_a_caller_goes_away() {
+        let (turns, written) = (Arc::default(), Arc::new(Mutex::new(Vec::new())));
+        let (go, gone) = std::sync::mpsc::channel::<()>();
+        let (begun_in, begun) = tokio::sync::oneshot::channel();
+        let (turns_1, written_1) = (Arc::clone(&turns), Arc::clone(&written));
+        let first = tokio::spawn(async move {
+            let slow = move |text| {
+                begun_in.send(()).unwrap();
+                gone.recv().unwrap();
+                written_1.lock().unwrap().push(text);
+            };
+            one_by_one(&turns_1, || "older", slow).await
+        });
+        begun.await.unwrap();
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        let written_2 = Arc::clone(&written);
+        let second = one_by_one(&turns, || "newer", move |text| written_2.lock().unwrap().push(text));
+        tokio::pin!(second);
+        // It would be done at once if nobody were before it.
+        let waited = tokio::time::timeout(Duration::from_millis(100), &mut second).await;
+        assert!(waited.is_err(), "{:?}", written.lock().unwrap());
+        go.send(()).unwrap();
+        second.await.unwrap();
+        assert_eq!(*written.lock().unwrap(), ["older", "newer"]);
     }
 
     #[tokio::test]
