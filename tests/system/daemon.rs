@@ -1,5 +1,6 @@
 //! A daemon of a trial's own: started, watched, killed with everything it started.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -118,6 +119,26 @@ impl Daemon {
     /// How many descriptors the daemon has open.
     pub fn descriptors(&self) -> anyhow::Result<usize> {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.child.id()))?.count())
+    }
+
+    /// What they lead to, and how many to each; the numbers of sockets, pipes and VMs are left out.
+    pub fn descriptors_lead_to(&self) -> anyhow::Result<BTreeMap<String, usize>> {
+        let mut places = BTreeMap::new();
+        for descriptor in fs::read_dir(format!("/proc/{}/fd", self.child.id()))? {
+            // One may be closed meanwhile.
+            let Ok(place) = fs::read_link(descriptor?.path()) else { continue };
+            let place = place.to_string_lossy();
+            let place = match place.split_once(":[") {
+                Some((kind, _)) => kind.to_owned(),
+                None => place
+                    .split('/')
+                    .map(|part| part.split_once('-').map_or(part, |(kind, _)| kind))
+                    .collect::<Vec<_>>()
+                    .join("/"),
+            };
+            *places.entry(place).or_default() += 1;
+        }
+        Ok(places)
     }
 
     /// Further arguments from its next start on.

@@ -112,11 +112,16 @@ async fn nothing_left(stage: Stage) -> anyhow::Result<()> {
         }
         // Files of the snapshot are opened, and its working set is learnt, with the first.
         if round == 1 {
-            before = Some(held(&daemon).await?);
+            before = Some((held(&daemon).await?, daemon.descriptors_lead_to()?));
         }
     }
+    let (before, were) = before.context("too few rounds")?;
     let after = held(&daemon).await?;
-    ensure!(before.as_ref() == Some(&after), "before {before:?}, after {after:?}");
+    ensure!(
+        before == after,
+        "before {before:?}, after {after:?}: {were:?} then {:?}",
+        daemon.descriptors_lead_to()?
+    );
     no_zombies(&daemon).await
 }
 
