@@ -37,6 +37,8 @@ pub const RATE_BYTES_MAX: u64 = 1 << 50;
 const PERIOD_US: u64 = 100_000;
 /// The group below its own in which the service and its workers without limits are.
 const LEAF: &str = "service";
+/// By which the unit says that its `ExecStopPost=` makes room for the next service.
+const MAKES_ROOM: &str = "COLDSPARK_MAKES_ROOM";
 /// Longest file that is read.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 /// How long groups may take to be empty at the end, and how often that is looked at.
@@ -418,7 +420,14 @@ pub fn look() -> Result<&'static str, String> {
 fn find_places() -> Result<Places, String> {
     let text = |path: &str| read(Path::new(path)).map_err(|error| format!("{path}: {error}"));
     let places = places_of(&text("/proc/self/cgroup")?, &text("/proc/self/mountinfo")?)?;
-    if let Places::Unified { own, .. } = &places {
+    if let Places::Unified { own, flat } = &places {
+        let is_service = own.extension().is_some_and(|kind| kind == "service");
+        if *flat && is_service && std::env::var_os(MAKES_ROOM).is_none() {
+            return Err(format!(
+                "systemd could not start {} again while VMs with limits live: its unit needs DelegateSubgroup={LEAF} (systemd 254), or ExecStopPost= and {MAKES_ROOM}=yes as in deploy/coldspark.service",
+                own.display()
+            ));
+        }
         let controllers = read(&own.join("cgroup.controllers")).unwrap_or_default();
         for needed in ["memory", "cpu"] {
             if !controllers.split_whitespace().any(|controller| controller == needed) {

@@ -2,17 +2,18 @@
 //! (`rig run --system`). What is done to that machine is what the head of the unit file says.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, ensure};
+use coldspark::api::proto::agent_call_request::Op;
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::network_interface::Link;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
 
 use crate::client::Client;
+use crate::commands::run;
 use crate::daemon::{connect, eventually, program};
 use crate::host::Need;
 use crate::trial::{Stage, trial};
@@ -22,6 +23,7 @@ const NETWORKS: &str = include_str!("../../deploy/networks.conf");
 const UNIT_FILE: &str = "/etc/systemd/system/coldspark.service";
 const DROP_IN: &str = "/etc/systemd/system/coldspark.service.d/networks.conf";
 const CONFIGURATION: &str = "/etc/coldspark/coldspark.toml";
+const PROGRAM: &str = "/usr/local/bin/coldspark";
 const SOCKET: &str = "/run/coldspark/coldspark.sock";
 const DATA: &str = "/var/lib/coldspark";
 const GROUP: &str = "/sys/fs/cgroup/system.slice/coldspark.service";
@@ -29,7 +31,7 @@ const NEEDS: &[Need] = &[Need::Kvm, Need::Systemd];
 
 const LIMIT: u64 = 64 << 20;
 /// Pages that do not fit into it.
-const MANY: &str = "24576";
+const MANY: u64 = 24 << 10;
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -44,10 +46,9 @@ pub fn trials() -> Vec<Trial> {
 pub fn available() -> Result<(), String> {
     match crate::host::in_rig() && Path::new("/run/systemd/system").is_dir() {
         true => Ok(()),
-        false => Err(
-            "installs a unit, so it needs a machine of its own with systemd; runs in the rig (rig debian)"
-                .into(),
-        ),
+        false => {
+            Err("it installs a unit, in a Debian of its own (tests/rig/rig debian); runs in the rig".into())
+        }
     }
 }
 
@@ -62,7 +63,8 @@ impl Installed {
             "useradd --user-group --groups '' friend; groupadd team; usermod -a -G team friend; useradd --user-group stranger",
         )?;
         fs::write(UNIT_FILE, UNIT)?;
-        replace_program()?;
+        let _ = fs::remove_file(PROGRAM);
+        fs::copy(program(), PROGRAM)?;
         configure(configuration)?;
         // Word for word what it says.
         let head = UNIT.lines().take_while(|line| line.starts_with('#'));
@@ -91,10 +93,9 @@ impl Drop for Installed {
 
 /// As somebody does who builds and copies: the file is another one, whoever runs the old one.
 fn replace_program() -> anyhow::Result<()> {
-    let new = "/usr/local/bin/coldspark.new";
-    fs::copy(program(), new)?;
-    fs::set_permissions(new, fs::Permissions::from_mode(0o755))?;
-    Ok(fs::rename(new, "/usr/local/bin/coldspark")?)
+    let new = format!("{PROGRAM}.new");
+    fs::copy(program(), &new)?;
+    Ok(fs::rename(new, PROGRAM)?)
 }
 
 fn configure(more: &str) -> anyhow::Result<()> {
@@ -119,7 +120,7 @@ fn shell(command: &str) -> anyhow::Result<String> {
 fn coldspark(user: &str, arguments: &[&str]) -> anyhow::Result<Output> {
     let mut command = Command::new("setpriv");
     command.args([&format!("--reuid={user}"), &format!("--regid={user}"), "--init-groups", "--reset-env"]);
-    Ok(command.arg("/usr/local/bin/coldspark").args(arguments).output()?)
+    Ok(command.arg(PROGRAM).args(arguments).output()?)
 }
 
 /// The same for one who is let in, and what it says on stdout.
@@ -134,30 +135,36 @@ fn friend(arguments: &[&str]) -> anyhow::Result<String> {
     Ok(said)
 }
 
-/// A snapshot `ready`, made by a user.
-fn ready() -> anyhow::Result<()> {
-    friend(&["vm", "create", "--embedded", "--memory", "256M", "--name", "first", "--quiet"])?;
-    friend(&["vm", "snapshot", "first", "--name", "ready"])?;
-    friend(&["vm", "rm", "first"])?;
+/// A snapshot `ready`.
+async fn ready(client: &mut Client) -> anyhow::Result<()> {
+    let vm = client.boot_embedded(256 << 20).await?;
+    client.snapshot(&vm.id, "ready").await?;
+    Ok(client.delete_vm(&vm.id).await?)
+}
+
+async fn clone(client: &mut Client, name: &str, limit: Option<u64>) -> anyhow::Result<()> {
+    let limits = limit.map(|bytes| ResourceLimits { memory_bytes: bytes, ..ResourceLimits::default() });
+    let request =
+        CloneVmRequest { snapshot: "ready".into(), name: name.into(), limits, ..Default::default() };
+    client.vms.clone_vm(request).await?;
     Ok(())
 }
 
-fn clone(name: &str, more: &[&str]) -> anyhow::Result<()> {
-    friend(&[&["vm", "clone", "ready", "--name", name], more].concat()).map(drop)
-}
-
-fn answers(vm: &str) -> anyhow::Result<()> {
-    let said = friend(&["vm", "exec", vm, "--", "echo", "here"])?;
-    ensure!(said == "here", "{vm} says {said:?}");
+async fn answer(stage: &Stage, vms: &[&str]) -> anyhow::Result<()> {
+    let client = client(stage).await?;
+    for vm in vms {
+        run(&client, vm, &["echo", "here"]).await?.expect(0, "here\n").with_context(|| vm.to_string())?;
+    }
     Ok(())
 }
 
 /// Its limits are in force: by the files of its control group, and by what happens to it.
 async fn ends_at_its_limit(vm: &str, stage: &Stage) -> anyhow::Result<()> {
     is_limited(vm, stage).await?;
-    let output = coldspark("friend", &["vm", "call", vm, "touch", MANY, "--mode", "fill"])?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(said.contains("more memory than its limit of 64 MiB"), "{vm}: {said}");
+    let fill = TouchOp { first_page: 0, pages: MANY, stride: 1, seed: 7, mode: TouchMode::Fill.into() };
+    let filled = client(stage).await?.ask(vm, Op::Touch(fill)).await;
+    let why = filled.err().with_context(|| format!("{vm} has more than its limit"))?;
+    ensure!(format!("{why:#}").contains("more memory than its limit of 64 MiB"), "{vm}: {why:#}");
     Ok(())
 }
 
@@ -216,15 +223,17 @@ async fn used(stage: Stage) -> anyhow::Result<()> {
     let refused = coldspark("stranger", &["vm", "ls"])?;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(!refused.status.success() && said.contains("PERMISSION_DENIED"), "{said}");
-    ready()?;
-    clone("free", &[])?;
-    clone("limited", &["--memory-limit", "64M", "--cpu-limit", "0.5"])?;
+    friend(&["vm", "create", "--embedded", "--memory", "256M", "--name", "first", "--quiet"])?;
+    friend(&["vm", "snapshot", "first", "--name", "ready"])?;
+    friend(&["vm", "clone", "ready", "--name", "free"])?;
+    friend(&["vm", "clone", "ready", "--name", "limited", "--memory-limit", "64M", "--cpu-limit", "0.5"])?;
     for vm in ["free", "limited"] {
-        answers(vm)?;
+        let said = friend(&["vm", "exec", vm, "--", "echo", "here"])?;
+        ensure!(said == "here", "{vm} says {said:?}");
     }
     ends_at_its_limit("limited", &stage).await?;
     // That was the kernel's doing, and systemd has heard of it.
-    answers("free")?;
+    answer(&stage, &["free"]).await?;
     ensure!(property("NRestarts")? == "0" && property("ActiveState")? == "active");
 
     shell("systemctl reload coldspark")?;
@@ -232,8 +241,8 @@ async fn used(stage: Stage) -> anyhow::Result<()> {
         Ok(shell("journalctl -u coldspark -o cat")?.contains("tokens and certificates were read again"))
     })
     .await?;
-    answers("free")?;
     doctor()?;
+    answer(&stage, &["free"]).await?;
     shell("systemctl stop coldspark")?;
     nothing_left().await
 }
@@ -261,21 +270,17 @@ fn doctor() -> anyhow::Result<()> {
 /// VMs outlive the service, twice, with their limits; systemd starts the next one, whoever is in its control group.
 async fn killed(stage: Stage) -> anyhow::Result<()> {
     let _installed = Installed::new("")?;
-    ready()?;
-    clone("free", &[])?;
-    for vm in ["one", "two"] {
-        clone(vm, &["--memory-limit", "64M"])?;
-    }
+    let mut first = client(&stage).await?;
+    ready(&mut first).await?;
+    clone(&mut first, "free", None).await?;
+    clone(&mut first, "one", Some(LIMIT)).await?;
+    clone(&mut first, "two", Some(LIMIT)).await?;
     kill().await?;
-    for vm in ["free", "one", "two"] {
-        answers(vm)?;
-    }
+    answer(&stage, &["free", "one", "two"]).await?;
     ends_at_its_limit("one", &stage).await?;
-    clone("three", &["--memory-limit", "64M"])?;
+    clone(&mut client(&stage).await?, "three", Some(LIMIT)).await?;
     kill().await?;
-    for vm in ["free", "two", "three"] {
-        answers(vm)?;
-    }
+    answer(&stage, &["free", "two", "three"]).await?;
     ends_at_its_limit("two", &stage).await?;
     is_limited("three", &stage).await?;
     ensure!(property("NRestarts")? == "2", "{} restarts", property("NRestarts")?);
@@ -286,24 +291,23 @@ async fn killed(stage: Stage) -> anyhow::Result<()> {
 /// The program is replaced while VMs run.
 async fn replaced(stage: Stage) -> anyhow::Result<()> {
     let _installed = Installed::new("keep-vms = true")?;
-    ready()?;
-    clone("free", &[])?;
-    // One of each kind: where there is a limit, all others are in another control group than before.
+    let mut first = client(&stage).await?;
+    ready(&mut first).await?;
+    clone(&mut first, "free", None).await?;
+    // The first limit comes when workers of an older program are beside the service; the second service finds one.
     for round in ["one", "two"] {
         replace_program()?;
         shell("systemctl restart coldspark")?;
-        answers("free")?;
-        clone(round, &["--memory-limit", "64M"])?;
+        answer(&stage, &["free"]).await?;
+        clone(&mut client(&stage).await?, round, Some(LIMIT)).await?;
     }
     for vm in ["one", "two"] {
-        answers(vm)?;
         ends_at_its_limit(vm, &stage).await?;
     }
-    answers("free")?;
     // The last one ends what it has.
     configure("keep-vms = false")?;
     shell("systemctl restart coldspark")?;
-    answers("free")?;
+    answer(&stage, &["free"]).await?;
     shell("systemctl stop coldspark")?;
     nothing_left().await
 }
@@ -327,7 +331,7 @@ async fn networks(stage: Stage) -> anyhow::Result<()> {
     };
     let first = client.boot(request).await?.vm;
     client.snapshot(&first.id, "ready").await?;
-    clone("one", &["--net", "auto"])?;
+    friend(&["vm", "clone", "ready", "--name", "one", "--net", "auto"])?;
     let one = client.vm("one").await?.networks;
     let reached = || -> anyhow::Result<()> {
         let address = &one.first().context("no interface")?.slot_address;
@@ -344,7 +348,7 @@ async fn networks(stage: Stage) -> anyhow::Result<()> {
     ensure!(shell("ip netns list")?.contains("cs-"), "no namespaces");
     kill().await?;
     reached()?;
-    answers("one")?;
+    answer(&stage, &["one"]).await?;
     shell("systemctl stop coldspark")?;
     ensure!(shell("ip netns list")?.is_empty() && !shell("ip link")?.contains(": cs"));
     ensure!(!shell("nft list tables")?.contains("coldspark"));

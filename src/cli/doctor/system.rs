@@ -123,7 +123,7 @@ fn limits() -> Finding {
         Err(why) => Finding::warn(
             NAME,
             format!("not here ({why}): --memory-limit and --cpu-limit are refused"),
-            "run the service as root, or give it a control group of its own (systemd: Delegate=cpu memory and DelegateSubgroup=service)",
+            "run the service as root, or give it a control group of its own (systemd: as in deploy/coldspark.service)",
         ),
     }
 }
