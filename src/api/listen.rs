@@ -79,16 +79,24 @@ impl Socket {
         let hidden = PathBuf::from(hidden);
         let _ = fs::remove_file(&hidden);
         let listener = UnixListener::bind(&hidden).map_err(failed)?;
-        let (mode, group) = match whom {
-            SocketFor::Owner => (0o600, None),
-            SocketFor::Group(group) => (0o660, Some(group)),
-            SocketFor::Everybody => (0o666, None),
-        };
         // The group first: until then the mode is what the umask left.
-        let placed = fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))
-            .and_then(|()| group.map_or(Ok(()), |group| chown(&hidden, None, Some(group))))
-            .and_then(|()| fs::set_permissions(&hidden, fs::Permissions::from_mode(mode)))
-            .and_then(|()| fs::rename(&hidden, path));
+        let placed = fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600)).and_then(|()| {
+            let mode = match whom {
+                SocketFor::Owner => 0o600,
+                SocketFor::Group(group) => match chown(&hidden, None, Some(group)) {
+                    Ok(()) => 0o660,
+                    // Only a member of a group may give it something. Whom the guard lets in is the same.
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                        tracing::info!(group, "the socket is open to all users, and the rules decide: this service is not of the group that they name");
+                        0o666
+                    }
+                    Err(error) => return Err(error),
+                },
+                SocketFor::Everybody => 0o666,
+            };
+            fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))?;
+            fs::rename(&hidden, path)
+        });
         if let Err(source) = placed {
             let _ = fs::remove_file(&hidden);
             return Err(failed(source));

@@ -12,6 +12,7 @@ mod function;
 mod image;
 mod limits;
 mod manual;
+mod notify;
 mod output;
 mod pool;
 mod private;

@@ -14,6 +14,7 @@ use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::config::ConfigArgument;
+use super::notify;
 use super::service::SocketPath;
 use super::units;
 use crate::api::auth::guard::{Guard, Policy};
@@ -362,6 +363,8 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let _ = stopped.await;
     });
     tokio::pin!(serving);
+    // The socket is there already: who connects now is answered as soon as the loop below runs.
+    notify::ready(&format!("serving at {}", path.display()));
     loop {
         tokio::select! {
             result = &mut serving => {
@@ -379,9 +382,10 @@ async fn serve(arguments: Arguments) -> anyhow::Result<ExitCode> {
             }
         }
     }
+    let keep = arguments.keep_vms;
+    notify::stopping(if keep { "leaving VMs to the next service" } else { "ending all VMs" });
     // Calls that wait for a VM end with it.
     let _ = stop.send(());
-    let keep = arguments.keep_vms;
     let close = async {
         match keep {
             true => closing.leave().await,

@@ -1,20 +1,23 @@
 //! Where the service is, for every command that calls it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
 
 use crate::api::client::{self, Client, Remote};
 
+/// Where `deploy/coldspark.service` has it.
+const OF_THE_SYSTEM: &str = "/run/coldspark/coldspark.sock";
 /// Longest token file of a client.
 const TOKEN_FILE_BYTES_MAX: u64 = 4096;
 
 /// The service's socket.
 #[derive(Debug, Clone, Args)]
 pub struct SocketPath {
-    /// The service's Unix socket [default: $XDG_RUNTIME_DIR/coldspark.sock, for root /run/coldspark.sock]
+    /// The service's Unix socket [default: $XDG_RUNTIME_DIR/coldspark.sock, for root /run/coldspark.sock; for
+    /// clients, if it is not there, /run/coldspark/coldspark.sock]
     #[arg(long, env = "COLDSPARK_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
 }
@@ -30,6 +33,16 @@ impl SocketPath {
         match std::env::var_os("XDG_RUNTIME_DIR") {
             Some(folder) if !folder.is_empty() => Ok(PathBuf::from(folder).join("coldspark.sock")),
             _ => anyhow::bail!("XDG_RUNTIME_DIR is not set: name the service's socket with --socket"),
+        }
+    }
+
+    /// Where a client looks: if there is none of its user's own, for that of the system's service.
+    fn of_a_service(&self) -> anyhow::Result<PathBuf> {
+        let own = self.path();
+        let system = Path::new(OF_THE_SYSTEM);
+        match self.socket {
+            None if !own.as_ref().is_ok_and(|own| own.exists()) && system.exists() => Ok(system.to_owned()),
+            _ => own.with_context(|| format!("there is no service at {OF_THE_SYSTEM}")),
         }
     }
 }
@@ -65,7 +78,7 @@ pub struct SocketArgument {
 
 impl SocketArgument {
     pub async fn connect(&self) -> anyhow::Result<Client> {
-        let Some(host) = &self.host else { return Ok(client::connect(&self.socket.path()?).await?) };
+        let Some(host) = &self.host else { return Ok(client::connect(&self.socket.of_a_service()?).await?) };
         let remote = Remote {
             host: host.clone(),
             token: self.token()?,

@@ -4,7 +4,13 @@
 //! version 1 the trees of `memory` and `cpu`. A VM's worker is moved into its group before it has any memory of its guest, so that what the guest
 //! writes is counted there; pages that clones share are counted where they were read first, if at all.
 //!
-//! Facts: Linux's `Documentation/admin-guide/cgroup-v2.rst` ("No Internal Process Constraint", "Delegation") and `cgroup-v1/memory.rst`.
+//! Under systemd the next service is started in the same unit's group while VMs of the last one live below it. From 254 on systemd puts it into a
+//! group of its own there (`DelegateSubgroup=service`). Before, it puts it where no process may be that has groups with controllers below it; so the
+//! unit switches the controllers off when the service has ended (`ExecStopPost=`), which the kernel does only if no group below hands them on. So
+//! there the VMs' groups lie flat, and their limits are set again when the VMs are taken over.
+//!
+//! Facts: Linux's `Documentation/admin-guide/cgroup-v2.rst` ("No Internal Process Constraint", "Delegation") and `cgroup-v1/memory.rst`;
+//! systemd's CGROUP_DELEGATION.md; what 252 and 257 do was tried (trials `systemd/...`).
 
 use std::collections::HashSet;
 use std::fs;
@@ -31,6 +37,8 @@ pub const RATE_BYTES_MAX: u64 = 1 << 50;
 const PERIOD_US: u64 = 100_000;
 /// The group below its own in which the service and its workers without limits are.
 const LEAF: &str = "service";
+/// By which the unit says that its `ExecStopPost=` makes room for the next service.
+const MAKES_ROOM: &str = "COLDSPARK_MAKES_ROOM";
 /// Longest file that is read.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 /// How long groups may take to be empty at the end, and how often that is looked at.
@@ -104,16 +112,55 @@ impl Limits {
 /// Where groups are made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Places {
-    /// The group that is this service's to divide.
-    Unified { own: PathBuf },
+    /// The group that is this service's to divide. `flat`: the next service is put into it, too, and not below.
+    Unified { own: PathBuf, flat: bool },
     /// The groups that this service is in, of the controllers `memory` and `cpu`.
     Split { memory: PathBuf, cpu: PathBuf },
+}
+
+/// Which groups of a folder are the VMs'.
+#[derive(Debug, PartialEq, Eq)]
+struct Holder {
+    folder: PathBuf,
+    /// Of their names; the rest is the VM's. Empty: the folder is for them alone.
+    prefix: String,
+}
+
+impl Holder {
+    fn group(&self, vm: &str) -> PathBuf {
+        self.folder.join(format!("{}{vm}", self.prefix))
+    }
+
+    /// Those that there are, with their VMs' names.
+    fn groups(&self) -> Vec<(String, PathBuf)> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let groups = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        groups
+            .filter_map(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                Some((name.strip_prefix(&self.prefix)?.to_owned(), entry.path()))
+            })
+            .collect()
+    }
+
+    fn is_used(&self) -> bool {
+        if self.prefix.is_empty() { self.folder.exists() } else { !self.groups().is_empty() }
+    }
+
+    /// Removes the groups of VMs that do not live.
+    fn sweep(&self, living: &HashSet<String>) {
+        for (vm, folder) in self.groups() {
+            if !living.contains(&vm) {
+                remove(&folder);
+            }
+        }
+    }
 }
 
 /// Makes groups. Looks where when the first one is wanted.
 #[derive(Debug)]
 pub struct Cgroups {
-    /// Of the group that holds the VMs' groups.
+    /// Of the group that holds the VMs' groups, or the beginning of theirs.
     name: String,
     places: Mutex<Option<Places>>,
     busy: Busy,
@@ -168,35 +215,46 @@ impl Cgroups {
         Ok(group)
     }
 
-    /// The group of a VM that an earlier service has started, if it has one.
+    /// The group of a VM that an earlier service has started, if it has one. Its limits are in force again.
     pub fn find(&self, vm: &str, limits: Limits) -> Option<Group> {
         if !limits.need_group() {
             return None;
         }
         let places = self.known()?;
         let group = self.group(&places, vm, limits);
-        group.folders.iter().any(|folder| folder.exists()).then_some(group)
+        if !group.folders.iter().any(|folder| folder.exists()) {
+            return None;
+        }
+        let set = self.places().map_err(|error| error.to_string()).and_then(|places| {
+            group.set_up(&places, &limits).map_err(|(path, error)| format!("{}: {error}", path.display()))
+        });
+        if let Err(problem) = set {
+            tracing::warn!(vm, problem, "it is not certain that the VM's limits are still kept");
+        }
+        Some(group)
     }
 
     /// Removes the groups that no VM needs any more.
     pub fn sweep(&self, living: &HashSet<String>) {
         let Some(places) = self.known() else { return };
-        self.tops(&places).iter().for_each(|top| remove_groups(top, living));
+        self.holders(&places).iter().for_each(|holder| holder.sweep(living));
     }
 
     /// Removes all groups, when all VMs have ended. Blocks for a moment: a process that was killed leaves its group after its end is known,
     /// and of version 1 the kernel does not tell when.
     pub fn close(&self) {
         let kept = self.places.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let tops: Vec<PathBuf> =
-            kept.or_else(|| self.known()).iter().flat_map(|places| self.tops(places)).collect();
+        let holders: Vec<Holder> =
+            kept.or_else(|| self.known()).iter().flat_map(|places| self.holders(places)).collect();
         let until = Instant::now() + CLOSE_WITHIN;
         loop {
-            for top in &tops {
-                remove_groups(top, &HashSet::new());
-                remove(top);
+            for holder in &holders {
+                holder.sweep(&HashSet::new());
+                if holder.prefix.is_empty() {
+                    remove(&holder.folder);
+                }
             }
-            let left: Vec<&PathBuf> = tops.iter().filter(|top| top.exists()).collect();
+            let left: Vec<&Holder> = holders.iter().filter(|holder| holder.is_used()).collect();
             if left.is_empty() {
                 return;
             }
@@ -218,8 +276,11 @@ impl Cgroups {
 
     /// Without making anything: `None` also where there was never a limit.
     fn known(&self) -> Option<Places> {
-        let found = find_places().ok()?;
-        self.tops(&found).iter().any(|top| top.exists()).then_some(found)
+        let kept = self.places.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        kept.or_else(|| {
+            let found = find_places().ok()?;
+            self.holders(&found).iter().any(Holder::is_used).then_some(found)
+        })
     }
 
     fn places(&self) -> Result<Places, FleetError> {
@@ -228,22 +289,26 @@ impl Cgroups {
             return Ok(places.clone());
         }
         let places = find_places().and_then(|places| {
-            prepare(&places, &self.tops(&places))?;
+            prepare(&places, &self.holders(&places))?;
             Ok(places)
         });
         let places = places.map_err(FleetError::NoLimits)?;
         Ok(kept.insert(places).clone())
     }
 
-    fn tops(&self, places: &Places) -> Vec<PathBuf> {
+    fn holders(&self, places: &Places) -> Vec<Holder> {
+        let below = |folder: &Path| Holder { folder: folder.join(&self.name), prefix: String::new() };
         match places {
-            Places::Unified { own, .. } => vec![own.join(&self.name)],
-            Places::Split { memory, cpu } => vec![memory.join(&self.name), cpu.join(&self.name)],
+            Places::Unified { own, flat: true } => {
+                vec![Holder { folder: own.clone(), prefix: format!("{}.", self.name) }]
+            }
+            Places::Unified { own, flat: false } => vec![below(own)],
+            Places::Split { memory, cpu } => vec![below(memory), below(cpu)],
         }
     }
 
     fn group(&self, places: &Places, vm: &str, limits: Limits) -> Group {
-        let folders: Vec<PathBuf> = self.tops(places).iter().map(|top| top.join(vm)).collect();
+        let folders: Vec<PathBuf> = self.holders(places).iter().map(|holder| holder.group(vm)).collect();
         let file = match places {
             Places::Unified { .. } => "memory.events",
             Places::Split { .. } => "memory.oom_control",
@@ -316,16 +381,6 @@ impl Drop for Group {
     }
 }
 
-/// Those of VMs that do not live.
-fn remove_groups(top: &Path, living: &HashSet<String>) {
-    for entry in fs::read_dir(top).into_iter().flatten().flatten() {
-        let is_group = entry.file_type().is_ok_and(|kind| kind.is_dir());
-        if is_group && entry.file_name().to_str().is_none_or(|name| !living.contains(name)) {
-            remove(&entry.path());
-        }
-    }
-}
-
 /// Whether it is gone. One that is busy is somebody's yet.
 fn remove(folder: &Path) -> bool {
     match fs::remove_dir(folder) {
@@ -371,7 +426,7 @@ fn read(path: &Path) -> io::Result<String> {
 /// Which version this process could use; says what is missing otherwise. Changes nothing.
 pub fn look() -> Result<&'static str, String> {
     let (version, folders) = match find_places()? {
-        Places::Unified { own } => ("version 2", vec![own]),
+        Places::Unified { own, .. } => ("version 2", vec![own]),
         Places::Split { memory, cpu } => ("version 1", vec![memory, cpu]),
     };
     for folder in folders {
@@ -385,7 +440,14 @@ pub fn look() -> Result<&'static str, String> {
 fn find_places() -> Result<Places, String> {
     let text = |path: &str| read(Path::new(path)).map_err(|error| format!("{path}: {error}"));
     let places = places_of(&text("/proc/self/cgroup")?, &text("/proc/self/mountinfo")?)?;
-    if let Places::Unified { own, .. } = &places {
+    if let Places::Unified { own, flat } = &places {
+        let is_service = own.extension().is_some_and(|kind| kind == "service");
+        if *flat && is_service && std::env::var_os(MAKES_ROOM).is_none() {
+            return Err(format!(
+                "systemd could not start {} again while VMs with limits live: its unit needs DelegateSubgroup={LEAF} (systemd 254), or ExecStopPost= and {MAKES_ROOM}=yes as in deploy/coldspark.service",
+                own.display()
+            ));
+        }
         let controllers = read(&own.join("cgroup.controllers")).unwrap_or_default();
         for needed in ["memory", "cpu"] {
             if !controllers.split_whitespace().any(|controller| controller == needed) {
@@ -433,27 +495,30 @@ fn places_of(groups: &str, mounts: &str) -> Result<Places, String> {
     }
     let mount = mounted(&|kind, _| kind == "cgroup2").ok_or("no control groups are mounted")?;
     let path = group(&str::is_empty).ok_or("this service is in no control group")?;
+    // The root may hold processes, so nobody is ever moved out of it.
+    let flat = path != "/";
     let own = below(mount, path);
-    // Where it has moved to itself, or systemd has put it.
-    Ok(Places::Unified {
-        own: own.parent().filter(|_| own.ends_with(LEAF)).map(Path::to_owned).unwrap_or(own),
-    })
+    // Where systemd has put it, or it has moved to itself; then the places are kept.
+    match own.parent().filter(|_| own.ends_with(LEAF)) {
+        Some(parent) => Ok(Places::Unified { own: parent.to_owned(), flat: false }),
+        None => Ok(Places::Unified { own, flat }),
+    }
 }
 
 /// Makes the groups that hold the VMs' groups.
-fn prepare(places: &Places, tops: &[PathBuf]) -> Result<(), String> {
+fn prepare(places: &Places, holders: &[Holder]) -> Result<(), String> {
     let text = |(path, error): Failed| format!("{}: {error}", path.display());
-    if let Places::Unified { own } = places {
+    if let Places::Unified { own, .. } = places {
         // The root has no such file, and may hold processes, too.
         if own.join("cgroup.events").exists() {
             step_down(own)?;
         }
         write(&own.join("cgroup.subtree_control"), "+memory +cpu").map_err(text)?;
     }
-    for top in tops {
-        make(top).map_err(text)?;
+    for Holder { folder, .. } in holders.iter().filter(|holder| holder.prefix.is_empty()) {
+        make(folder).map_err(text)?;
         if matches!(places, Places::Unified { .. }) {
-            write(&top.join("cgroup.subtree_control"), "+memory +cpu").map_err(text)?;
+            write(&folder.join("cgroup.subtree_control"), "+memory +cpu").map_err(text)?;
         }
     }
     Ok(())
@@ -462,6 +527,13 @@ fn prepare(places: &Places, tops: &[PathBuf]) -> Result<(), String> {
 /// A group of version 2 that has groups with controllers can hold no process itself: this service and its workers move into one below. They
 /// move nobody else.
 fn step_down(own: &Path) -> Result<(), String> {
+    if !is_delegated(own) {
+        // It would be divided until systemd next looks at it.
+        return Err(format!(
+            "systemd keeps {} for itself: its unit needs Delegate=cpu memory",
+            own.display()
+        ));
+    }
     let ours = program("self");
     let leaf = own.join(LEAF);
     let procs = own.join("cgroup.procs");
@@ -470,10 +542,6 @@ fn step_down(own: &Path) -> Result<(), String> {
         let text = read(&procs).map_err(|error| format!("{}: {error}", procs.display()))?;
         if text.trim().is_empty() {
             return Ok(());
-        }
-        if std::env::var_os("INVOCATION_ID").is_some() {
-            // systemd could start the service no more after a crash: it puts it where then no process may be.
-            return Err(format!("{} needs DelegateSubgroup={LEAF} in its unit (systemd 254)", own.display()));
         }
         make(&leaf).map_err(|(path, error)| format!("{}: {error}", path.display()))?;
         for pid in text.split_whitespace() {
@@ -493,9 +561,22 @@ fn step_down(own: &Path) -> Result<(), String> {
     Err(format!("processes keep coming in the control group {}", own.display()))
 }
 
-/// The program that a process runs; `None`: it is gone, or somebody else's.
+/// Whether a group is this service's, where systemd decides that. It says so to everybody from 251 on, and before by the owner.
+fn is_delegated(own: &Path) -> bool {
+    if std::env::var_os("INVOCATION_ID").is_none() || !rustix::process::geteuid().is_root() {
+        return true;
+    }
+    let mut value = [0; 8];
+    ["user.delegate", "trusted.delegate"]
+        .iter()
+        .any(|name| rustix::fs::getxattr(own, *name, &mut value).is_ok_and(|length| &value[..length] == b"1"))
+}
+
+/// The program that a process runs, also one that was replaced since; `None`: it is gone, or may not be looked at.
 fn program(pid: &str) -> Option<PathBuf> {
-    fs::read_link(format!("/proc/{pid}/exe")).ok()
+    let path = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    let text = path.to_str().and_then(|text| text.strip_suffix(" (deleted)"));
+    Some(text.map(PathBuf::from).unwrap_or(path))
 }
 
 #[cfg(test)]
@@ -514,16 +595,18 @@ mod tests {
             Places::Split { memory: "/sys/fs/cgroup/memory/box/1".into(), cpu: "/sys/fs/cgroup/cpu/".into() };
         assert_eq!(places_of(V1, V1_MOUNTS).unwrap(), split);
         let mount = "29 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
-        let unified = Places::Unified { own: "/sys/fs/cgroup/system.slice/coldspark.service".into() };
-        assert_eq!(places_of("0::/system.slice/coldspark.service\n", mount).unwrap(), unified);
-        assert_eq!(places_of("0::/system.slice/coldspark.service/service\n", mount).unwrap(), unified);
-        assert_eq!(places_of("0::/\n", mount).unwrap(), Places::Unified { own: "/sys/fs/cgroup/".into() });
+        let unified = |own: &str, flat| Places::Unified { own: own.into(), flat };
+        // systemd puts it into the unit's group, or into one below.
+        let unit = "/sys/fs/cgroup/system.slice/coldspark.service";
+        assert_eq!(places_of("0::/system.slice/coldspark.service\n", mount).unwrap(), unified(unit, true));
+        assert_eq!(
+            places_of("0::/system.slice/coldspark.service/service\n", mount).unwrap(),
+            unified(unit, false)
+        );
+        assert_eq!(places_of("0::/\n", mount).unwrap(), unified("/sys/fs/cgroup/", false));
         // A part of the tree, as a container sees it.
         let part = "29 23 0:26 /docker/1 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
-        assert_eq!(
-            places_of("0::/docker/1/x\n", part).unwrap(),
-            Places::Unified { own: "/sys/fs/cgroup/x".into() }
-        );
+        assert_eq!(places_of("0::/docker/1/x\n", part).unwrap(), unified("/sys/fs/cgroup/x", true));
         for (groups, mounts) in
             [("", ""), ("0::/\n", ""), ("", mount), ("x", "- - -"), (V1, "1 2 3 - cgroup")]
         {
@@ -559,7 +642,7 @@ mod tests {
     #[test]
     fn a_group_that_is_busy_when_its_vm_is_given_up_goes_with_another_one() {
         let folder = tempfile::tempdir().unwrap();
-        let (cgroups, places) = (cgroups(), Places::Unified { own: folder.path().to_owned() });
+        let (cgroups, places) = (cgroups(), Places::Unified { own: folder.path().to_owned(), flat: false });
         let at = |vm: &str| folder.path().join("coldspark-x").join(vm);
         let group = |vm: &str| {
             fs::create_dir_all(at(vm)).unwrap();
@@ -586,7 +669,7 @@ mod tests {
         let limits = Limits { memory_bytes: Some(64 << 20), cpu_millis: Some(500), ..Limits::default() };
         let cgroups = cgroups();
         let own = folder.path().to_owned();
-        let places = Places::Unified { own: own.clone() };
+        let places = Places::Unified { own: own.clone(), flat: false };
         let at = own.join("coldspark-x/vm-1");
         fs::create_dir_all(&at).unwrap();
         for name in ["memory.max", "cpu.max", "cgroup.procs"] {
@@ -607,5 +690,30 @@ mod tests {
         let places = Places::Split { memory: own.join("m"), cpu: own.join("c") };
         let group = cgroups.group(&places, "vm-1", limits);
         assert!(group.set_up(&places, &limits).is_err());
+    }
+
+    #[test]
+    fn groups_that_lie_flat_are_told_from_others_beside_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = folder.path().to_owned();
+        let cgroups = cgroups();
+        let places = Places::Unified { own: own.clone(), flat: true };
+        let holders = cgroups.holders(&places);
+        let [holder] = &holders[..] else { panic!("{holders:?}") };
+        for name in ["service", "coldspark-y.vm-1", "coldspark-x"] {
+            fs::create_dir(own.join(name)).unwrap();
+        }
+        assert!(!holder.is_used());
+        let limits = Limits { memory_bytes: Some(64 << 20), ..Limits::default() };
+        let of = |vm: &str| cgroups.group(&places, vm, limits).folders.clone();
+        assert_eq!(of("vm-1"), [own.join("coldspark-x.vm-1")]);
+        for vm in ["vm-1", "vm-2"] {
+            fs::create_dir(own.join(format!("coldspark-x.{vm}"))).unwrap();
+        }
+        assert!(holder.is_used());
+        holder.sweep(&HashSet::from(["vm-2".to_owned()]));
+        let mut left: Vec<_> = fs::read_dir(&own).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["coldspark-x", "coldspark-x.vm-2", "coldspark-y.vm-1", "service"]);
     }
 }

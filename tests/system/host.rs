@@ -31,6 +31,10 @@ pub enum Need {
     Netns,
     /// The same, and nftables and nsenter.
     Slots,
+    /// The same, and Docker's daemon with both kinds of iptables.
+    Dockerd,
+    /// A machine of its own with systemd.
+    Systemd,
     /// A FreeBSD kernel and disk of the user's.
     FreeBsd,
     /// One like GENERIC, without virtio_mmio; and the disk.
@@ -71,6 +75,8 @@ impl Need {
             Need::Tap => tap().clone(),
             Need::Netns => netns().clone(),
             Need::Slots => slots().clone(),
+            Need::Dockerd => dockerd().map(|_| ()),
+            Need::Systemd => crate::systemd::available(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
             Need::PythonGrpc => python_grpc().clone(),
@@ -212,6 +218,19 @@ fn slots() -> &'static Result<(), String> {
         netns().clone()?;
         crate::slots::available()
     })
+}
+
+/// The folder made by `tests/rig/rig docker`.
+pub fn dockerd() -> Result<PathBuf, String> {
+    slots().clone()?;
+    let folder =
+        path_from("COLDSPARK_DOCKER", "no Docker (tests/rig/rig docker unpacks one; tests/run does it)")?;
+    for program in ["iptables-nft", "iptables-legacy", "ip6tables-legacy"] {
+        if !std::path::Path::new("/usr/sbin").join(program).exists() {
+            return Err(format!("no {program} (tests/run installs iptables as root)"));
+        }
+    }
+    Ok(folder)
 }
 
 fn is_root() -> bool {

@@ -29,6 +29,7 @@
 //! | `linux` | a real Linux kernel, by PVH and bzImage |
 //! | `network` | packets both ways over TAPs, through snapshots, clones and reboots |
 //! | `slots` | networks that the service makes: who reaches whom, and that nothing is left |
+//! | `systemd` | `deploy/coldspark.service` under a real systemd, as its head says |
 //! | `seeing` | metrics: what is counted, who may read it |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
@@ -72,6 +73,7 @@ mod signed;
 mod slots;
 mod soak;
 mod stock_client;
+mod systemd;
 mod tap;
 mod trial;
 mod watch;
@@ -111,6 +113,7 @@ fn main() -> ExitCode {
         network::trials(),
         netns::trials(),
         slots::trials(),
+        systemd::trials(),
         pools::trials(),
         functions::trials(),
         seeing::trials(),

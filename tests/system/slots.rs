@@ -5,6 +5,7 @@
 //! when it is told to. Each silence is held against the same question that is answered.
 
 mod ahead;
+mod docker;
 mod doubts;
 mod world;
 
@@ -27,6 +28,7 @@ use crate::trial::{Stage, trial};
 /// The guest's addresses, which are those of `coldspark serve` if it is told nothing else.
 const ADDRESSES: &str = "coldspark.ip=10.76.0.2 coldspark.ip6=fd63:6f6c:6473::2";
 const NEEDS: &[Need] = &[Need::Kvm, Need::Slots];
+const DOCKER: &[Need] = &[Need::Kvm, Need::Dockerd];
 
 pub fn trials() -> Vec<Trial> {
     vec![
@@ -45,7 +47,9 @@ pub fn trials() -> Vec<Trial> {
         trial("slots/forgotten", NEEDS, 120, doubts::forgotten),
         trial("slots/kept", NEEDS, 120, doubts::kept),
         trial("slots/without-ipv6", NEEDS, 120, doubts::without_ipv6),
-        trial("slots/docker", NEEDS, 120, doubts::docker),
+        trial("slots/docker", NEEDS, 120, docker::rules),
+        trial("slots/dockerd", DOCKER, 180, docker::nft),
+        trial("slots/dockerd-legacy", DOCKER, 180, docker::legacy),
     ]
 }
 

@@ -7,7 +7,8 @@ use userfaultfd::UffdBuilder;
 
 use super::Finding;
 use crate::cli::units;
-use crate::fleet::slots::{barriers, tools};
+use crate::fleet::slots::barriers::{self, Barrier};
+use crate::fleet::slots::tools;
 
 /// Less than this and a few guests fill it.
 const MEMORY_BYTES_MIN: u64 = 1 << 30;
@@ -122,7 +123,7 @@ fn limits() -> Finding {
         Err(why) => Finding::warn(
             NAME,
             format!("not here ({why}): --memory-limit and --cpu-limit are refused"),
-            "run the service as root, or give it a control group of its own (systemd: Delegate=cpu memory and DelegateSubgroup=service)",
+            "run the service as root, or give it a control group of its own (systemd: as in deploy/coldspark.service)",
         ),
     }
 }
@@ -140,14 +141,14 @@ fn networks() -> Finding {
     }
     // None without the rights to look.
     let barriers = barriers::find("cs", "").unwrap_or_default();
-    if let Some(barrier) = barriers.first() {
+    if !barriers.is_empty() {
         return Finding::warn(
             NAME,
             format!(
                 "guests with `--net auto` reach nothing beyond this host, and are not reached from there: {}",
-                barrier.text()
+                barriers.iter().map(Barrier::text).collect::<Vec<_>>().join(", ")
             ),
-            barrier.remedies("cs").join("; "),
+            barriers.iter().flat_map(|barrier| barrier.remedies("cs")).collect::<Vec<_>>().join("; "),
         );
     }
     match read("/proc/sys/net/ipv4/ip_forward").as_deref() {

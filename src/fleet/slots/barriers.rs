@@ -1,5 +1,6 @@
 //! Rules of others on this host that drop what guests in slots send and are sent: found, and told with what lets it through. A packet is
-//! forwarded only if every table lets it; ours cannot speak for the others.
+//! forwarded only if every table lets it; ours cannot speak for the others. iptables has two kinds: one keeps its rules in tables of nftables, the
+//! older one, `legacy`, beside them, apart for IPv4 and IPv6.
 //!
 //! Docker is the usual one: it gives the chain FORWARD the policy *drop*, and the chain DOCKER-USER to those who want exceptions.
 //!
@@ -16,11 +17,23 @@ const TABLES_MAX: usize = 64;
 /// Where Docker wants others' rules.
 const DOCKER_USER: &str = "DOCKER-USER";
 
+/// iptables' older kind, which nft does not see: where the kernel lists its tables, and the program.
+const LEGACY: [(&str, &str); 2] =
+    [("/proc/net/ip_tables_names", "iptables-legacy"), ("/proc/net/ip6_tables_names", "ip6tables-legacy")];
+
+/// Who keeps a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Keeper {
+    /// A table of nftables, as `ip filter`.
+    Table(String),
+    /// One of [`LEGACY`].
+    Legacy(&'static str),
+}
+
 /// A chain that drops packets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Barrier {
-    /// As `ip filter`; none: of iptables' older kind, which nft does not see.
-    table: Option<String>,
+    keeper: Keeper,
     chain: String,
     /// Where an exception goes.
     before: String,
@@ -29,18 +42,24 @@ pub struct Barrier {
 impl Barrier {
     /// For people.
     pub fn text(&self) -> String {
-        let of = self.table.as_deref().map_or("iptables-legacy".to_owned(), |table| format!("table {table}"));
-        format!("the chain {} ({of}) drops what it does not know", self.chain)
+        match &self.keeper {
+            Keeper::Table(table) => {
+                format!("the chain {} (table {table}) drops what it does not know", self.chain)
+            }
+            Keeper::Legacy(program) => {
+                format!("the chain {} ({program}) drops what it does not know", self.chain)
+            }
+        }
     }
 
     /// Commands that let packets of interfaces pass whose names begin so, one for each direction.
     pub fn remedies(&self, prefix: &str) -> [String; 2] {
         let chain = &self.before;
-        match &self.table {
-            Some(table) => ["iifname", "oifname"]
+        match &self.keeper {
+            Keeper::Table(table) => ["iifname", "oifname"]
                 .map(|which| format!("nft insert rule {table} {chain} {which} \"{prefix}*\" accept")),
-            None => {
-                ["-i", "-o"].map(|which| format!("iptables-legacy -I {chain} {which} {prefix}+ -j ACCEPT"))
+            Keeper::Legacy(program) => {
+                ["-i", "-o"].map(|which| format!("{program} -I {chain} {which} {prefix}+ -j ACCEPT"))
             }
         }
     }
@@ -64,18 +83,30 @@ pub fn find(prefix: &str, own: &str) -> Result<Vec<Barrier>, SlotError> {
             found.push(chain.barrier(rules.contains(&format!("chain {DOCKER_USER} "))));
         }
     }
-    // Looking makes these tables where there are none.
-    let legacy = fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
-    if legacy.lines().any(|table| table == "filter") && tools::find("iptables-legacy").is_some() {
-        let rules = tools::said("iptables-legacy", &["-S"])?;
-        let known = ["-i", "-o"].iter().all(|which| rules.contains(&format!("{which} {prefix}+")));
-        if rules.lines().any(|line| line == "-P FORWARD DROP") && !known {
-            let docker = rules.lines().any(|line| line == format!("-N {DOCKER_USER}"));
-            let before = if docker { DOCKER_USER } else { "FORWARD" };
-            found.push(Barrier { table: None, chain: "FORWARD".to_owned(), before: before.to_owned() });
+    for (names, program) in LEGACY {
+        // Looking makes these tables where there are none.
+        let tables = fs::read_to_string(names).unwrap_or_default();
+        if tables.lines().any(|table| table == "filter") && tools::find(program).is_some() {
+            found.extend(legacy_barrier(program, &tools::said(program, &["-S"])?, prefix));
         }
     }
     Ok(found)
+}
+
+/// Of what iptables' older kind says of its rules.
+fn legacy_barrier(program: &'static str, rules: &str, prefix: &str) -> Option<Barrier> {
+    let last = rules.lines().rfind(|line| line.starts_with("-A FORWARD ")).unwrap_or_default();
+    let drops = rules.lines().any(|line| line == "-P FORWARD DROP")
+        || ["-A FORWARD -j DROP", "-A FORWARD -j REJECT"].iter().any(|end| last.starts_with(end));
+    let known = ["-i", "-o"].iter().all(|which| {
+        let about = format!(" {which} {prefix}");
+        rules.lines().any(|line| line.contains(&about) && line.ends_with("+ -j ACCEPT"))
+    });
+    (drops && !known).then(|| {
+        let docker = rules.lines().any(|line| line == format!("-N {DOCKER_USER}"));
+        let before = if docker { DOCKER_USER } else { "FORWARD" };
+        Barrier { keeper: Keeper::Legacy(program), chain: "FORWARD".to_owned(), before: before.to_owned() }
+    })
 }
 
 /// A base chain that forwarded packets pass.
@@ -90,7 +121,7 @@ struct Chain {
 impl Chain {
     fn barrier(self, docker: bool) -> Barrier {
         let before = if docker { DOCKER_USER.to_owned() } else { self.name.clone() };
-        Barrier { table: Some(self.table), chain: self.name, before }
+        Barrier { keeper: Keeper::Table(self.table), chain: self.name, before }
     }
 }
 
@@ -175,5 +206,27 @@ mod tests {
         let both = "iifname \"cs0a1b2cn*\" counter packets 0 bytes 0 accept\noifname \"cs0a1b2cn*\" accept\n";
         assert!(lets_through(both, "cs0a1b2cn") && lets_through(both, "cs"));
         assert!(!lets_through(both, "cs111111n") && !lets_through(&both[..60], "cs0a1b2cn"));
+    }
+
+    #[test]
+    fn rules_of_the_older_kind_are_read() {
+        const DOCKER: &str = "-P INPUT ACCEPT\n-P FORWARD DROP\n-P OUTPUT ACCEPT\n-N DOCKER\n-N DOCKER-USER\n-A FORWARD -j DOCKER-USER\n\
+            -A FORWARD -o docker0 -j DOCKER\n-A DOCKER-USER -j RETURN\n";
+        let found = legacy_barrier("ip6tables-legacy", DOCKER, "cs0a1b2cn").unwrap();
+        assert_eq!(
+            found.remedies("cs0a1b2cn"),
+            ["-i", "-o"].map(|which| format!("ip6tables-legacy -I DOCKER-USER {which} cs0a1b2cn+ -j ACCEPT"))
+        );
+        let mended = format!(
+            "{DOCKER}-A DOCKER-USER -i cs0a1b2cn+ -j ACCEPT\n-A DOCKER-USER -o cs0a1b2cn+ -j ACCEPT\n"
+        );
+        assert_eq!(legacy_barrier("iptables-legacy", &mended, "cs0a1b2cn"), None);
+        // As `doctor` asks, which knows no service.
+        assert_eq!(legacy_barrier("iptables-legacy", &mended, "cs"), None);
+        assert!(legacy_barrier("iptables-legacy", &mended, "cs111111n").is_some());
+        let firewall = "-P FORWARD ACCEPT\n-A FORWARD -i eth0 -j ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n";
+        let found = legacy_barrier("iptables-legacy", firewall, "cs").unwrap();
+        assert_eq!(found.remedies("cs")[0], "iptables-legacy -I FORWARD -i cs+ -j ACCEPT");
+        assert_eq!(legacy_barrier("iptables-legacy", "-P FORWARD ACCEPT\n", "cs"), None);
     }
 }

@@ -1,7 +1,6 @@
 //! What the host does beside the service, and what may be missing on it: its memory of connections, a restart, IPv6, other programs' rules.
 
 use std::net::UdpSocket;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail, ensure};
@@ -170,61 +169,5 @@ pub async fn without_ipv6(stage: Stage) -> anyhow::Result<()> {
     ensure!(!log.contains("ERROR"), "{log}");
     ensure!(daemon.stop().await?.success());
     ensure!(world.links()?.is_empty() && slots_of(&tag)?.is_empty());
-    Ok(())
-}
-
-/// Rules as Docker makes them drop what guests send: the service says so when it starts, with commands that let it through, and `doctor` does.
-pub async fn docker(stage: Stage) -> anyhow::Result<()> {
-    let world = World::new()?;
-    let nft = |text: &str| -> anyhow::Result<()> {
-        inside(&world.host, || {
-            let output = Command::new("nft").arg(text).output()?;
-            ensure!(output.status.success(), "nft {text}: {}", String::from_utf8_lossy(&output.stderr));
-            Ok(())
-        })
-    };
-    for family in ["ip", "ip6"] {
-        nft(&format!("add table {family} filter"))?;
-        nft(&format!("add chain {family} filter DOCKER-USER"))?;
-        nft(&format!(
-            "add chain {family} filter FORWARD {{ type filter hook forward priority filter; policy drop; }}"
-        ))?;
-        nft(&format!("add rule {family} filter FORWARD counter jump DOCKER-USER"))?;
-    }
-    let mut daemon = Daemon::start_inside(&stage, &world.host, &words(&["--networks", "1"])).await?;
-    let mut client = daemon.client().await?;
-    let snapshot = base(&mut client).await?;
-    let link = SlotLink { publish: vec![port(8080, 80, Transport::Tcp)], ..SlotLink::default() };
-    let vm = clone(&mut client, &snapshot, "one", link).await?;
-    ensure!(guest_asks(&client, &vm, BEYOND).await?.is_none(), "the rules do not drop");
-    ensure!(call(&world.beyond, HOST, 8080, "hello").is_err());
-    let doctor = inside(&world.host, || {
-        Ok(Command::new(crate::daemon::program()).arg("doctor").output().context("doctor")?.stdout)
-    })?;
-    let doctor = String::from_utf8_lossy(&doctor).into_owned();
-    ensure!(doctor.contains("chain FORWARD (table ip filter) drops"), "{doctor}");
-    ensure!(doctor.contains("nft insert rule ip filter DOCKER-USER iifname \"cs*\" accept"), "{doctor}");
-
-    // Word for word what it says.
-    let log = daemon.log()?;
-    let said: Vec<&str> = log
-        .lines()
-        .filter(|line| line.contains("drops what it does not know"))
-        .flat_map(|line| line.split('`').skip(1).step_by(2))
-        .collect();
-    ensure!(said.len() == 4, "two commands for each family: {said:?}");
-    for command in said {
-        nft(command.strip_prefix("nft ").context("no command of nft's")?)?;
-    }
-    ensure!(guest_asks(&client, &vm, BEYOND).await?.is_some(), "what it says does not help");
-    ensure!(call(&world.beyond, HOST, 8080, "hello")? == "one hello");
-    ensure!(call(&world.beyond, HOST6, 8080, "hello")? == "one hello");
-    // They open nothing else.
-    ensure!(who(&world.beyond, &addresses(&vm)?[0])?.is_none(), "another machine reaches a slot");
-    ensure!(guest_asks(&client, &vm, BEYOND_PRIVATE).await?.is_none());
-    ensure!(daemon.stop().await?.success());
-    daemon.start_again().await?;
-    let log = daemon.log()?;
-    ensure!(!log.contains("drops what it does not know"), "it does not see that it is put right: {log}");
     Ok(())
 }
