@@ -6,6 +6,7 @@ use crate::entropy::Pools;
 use crate::network;
 use crate::port::Output;
 use crate::random::Generator;
+use crate::six;
 use crate::streams::Refusal;
 use crate::sys;
 use crate::wire::*;
@@ -55,7 +56,8 @@ impl Identity {
         for (interface, mac) in told.interfaces {
             network::set_mac(interface, &mac)?;
         }
-        network::set(told.addresses)?;
+        network::set(told.addresses, told.interfaces)?;
+        six::announce(told.interfaces);
         self.generation = told.generation;
         self.count += 1;
         if reseed {

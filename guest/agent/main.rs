@@ -19,6 +19,7 @@ mod port;
 #[path = "../testguest/random.rs"]
 mod random;
 mod serve;
+mod six;
 mod spawn;
 mod streams;
 mod sys;
