@@ -3,10 +3,10 @@
 //! The agent's own generator is another one at once; the system's when it has drawn on what it was given ([`crate::entropy`]).
 
 use crate::entropy::Pools;
+use crate::neighbours;
 use crate::network;
 use crate::port::Output;
 use crate::random::Generator;
-use crate::six;
 use crate::streams::Refusal;
 use crate::sys;
 use crate::wire::*;
@@ -57,7 +57,7 @@ impl Identity {
             network::set_mac(interface, &mac)?;
         }
         network::set(told.addresses, told.interfaces)?;
-        six::announce(told.interfaces);
+        neighbours::announce(told.interfaces);
         self.generation = told.generation;
         self.count += 1;
         if reseed {

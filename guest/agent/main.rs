@@ -14,6 +14,7 @@ mod entropy;
 #[path = "../freestanding.rs"]
 mod freestanding;
 mod identity;
+mod neighbours;
 mod network;
 mod port;
 #[path = "../testguest/random.rs"]

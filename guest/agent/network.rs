@@ -4,6 +4,7 @@
 //! route by messages to a routing socket. Numbers and layouts are those of FreeBSD 12 to 15 on amd64: sys/sys/sockio.h, sys/net/{if,if_var,
 //! route,rtsock}, sys/netinet6/{in6_var,nd6}.h.
 
+use crate::neighbours;
 use crate::port::Output;
 use crate::six;
 use crate::streams::Refusal;
@@ -13,11 +14,11 @@ use crate::wire::*;
 const NO_INTERFACE: Refusal = (STATUS_NO_DEVICE, "the guest has no such network interface (vtnet)");
 const NO_ROOM: Refusal = (STATUS_LIMIT, "the guest's interface has more addresses than the agent has room for");
 
-const AF_INET: u8 = 2;
+pub(crate) const AF_INET: u8 = 2;
 pub(crate) const AF_INET6: u8 = 28;
 const SOCK_DGRAM: usize = 2;
 pub(crate) const SOCK_RAW: usize = 3;
-const PF_ROUTE: usize = 17;
+pub(crate) const PF_ROUTE: usize = 17;
 
 const SIOCSIFFLAGS: usize = 0x8020_6910;
 const SIOCGIFFLAGS: usize = 0xc020_6911;
@@ -33,13 +34,16 @@ const RTM_ADD: u8 = 1;
 const RTM_DELETE: u8 = 2;
 const RTM_GET: u8 = 4;
 const RTM_NEWADDR: u8 = 12;
-/// Bytes of struct rt_msghdr and struct ifa_msghdr.
+const RTM_IFINFO: u8 = 14;
+/// Bytes of struct rt_msghdr, struct if_msghdr and struct ifa_msghdr.
 const RTM_BYTES: usize = 152;
+const IFM_BYTES: usize = 168;
 const IFAM_BYTES: usize = 20;
 const RTA_DST: u32 = 1;
 const RTA_GATEWAY: u32 = 2;
 const RTA_NETMASK: u32 = 4;
 const RTA_NETMASK_PLACE: usize = 2;
+const RTA_IFP_PLACE: usize = 4;
 const RTA_IFA_PLACE: usize = 5;
 const RTA_GATEWAY_PLACE: usize = 1;
 const RTA_PLACES: usize = 8;
@@ -347,7 +351,7 @@ fn address_of(place: &[u8], six: bool) -> Option<[u8; 16]> {
 }
 
 /// Kinds and messages.
-fn messages(list: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+pub(crate) fn messages(list: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     let mut rest = list;
     core::iter::from_fn(move || {
         let length = usize::from(u16::from_le_bytes([*rest.first()?, *rest.get(1)?]));
@@ -444,20 +448,36 @@ fn route<'a>(
     Err((STATUS_FAILED, "the guest's system does not say what its default route is"))
 }
 
-/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR).
+/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR). With another one than before it forgets its neighbours: it is another
+/// machine now, perhaps on another link.
 pub(crate) fn set_mac(number: u32, mac: &[u8; MAC_BYTES]) -> Result<(), Refusal> {
     const SIOCSIFLLADDR: usize = 0x8020_693c;
     const AF_LOCAL: usize = 1;
     const AF_LINK: u8 = 18;
     let mut wanted: [u8; 32] = request(number, &[(16, &[MAC_BYTES as u8, AF_LINK]), (18, mac)])?;
-    // The interface is down for a moment. Should the system look at its addresses of IPv6 just then (it does every second), they would be doubtful again.
+    let index = index_of(number)?;
     let mut room = [0; LIST_BYTES];
-    let has_six = all_addresses(list(index_of(number)?, &mut room)?, number).any(|address| address.six);
+    let listed = list(index, &mut room)?;
+    // The interface is down for a moment. Should the system look at its addresses of IPv6 just then (it does every second), they would be doubtful again.
+    let has_six = all_addresses(listed, number).any(|address| address.six);
     let _undoubted = if has_six { Some(six::Undoubted::begin(number)?) } else { None };
     let socket = Socket::open(AF_LOCAL, SOCK_DGRAM, 0)?;
     match sys::ioctl(socket.0, SIOCSIFLLADDR, &mut wanted) {
-        Ok(()) => Ok(()),
-        Err(sys::ENXIO) => Err(NO_INTERFACE),
-        Err(_) => Err((STATUS_NOT_ALLOWED, "the guest's system does not take the Ethernet address")),
+        Ok(()) => {}
+        Err(sys::ENXIO) => return Err(NO_INTERFACE),
+        Err(_) => return Err((STATUS_NOT_ALLOWED, "the guest's system does not take the Ethernet address")),
     }
+    if mac_in(listed) != Some(*mac) {
+        neighbours::forget(index);
+    }
+    Ok(())
+}
+
+/// The Ethernet address that such a list tells.
+fn mac_in(list: &[u8]) -> Option<[u8; MAC_BYTES]> {
+    let (_, message) = messages(list).find(|(kind, _)| *kind == RTM_IFINFO)?;
+    // struct sockaddr_dl: length, family, index, kind, length of name and of address, selector's; then the name and the address.
+    let place = places(message, IFM_BYTES, 4)[RTA_IFP_PLACE]?;
+    let (name, address) = (usize::from(*place.get(5)?), usize::from(*place.get(6)?));
+    place.get(8 + name..8 + name + address)?.try_into().ok()
 }

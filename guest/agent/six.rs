@@ -1,13 +1,11 @@
-//! What IPv6 needs besides: addresses that are used at once, link-local ones of the clone's own, and neighbours that are told.
+//! What IPv6 needs besides: addresses that are used at once, and link-local ones of the clone's own.
 //!
 //! A new address is *tentative* for a second and more, while the system asks the link whether somebody has it already (RFC 4862): nothing is sent
 //! from it, and what comes for it is dropped. The host has said whose it is, so nobody needs to be asked. IN6_IFF_NODAD of an address's own is ignored by
 //! FreeBSD ("obsolete"); ND6_IFF_NO_DAD of the interface is what counts, from 12 to 15. Facts: sys/netinet6/{in6,in6_ifattach,nd6,nd6_nbr}.c,
-//! {in6_var,nd6}.h; RFC 4861, 7.2.6 for the announcements.
+//! {in6_var,nd6}.h.
 
-use crate::network::{
-    AF_INET6, SOCK_RAW, SocketAddress, Socket, add_six, all_addresses, index_of, is_of_link, list, refused, request, LIST_BYTES,
-};
+use crate::network::{Socket, SocketAddress, add_six, all_addresses, is_of_link, refused, request};
 use crate::streams::Refusal;
 use crate::sys;
 use crate::wire::*;
@@ -117,7 +115,6 @@ fn of_others(listed: &[u8], interface: u32, mac: &[u8; MAC_BYTES]) -> impl Itera
 /// one link would have that of their source: what a router answers to one (neighbours are asked from it) would reach another.
 pub(crate) fn renew(undoubted: &Undoubted, listed: &[u8], mac: &[u8; MAC_BYTES]) -> Result<(), Refusal> {
     let interface = undoubted.interface;
-    // With the last of them goes what the system remembers of neighbours' link-local addresses: a gateway's, perhaps, on the source's link.
     for old in of_others(listed, interface, mac) {
         remove(&old)?;
     }
@@ -131,7 +128,7 @@ pub(crate) fn remove(address: &Address) -> Result<(), Refusal> {
 }
 
 /// Whether something is sent from it and taken for it.
-fn is_used(address: &Address) -> Result<bool, Refusal> {
+pub(crate) fn is_used(address: &Address) -> Result<bool, Refusal> {
     let place = SocketAddress::new(true, &address.bytes);
     let mut asked: [u8; REQUEST_BYTES] = request(address.interface, &[(16, place.exact())])?;
     sys::ioctl(Socket::of(true)?.0, SIOCGIFAFLAG_IN6, &mut asked).map_err(refused)?;
@@ -147,57 +144,4 @@ pub(crate) fn expect_used(address: &Address) -> Result<(), Refusal> {
             "the guest's system has the IPv6 address that it was given, but does not use it: it is tentative, or a duplicate (ifconfig in the guest tells)",
         )),
     }
-}
-
-/// Tells the neighbours which Ethernet address these interfaces' IPv6 addresses have now, as the system does for those of IPv4 only: who has spoken with another
-/// machine under such an address would send to that one for some seconds.
-///
-/// What cannot be said is left: neighbours find out by themselves, only later.
-pub(crate) fn announce(interfaces: Interfaces) {
-    for (interface, mac) in interfaces {
-        let mut room = [0; LIST_BYTES];
-        let Ok(index) = index_of(interface) else { continue };
-        let Ok(listed) = list(index, &mut room) else { continue };
-        for address in all_addresses(listed, interface).filter(|address| address.six) {
-            if is_used(&address) == Ok(true) {
-                let _ = announce_one(&address, index, &mac);
-            }
-        }
-    }
-}
-
-fn announce_one(address: &Address, index: u16, mac: &[u8; MAC_BYTES]) -> Result<(), Refusal> {
-    const IPPROTO_IPV6: usize = 41;
-    const IPPROTO_ICMPV6: usize = 58;
-    const IPV6_MULTICAST_IF: usize = 9;
-    const IPV6_MULTICAST_HOPS: usize = 10;
-    const IPV6_MULTICAST_LOOP: usize = 11;
-    const ND_NEIGHBOR_ADVERT: u8 = 136;
-    const ROUTER: u32 = 0x8000_0000;
-    const OVERRIDE: u32 = 0x2000_0000;
-    const ALL_NODES: [u8; 16] = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-
-    let mut said = [0u8; 32];
-    said[0] = ND_NEIGHBOR_ADVERT;
-    // Who has been a router and does not say so is none any more.
-    let routes = sys::sysctl_number("net.inet6.ip6.forwarding").is_some_and(|on| on != 0);
-    said[4..8].copy_from_slice(&(OVERRIDE | if routes { ROUTER } else { 0 }).to_be_bytes());
-    said[8..24].copy_from_slice(&address.bytes);
-    // Target link-layer address, in units of eight bytes.
-    (said[24], said[25]) = (2, 1);
-    said[26..].copy_from_slice(mac);
-
-    let socket = Socket::open(usize::from(AF_INET6), SOCK_RAW, IPPROTO_ICMPV6)?;
-    // The system's own copy of it would be "a duplicate address" to it.
-    for (option, value) in [(IPV6_MULTICAST_IF, index.into()), (IPV6_MULTICAST_HOPS, 255), (IPV6_MULTICAST_LOOP, 0)] {
-        sys::set_option(socket.0, IPPROTO_IPV6, option, value).map_err(refused)?;
-    }
-    let mut from = SocketAddress::new(true, &address.bytes);
-    if is_of_link(true, &address.bytes) {
-        from.on_link(index);
-    }
-    sys::bind(socket.0, from.exact()).map_err(refused)?;
-    let mut to = SocketAddress::new(true, &ALL_NODES);
-    to.on_link(index);
-    sys::send_to(socket.0, &said, to.exact()).map_err(refused)
 }

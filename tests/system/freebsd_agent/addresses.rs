@@ -43,14 +43,14 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-/// Boots a machine on this TAP, and gives it the TAP's address for guests; its id.
-async fn boot(client: &mut Client, machine: Machine, tap: &Tap) -> anyhow::Result<String> {
+/// Boots a machine on this TAP, and gives it the TAP's address for guests; its id and console.
+async fn boot(client: &mut Client, machine: Machine, tap: &Tap) -> anyhow::Result<(String, Console)> {
     let vm = Machine { networks: vec![network::plugged(tap)], ..machine }.boot(client).await?;
     let mut console = client.console(&vm).await?;
     console.expect(PROMPT).await?;
     let said = ask(&mut console, &format!("ifup vtnet0 {}/24", tap.guest())).await?;
     ensure!(said.contains("ifup=0"), "no address: {said}");
-    Ok(vm)
+    Ok((vm, console))
 }
 
 /// Pings from the guest; it sends one when the one before has been answered, or after ten seconds.
@@ -65,7 +65,7 @@ async fn addresses(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     let machine = Machine { vcpus, ..Machine::usual(AgentPort::Virtio)? };
-    let vm = boot(&mut client, machine, &tap).await?;
+    let (vm, _) = boot(&mut client, machine, &tap).await?;
     ensure!(network::ping(tap.guest(), 3).await? > 0, "the source does not answer");
     let snapshot = client.snapshot(&vm, "base").await?.id;
     client.delete_vm(&vm).await?;
@@ -117,11 +117,12 @@ async fn six(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
     let machine = Machine { vcpus, ..Machine::usual(AgentPort::Virtio)? };
-    let vm = boot(&mut client, machine, &tap).await?;
+    let (vm, mut console) = boot(&mut client, machine, &tap).await?;
     let source = client.vm(&vm).await?;
     // It has a link-local address of its Ethernet address, and knows its gateway's on this link.
     let made = link_local(&source.networks[0].mac)?;
     eventually("the source's link-local address", 60, async || Ok(tap.ping_six(made, 1).await? == 1)).await?;
+    reaches(&mut console, tap.address, 1).await.context("the source")?;
     // From now on a new address that is doubted is not used before this trial is over.
     put(&client, &vm, "/tmp/set", 0o755, &setting(SEARCHES.0, SEARCHES.1)).await?;
     run(&client, &vm, &["/tmp/set"]).await?.expect(0, "")?;
@@ -171,11 +172,20 @@ async fn six(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     ensure!(!said.contains("got=1"), "a default route is left: {said}");
     client.delete_vm(&last.id).await?;
 
-    // One that keeps its addresses says where they are now.
+    // One that keeps its addresses on another link does not believe that its neighbours are who they were on its source's.
+    let address = tap.address.octets();
+    drop(tap);
+    let tap = Tap::new(address)?;
+    let kept = network::managed(&mut client, &snapshot, vec![network::plugged(&tap)]).await?;
+    let mut console = client.console(&kept.id).await?;
+    reaches(&mut console, tap.address, 3).await.context("on another link")?;
+    client.delete_vm(&kept.id).await?;
+    // And it says where they are now.
     let ear = other.listen()?;
     let kept = network::managed(&mut client, &again, vec![network::plugged(&other)]).await?;
     ear.hear("fd86::9".parse()?, &kept.networks[0].mac).await?;
     ensure!(other.ping_six("fd86::9".parse()?, 3).await? == 3, "a clone has not the addresses that it keeps");
+    client.delete_vm(&kept.id).await?;
     Ok(())
 }
 
@@ -186,7 +196,7 @@ async fn four_only(stage: Stage) -> anyhow::Result<()> {
     let mut client = daemon.client().await?;
     let (kernel, disk) = host::freebsd_without6().map_err(anyhow::Error::msg)?;
     let machine = Machine { kernel, disk, port: AgentPort::Virtio, vcpus: 1, networks: vec![] };
-    let vm = boot(&mut client, machine, &tap).await?;
+    let (vm, _) = boot(&mut client, machine, &tap).await?;
     let snapshot = client.snapshot(&vm, "base").await?.id;
     client.delete_vm(&vm).await?;
 
@@ -205,6 +215,8 @@ async fn four_only(stage: Stage) -> anyhow::Result<()> {
     ensure!(message.contains("INET6") && message.contains("IPv4 only"), "{message}");
     ensure!(client.list_vms().await?.is_empty(), "a clone is left that was not given its addresses");
     eventually("the end of its process", 20, async || Ok(other.take().is_ok())).await?;
-    network::managed(&mut client, &snapshot, four()).await.context("after one that was refused")?;
+    let last =
+        network::managed(&mut client, &snapshot, four()).await.context("after one that was refused")?;
+    client.delete_vm(&last.id).await?;
     Ok(())
 }
