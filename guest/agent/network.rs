@@ -4,6 +4,8 @@
 //! route by messages to a routing socket. Numbers and layouts are those of FreeBSD 12 to 15 on amd64: sys/sys/sockio.h, sys/net/{if,if_var,
 //! route,rtsock}, sys/netinet6/{in6_var,nd6}.h.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
 use crate::neighbours;
 use crate::port::Output;
 use crate::six;
@@ -404,7 +406,10 @@ fn route<'a>(
     gateway: Option<&SocketAddress>,
     room: &'a mut [u8; MESSAGE_BYTES],
 ) -> Result<Option<&'a [u8]>, Refusal> {
-    const SEQUENCE: u32 = 1;
+    /// Each message has a number of its own: with several CPUs the system gives what it says about one to all routing sockets a moment later, and
+    /// so to that of the next, too.
+    static MESSAGES: AtomicU32 = AtomicU32::new(1);
+    let sequence = MESSAGES.fetch_add(1, Ordering::Relaxed).to_le_bytes();
     let nowhere = SocketAddress::new(six, &[0; 16]);
     let mask = SocketAddress::mask(six, 0);
     let mut length = RTM_BYTES;
@@ -420,7 +425,7 @@ fn route<'a>(
     (message[2], message[3]) = (RTM_VERSION, kind);
     message[8..12].copy_from_slice(&flags.to_le_bytes());
     message[12..16].copy_from_slice(&which.to_le_bytes());
-    message[20..24].copy_from_slice(&SEQUENCE.to_le_bytes());
+    message[20..24].copy_from_slice(&sequence);
     let socket = Socket::open(PF_ROUTE, SOCK_RAW, 0)?;
     match sys::write(socket.0, &message[..length]) {
         Ok(_) => {}
@@ -441,7 +446,7 @@ fn route<'a>(
         }
         let count = sys::read(socket.0, room).map_err(refused)?;
         let answer = &room[..count];
-        if count >= RTM_BYTES && answer[3] == RTM_GET && answer[16..20] == own && answer[20..24] == SEQUENCE.to_le_bytes() {
+        if count >= RTM_BYTES && answer[3] == RTM_GET && answer[16..20] == own && answer[20..24] == sequence {
             return Ok(Some(&room[..count]));
         }
     }
