@@ -18,6 +18,7 @@ const NO_ROOM: Refusal = (STATUS_LIMIT, "the guest's interface has more addresse
 
 pub(crate) const AF_INET: u8 = 2;
 pub(crate) const AF_INET6: u8 = 28;
+const AF_LOCAL: usize = 1;
 const SOCK_DGRAM: usize = 2;
 pub(crate) const SOCK_RAW: usize = 3;
 pub(crate) const PF_ROUTE: usize = 17;
@@ -153,7 +154,7 @@ pub(crate) fn request<const N: usize>(number: u32, parts: &[(usize, &[u8])]) -> 
 /// The system's number of it.
 pub(crate) fn index_of(number: u32) -> Result<u16, Refusal> {
     let mut wanted: [u8; 32] = request(number, &[])?;
-    let socket = Socket::of(false)?;
+    let socket = Socket::open(AF_LOCAL, SOCK_DGRAM, 0)?;
     match sys::ioctl(socket.0, SIOCGIFINDEX, &mut wanted) {
         Ok(()) => Ok(u16::from_le_bytes([wanted[16], wanted[17]])),
         Err(sys::ENXIO) => Err(NO_INTERFACE),
@@ -457,15 +458,15 @@ fn route<'a>(
 /// machine now, perhaps on another link.
 pub(crate) fn set_mac(number: u32, mac: &[u8; MAC_BYTES]) -> Result<(), Refusal> {
     const SIOCSIFLLADDR: usize = 0x8020_693c;
-    const AF_LOCAL: usize = 1;
     const AF_LINK: u8 = 18;
     let mut wanted: [u8; 32] = request(number, &[(16, &[MAC_BYTES as u8, AF_LINK]), (18, mac)])?;
     let index = index_of(number)?;
     let mut room = [0; LIST_BYTES];
-    let listed = list(index, &mut room)?;
+    // One with more addresses than there is room for gets its Ethernet address all the same.
+    let listed = list(index, &mut room).unwrap_or_default();
     // The interface is down for a moment. Should the system look at its addresses of IPv6 just then (it does every second), they would be doubtful again.
     let has_six = all_addresses(listed, number).any(|address| address.six);
-    let _undoubted = if has_six { Some(six::Undoubted::begin(number)?) } else { None };
+    let _undoubted = has_six.then(|| six::Undoubted::begin(number).ok()).flatten();
     let socket = Socket::open(AF_LOCAL, SOCK_DGRAM, 0)?;
     match sys::ioctl(socket.0, SIOCSIFLLADDR, &mut wanted) {
         Ok(()) => {}
