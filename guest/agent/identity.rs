@@ -3,6 +3,7 @@
 //! The agent's own generator is another one at once; the system's when it has drawn on what it was given ([`crate::entropy`]).
 
 use crate::entropy::Pools;
+use crate::neighbours;
 use crate::network;
 use crate::port::Output;
 use crate::random::Generator;
@@ -55,7 +56,8 @@ impl Identity {
         for (interface, mac) in told.interfaces {
             network::set_mac(interface, &mac)?;
         }
-        network::set(told.addresses)?;
+        network::set(told.addresses, told.interfaces)?;
+        neighbours::announce(told.interfaces);
         self.generation = told.generation;
         self.count += 1;
         if reseed {

@@ -14,11 +14,13 @@ mod entropy;
 #[path = "../freestanding.rs"]
 mod freestanding;
 mod identity;
+mod neighbours;
 mod network;
 mod port;
 #[path = "../testguest/random.rs"]
 mod random;
 mod serve;
+mod six;
 mod spawn;
 mod streams;
 mod sys;

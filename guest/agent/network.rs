@@ -4,7 +4,11 @@
 //! route by messages to a routing socket. Numbers and layouts are those of FreeBSD 12 to 15 on amd64: sys/sys/sockio.h, sys/net/{if,if_var,
 //! route,rtsock}, sys/netinet6/{in6_var,nd6}.h.
 
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use crate::neighbours;
 use crate::port::Output;
+use crate::six;
 use crate::streams::Refusal;
 use crate::sys::{self, PollFd, Time};
 use crate::wire::*;
@@ -12,24 +16,19 @@ use crate::wire::*;
 const NO_INTERFACE: Refusal = (STATUS_NO_DEVICE, "the guest has no such network interface (vtnet)");
 const NO_ROOM: Refusal = (STATUS_LIMIT, "the guest's interface has more addresses than the agent has room for");
 
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 28;
+pub(crate) const AF_INET: u8 = 2;
+pub(crate) const AF_INET6: u8 = 28;
+const AF_LOCAL: usize = 1;
 const SOCK_DGRAM: usize = 2;
-const SOCK_RAW: usize = 3;
-const PF_ROUTE: usize = 17;
+pub(crate) const SOCK_RAW: usize = 3;
+pub(crate) const PF_ROUTE: usize = 17;
 
 const SIOCSIFFLAGS: usize = 0x8020_6910;
 const SIOCGIFFLAGS: usize = 0xc020_6911;
 const SIOCGIFINDEX: usize = 0xc020_6920;
 const SIOCDIFADDR: usize = 0x8020_6919;
 const SIOCAIFADDR: usize = 0x8044_692b;
-const SIOCDIFADDR_IN6: usize = 0x8120_6919;
 const SIOCAIFADDR_IN6: usize = 0x8088_691b;
-const SIOCGIFINFO_IN6: usize = 0xc048_696c;
-const SIOCSIFINFO_FLAGS: usize = 0xc048_6957;
-/// No search for duplicates: the host has said whose it is, and it is to work at once.
-const IN6_IFF_NODAD: u32 = 0x20;
-const ND6_IFF_IFDISABLED: u32 = 8;
 const IFF_UP: u16 = 1;
 
 const NET_RT_IFLIST: i32 = 3;
@@ -38,33 +37,36 @@ const RTM_ADD: u8 = 1;
 const RTM_DELETE: u8 = 2;
 const RTM_GET: u8 = 4;
 const RTM_NEWADDR: u8 = 12;
-/// Bytes of struct rt_msghdr and struct ifa_msghdr.
+const RTM_IFINFO: u8 = 14;
+/// Bytes of struct rt_msghdr, struct if_msghdr and struct ifa_msghdr.
 const RTM_BYTES: usize = 152;
+const IFM_BYTES: usize = 168;
 const IFAM_BYTES: usize = 20;
 const RTA_DST: u32 = 1;
 const RTA_GATEWAY: u32 = 2;
 const RTA_NETMASK: u32 = 4;
 const RTA_NETMASK_PLACE: usize = 2;
+const RTA_IFP_PLACE: usize = 4;
 const RTA_IFA_PLACE: usize = 5;
 const RTA_GATEWAY_PLACE: usize = 1;
 const RTA_PLACES: usize = 8;
 /// RTF_UP, RTF_GATEWAY, RTF_STATIC.
 const RTF_DEFAULT: u32 = 0x803;
 /// Room for what an interface has, and for one routing message.
-const LIST_BYTES: usize = 16 << 10;
+pub(crate) const LIST_BYTES: usize = 16 << 10;
 const MESSAGE_BYTES: usize = 1024;
 /// Messages on a routing socket that are not for us.
 const STRANGE_MAX: usize = 256;
 
 /// `struct sockaddr_in` or `sockaddr_in6`, as much of it as the kind has.
 #[derive(Clone, Copy)]
-struct SocketAddress {
+pub(crate) struct SocketAddress {
     bytes: [u8; 32],
     length: usize,
 }
 
 impl SocketAddress {
-    fn new(six: bool, address: &[u8; 16]) -> SocketAddress {
+    pub(crate) fn new(six: bool, address: &[u8; 16]) -> SocketAddress {
         let mut bytes = [0; 32];
         let length = if six { 28 } else { 16 };
         (bytes[0], bytes[1]) = (length as u8, if six { AF_INET6 } else { AF_INET });
@@ -83,7 +85,12 @@ impl SocketAddress {
         SocketAddress::new(six, &mask)
     }
 
-    fn exact(&self) -> &[u8] {
+    /// One of IPv6 on that link: sin6_scope_id.
+    pub(crate) fn on_link(&mut self, index: u16) {
+        self.bytes[24..26].copy_from_slice(&index.to_le_bytes());
+    }
+
+    pub(crate) fn exact(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
 
@@ -94,20 +101,24 @@ impl SocketAddress {
 }
 
 /// A socket that is closed when it is done with.
-struct Socket(i32);
+pub(crate) struct Socket(pub(crate) i32);
 
 impl Socket {
-    fn open(family: usize, kind: usize) -> Result<Socket, Refusal> {
-        sys::socket(family, kind).map(Socket).map_err(|error| match error {
+    pub(crate) fn open(family: usize, kind: usize, protocol: usize) -> Result<Socket, Refusal> {
+        sys::socket(family, kind, protocol).map(Socket).map_err(|error| match error {
+            sys::EAFNOSUPPORT | sys::EPROTONOSUPPORT if family == usize::from(AF_INET6) => (
+                STATUS_NO_DEVICE,
+                "the guest's system has no IPv6: its kernel is built without it (options INET6); give it addresses of IPv4 only",
+            ),
             sys::EAFNOSUPPORT | sys::EPROTONOSUPPORT => {
-                (STATUS_NO_DEVICE, "the guest's system does not have this kind of address (IPv6)")
+                (STATUS_NO_DEVICE, "the guest's system has no IPv4: its kernel is built without it (options INET)")
             }
             _ => refused(error),
         })
     }
 
-    fn of(six: bool) -> Result<Socket, Refusal> {
-        Socket::open(usize::from(if six { AF_INET6 } else { AF_INET }), SOCK_DGRAM)
+    pub(crate) fn of(six: bool) -> Result<Socket, Refusal> {
+        Socket::open(usize::from(if six { AF_INET6 } else { AF_INET }), SOCK_DGRAM, 0)
     }
 }
 
@@ -117,7 +128,7 @@ impl Drop for Socket {
     }
 }
 
-fn refused(_: i32) -> Refusal {
+pub(crate) fn refused(_: i32) -> Refusal {
     (STATUS_NOT_ALLOWED, "the guest's system does not take the addresses or the gateway; is the agent root?")
 }
 
@@ -131,7 +142,7 @@ fn name(number: u32) -> Result<[u8; 16], Refusal> {
 }
 
 /// A request of `N` bytes that begins with the interface's name.
-fn request<const N: usize>(number: u32, parts: &[(usize, &[u8])]) -> Result<[u8; N], Refusal> {
+pub(crate) fn request<const N: usize>(number: u32, parts: &[(usize, &[u8])]) -> Result<[u8; N], Refusal> {
     let mut request = [0; N];
     request[..16].copy_from_slice(&name(number)?);
     for (at, part) in parts {
@@ -141,9 +152,9 @@ fn request<const N: usize>(number: u32, parts: &[(usize, &[u8])]) -> Result<[u8;
 }
 
 /// The system's number of it.
-fn index_of(number: u32) -> Result<u16, Refusal> {
+pub(crate) fn index_of(number: u32) -> Result<u16, Refusal> {
     let mut wanted: [u8; 32] = request(number, &[])?;
-    let socket = Socket::of(false)?;
+    let socket = Socket::open(AF_LOCAL, SOCK_DGRAM, 0)?;
     match sys::ioctl(socket.0, SIOCGIFINDEX, &mut wanted) {
         Ok(()) => Ok(u16::from_le_bytes([wanted[16], wanted[17]])),
         Err(sys::ENXIO) => Err(NO_INTERFACE),
@@ -174,40 +185,34 @@ pub(crate) fn clear(told: Addresses) -> Result<(), Refusal> {
         let mut room = [0; LIST_BYTES];
         let listed = list(index, &mut room)?;
         for address in own_addresses(listed, number) {
-            let socket = Socket::of(address.six)?;
-            let place = SocketAddress::new(address.six, &address.bytes);
-            match address.six {
-                true => {
-                    let mut gone: [u8; 288] = request(number, &[(16, place.exact())])?;
-                    sys::ioctl(socket.0, SIOCDIFADDR_IN6, &mut gone)
-                }
-                false => {
-                    let mut gone: [u8; 32] = request(number, &[(16, place.exact())])?;
-                    sys::ioctl(socket.0, SIOCDIFADDR, &mut gone)
-                }
+            if address.six {
+                six::remove(&address)?;
+                continue;
             }
-            .map_err(refused)?;
+            let place = SocketAddress::new(false, &address.bytes);
+            let mut gone: [u8; 32] = request(number, &[(16, place.exact())])?;
+            sys::ioctl(Socket::of(false)?.0, SIOCDIFADDR, &mut gone).map_err(refused)?;
         }
     }
     Ok(())
 }
 
-/// Gives the interfaces theirs.
-pub(crate) fn set(told: Addresses) -> Result<(), Refusal> {
+/// Gives the interfaces theirs. `macs`: their Ethernet addresses, which they have already.
+pub(crate) fn set(told: Addresses, macs: Interfaces) -> Result<(), Refusal> {
     for number in interfaces(told) {
         let index = index_of(number)?;
-        for address in told.into_iter().filter(|address| address.interface == number && !address.gateway) {
-            add(&address)?;
-        }
+        // First: while it is down the system announces no address to the neighbours, and takes those of IPv6 for doubtful.
         bring_up(number)?;
+        let own = || told.into_iter().filter(|address| address.interface == number && !address.gateway);
+        add_all(number, index, own(), macs)?;
+        own().filter(|address| address.six).try_for_each(|address| six::expect_used(&address))?;
         for gateway in told.into_iter().filter(|address| address.interface == number && address.gateway) {
             if default_route(gateway.six)?.is_some() {
                 remove_default(gateway.six)?;
             }
             let mut place = SocketAddress::new(gateway.six, &gateway.bytes);
             if is_of_link(gateway.six, &gateway.bytes) {
-                // On which link: sin6_scope_id.
-                place.bytes[24..26].copy_from_slice(&index.to_le_bytes());
+                place.on_link(index);
             }
             route(RTM_ADD, gateway.six, Some(&place), &mut [0; MESSAGE_BYTES])?;
         }
@@ -242,34 +247,46 @@ pub(crate) fn put(told: Addresses, out: &mut Output) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn add(address: &Address) -> Result<(), Refusal> {
-    let socket = Socket::of(address.six)?;
-    let place = SocketAddress::new(address.six, &address.bytes);
-    let mask = SocketAddress::mask(address.six, address.bits);
-    if !address.six {
-        // struct ifaliasreq: name, address, broadcast address (none: the network's last), mask, vhid.
-        let mut alias: [u8; 68] = request(address.interface, &[(16, place.exact()), (48, mask.exact())])?;
-        return sys::ioctl(socket.0, SIOCAIFADDR, &mut alias).map_err(refused);
+fn add_all(number: u32, index: u16, own: impl Iterator<Item = Address> + Clone, mut macs: Interfaces) -> Result<(), Refusal> {
+    let mut room = [0; LIST_BYTES];
+    let listed = list(index, &mut room)?;
+    let mac = macs.find(|(interface, _)| *interface == number).map(|(_, mac)| mac);
+    let renewed = mac.filter(|mac| six::is_of_another(listed, number, mac));
+    let wants_six = own.clone().any(|address| address.six);
+    // Kernels without IPv6 come here with neither.
+    let undoubted = if wants_six || renewed.is_some() { Some(six::Undoubted::begin(number)?) } else { None };
+    if let Some(undoubted) = &undoubted {
+        if let Some(mac) = renewed
+            && (wants_six || undoubted.is_on()?)
+        {
+            six::renew(undoubted, listed, &mac)?;
+        }
+        if wants_six {
+            undoubted.switch_on()?;
+        }
     }
-    // An interface that has had none may have been switched off for IPv6 (rc.conf without ipv6).
-    let mut info: [u8; 72] = request(address.interface, &[])?;
-    sys::ioctl(socket.0, SIOCGIFINFO_IN6, &mut info).map_err(refused)?;
-    let flags = u32::from_le_bytes([info[36], info[37], info[38], info[39]]);
-    if flags & ND6_IFF_IFDISABLED != 0 {
-        info[36..40].copy_from_slice(&(flags & !ND6_IFF_IFDISABLED).to_le_bytes());
-        sys::ioctl(socket.0, SIOCSIFINFO_FLAGS, &mut info).map_err(refused)?;
+    for address in own {
+        match address.six {
+            true => add_six(&address)?,
+            false => add_four(&address)?,
+        }
     }
+    Ok(())
+}
+
+fn add_four(address: &Address) -> Result<(), Refusal> {
+    let (place, mask) = (SocketAddress::new(false, &address.bytes), SocketAddress::mask(false, address.bits));
+    // struct ifaliasreq: name, address, broadcast address (none: the network's last), mask, vhid.
+    let mut alias: [u8; 68] = request(address.interface, &[(16, place.exact()), (48, mask.exact())])?;
+    sys::ioctl(Socket::of(false)?.0, SIOCAIFADDR, &mut alias).map_err(refused)
+}
+
+pub(crate) fn add_six(address: &Address) -> Result<(), Refusal> {
+    let (place, mask) = (SocketAddress::new(true, &address.bytes), SocketAddress::mask(true, address.bits));
     // struct in6_aliasreq: name, address, the other end's, mask, flags, lifetimes (two times, two durations), vhid.
-    let mut alias: [u8; 136] = request(
-        address.interface,
-        &[
-            (16, place.exact()),
-            (72, mask.exact()),
-            (100, &IN6_IFF_NODAD.to_le_bytes()),
-            (120, &[0xff; 8]),
-        ],
-    )?;
-    sys::ioctl(socket.0, SIOCAIFADDR_IN6, &mut alias).map_err(refused)
+    let parts = [(16, place.exact()), (72, mask.exact()), (120, &[0xff; 8][..])];
+    let mut alias: [u8; 136] = request(address.interface, &parts)?;
+    sys::ioctl(Socket::of(true)?.0, SIOCAIFADDR_IN6, &mut alias).map_err(refused)
 }
 
 fn bring_up(number: u32) -> Result<(), Refusal> {
@@ -285,7 +302,7 @@ fn bring_up(number: u32) -> Result<(), Refusal> {
 }
 
 /// What the system says of an interface, as messages.
-fn list(index: u16, room: &mut [u8; LIST_BYTES]) -> Result<&[u8], Refusal> {
+pub(crate) fn list(index: u16, room: &mut [u8; LIST_BYTES]) -> Result<&[u8], Refusal> {
     const CTL_NET: i32 = 4;
     let read = sys::sysctl_of(&[CTL_NET, PF_ROUTE as i32, 0, 0, NET_RT_IFLIST, index.into()], room);
     let count = read.map_err(|error| if error == sys::ENOMEM { NO_ROOM } else { refused(error) })?;
@@ -294,6 +311,10 @@ fn list(index: u16, room: &mut [u8; LIST_BYTES]) -> Result<&[u8], Refusal> {
 
 /// The addresses in such a list, but those that the system makes for the link itself.
 fn own_addresses(list: &[u8], number: u32) -> impl Iterator<Item = Address> {
+    all_addresses(list, number).filter(|address| !is_of_link(address.six, &address.bytes))
+}
+
+pub(crate) fn all_addresses(list: &[u8], number: u32) -> impl Iterator<Item = Address> {
     messages(list).filter_map(move |(kind, message)| {
         if kind != RTM_NEWADDR {
             return None;
@@ -310,13 +331,12 @@ fn own_addresses(list: &[u8], number: u32) -> impl Iterator<Item = Address> {
         let mask = places[RTA_NETMASK_PLACE].unwrap_or_default();
         let range = if six { 8..24 } else { 4..8 };
         let bits = range.filter_map(|at| mask.get(at)).map(|byte| byte.count_ones()).sum::<u32>() as u8;
-        let of_link = is_of_link(six, &bytes);
-        (!of_link).then_some(Address { interface: number, six, bits, gateway: false, bytes })
+        Some(Address { interface: number, six, bits, gateway: false, bytes })
     })
 }
 
 /// fe80::/10.
-fn is_of_link(six: bool, bytes: &[u8; 16]) -> bool {
+pub(crate) fn is_of_link(six: bool, bytes: &[u8; 16]) -> bool {
     six && bytes[0] == 0xfe && bytes[1] & 0xc0 == 0x80
 }
 
@@ -326,11 +346,15 @@ fn address_of(place: &[u8], six: bool) -> Option<[u8; 16]> {
         true => bytes.copy_from_slice(place.get(8..24)?),
         false => bytes[..4].copy_from_slice(place.get(4..8)?),
     }
+    if is_of_link(six, &bytes) {
+        // Older systems, and those that are told to (net.inet6.ip6.deembed_scopeid=0), keep the link's number in it.
+        (bytes[2], bytes[3]) = (0, 0);
+    }
     Some(bytes)
 }
 
 /// Kinds and messages.
-fn messages(list: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+pub(crate) fn messages(list: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     let mut rest = list;
     core::iter::from_fn(move || {
         let length = usize::from(u16::from_le_bytes([*rest.first()?, *rest.get(1)?]));
@@ -365,14 +389,10 @@ fn default_route(six: bool) -> Result<Option<(u16, [u8; 16])>, Refusal> {
     let gateway = places(answer, RTM_BYTES, 12)[RTA_GATEWAY_PLACE];
     let family = if six { AF_INET6 } else { AF_INET };
     // One that leads to an interface and to no gateway has a link's address here.
-    let mut bytes = match gateway {
+    let bytes = match gateway {
         Some(place) if place.get(1) == Some(&family) => address_of(place, six).unwrap_or_default(),
         _ => [0; 16],
     };
-    if is_of_link(six, &bytes) {
-        // Older systems keep the link's number in it.
-        (bytes[2], bytes[3]) = (0, 0);
-    }
     Ok(Some((index, bytes)))
 }
 
@@ -387,7 +407,10 @@ fn route<'a>(
     gateway: Option<&SocketAddress>,
     room: &'a mut [u8; MESSAGE_BYTES],
 ) -> Result<Option<&'a [u8]>, Refusal> {
-    const SEQUENCE: u32 = 1;
+    /// Each message has a number of its own: with several CPUs the system gives what it says about one to all routing sockets a moment later, and
+    /// so to that of the next, too.
+    static MESSAGES: AtomicU32 = AtomicU32::new(1);
+    let sequence = MESSAGES.fetch_add(1, Ordering::Relaxed).to_le_bytes();
     let nowhere = SocketAddress::new(six, &[0; 16]);
     let mask = SocketAddress::mask(six, 0);
     let mut length = RTM_BYTES;
@@ -403,8 +426,8 @@ fn route<'a>(
     (message[2], message[3]) = (RTM_VERSION, kind);
     message[8..12].copy_from_slice(&flags.to_le_bytes());
     message[12..16].copy_from_slice(&which.to_le_bytes());
-    message[20..24].copy_from_slice(&SEQUENCE.to_le_bytes());
-    let socket = Socket::open(PF_ROUTE, SOCK_RAW)?;
+    message[20..24].copy_from_slice(&sequence);
+    let socket = Socket::open(PF_ROUTE, SOCK_RAW, 0)?;
     match sys::write(socket.0, &message[..length]) {
         Ok(_) => {}
         // There is none; or this kernel knows no such addresses (no INET, or no INET6), so that it has none.
@@ -424,23 +447,43 @@ fn route<'a>(
         }
         let count = sys::read(socket.0, room).map_err(refused)?;
         let answer = &room[..count];
-        if count >= RTM_BYTES && answer[3] == RTM_GET && answer[16..20] == own && answer[20..24] == SEQUENCE.to_le_bytes() {
+        if count >= RTM_BYTES && answer[3] == RTM_GET && answer[16..20] == own && answer[20..24] == sequence {
             return Ok(Some(&room[..count]));
         }
     }
     Err((STATUS_FAILED, "the guest's system does not say what its default route is"))
 }
 
-/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR).
+/// Gives the network interface `vtnetN` this Ethernet address (sys/net/if.c, SIOCSIFLLADDR). With another one than before it forgets its neighbours: it is another
+/// machine now, perhaps on another link.
 pub(crate) fn set_mac(number: u32, mac: &[u8; MAC_BYTES]) -> Result<(), Refusal> {
     const SIOCSIFLLADDR: usize = 0x8020_693c;
-    const AF_LOCAL: usize = 1;
     const AF_LINK: u8 = 18;
     let mut wanted: [u8; 32] = request(number, &[(16, &[MAC_BYTES as u8, AF_LINK]), (18, mac)])?;
-    let socket = Socket::open(AF_LOCAL, SOCK_DGRAM)?;
+    let index = index_of(number)?;
+    let mut room = [0; LIST_BYTES];
+    // One with more addresses than there is room for gets its Ethernet address all the same.
+    let listed = list(index, &mut room).unwrap_or_default();
+    // The interface is down for a moment. Should the system look at its addresses of IPv6 just then (it does every second), they would be doubtful again.
+    let has_six = all_addresses(listed, number).any(|address| address.six);
+    let _undoubted = has_six.then(|| six::Undoubted::begin(number).ok()).flatten();
+    let socket = Socket::open(AF_LOCAL, SOCK_DGRAM, 0)?;
     match sys::ioctl(socket.0, SIOCSIFLLADDR, &mut wanted) {
-        Ok(()) => Ok(()),
-        Err(sys::ENXIO) => Err(NO_INTERFACE),
-        Err(_) => Err((STATUS_NOT_ALLOWED, "the guest's system does not take the Ethernet address")),
+        Ok(()) => {}
+        Err(sys::ENXIO) => return Err(NO_INTERFACE),
+        Err(_) => return Err((STATUS_NOT_ALLOWED, "the guest's system does not take the Ethernet address")),
     }
+    if mac_in(listed) != Some(*mac) {
+        neighbours::forget(index);
+    }
+    Ok(())
+}
+
+/// The Ethernet address that such a list tells.
+fn mac_in(list: &[u8]) -> Option<[u8; MAC_BYTES]> {
+    let (_, message) = messages(list).find(|(kind, _)| *kind == RTM_IFINFO)?;
+    // struct sockaddr_dl: length, family, index, kind, length of name and of address, selector's; then the name and the address.
+    let place = places(message, IFM_BYTES, 4)[RTA_IFP_PLACE]?;
+    let (name, address) = (usize::from(*place.get(5)?), usize::from(*place.get(6)?));
+    place.get(8 + name..8 + name + address)?.try_into().ok()
 }

@@ -58,6 +58,9 @@ const SETGROUPS_14: usize = 80;
 const SETPGID: usize = 82;
 const DUP2: usize = 90;
 const SOCKET: usize = 97;
+const BIND: usize = 104;
+const SETSOCKOPT: usize = 105;
+const SENDTO: usize = 133;
 const FCNTL: usize = 92;
 const FCHMOD: usize = 124;
 const RENAME: usize = 128;
@@ -404,9 +407,25 @@ fn set_terminal(fd: i32, speed: u32, control: u32) -> Result<()> {
     unsafe { call!(IOCTL, fd, TIOCSETA, &raw const settings) }.map(|_| ())
 }
 
-pub(crate) fn socket(family: usize, kind: usize) -> Result<i32> {
+pub(crate) fn socket(family: usize, kind: usize, protocol: usize) -> Result<i32> {
     // SAFETY: numbers.
-    unsafe { call!(SOCKET, family, kind, 0) }.map(|fd| fd as i32)
+    unsafe { call!(SOCKET, family, kind, protocol) }.map(|fd| fd as i32)
+}
+
+pub(crate) fn set_option(socket: i32, level: usize, option: usize, value: u32) -> Result<()> {
+    // SAFETY: a value with its length.
+    unsafe { call!(SETSOCKOPT, socket, level, option, &raw const value, size_of::<u32>()) }.map(|_| ())
+}
+
+/// `address`: a socket address of its whole length.
+pub(crate) fn bind(socket: i32, address: &[u8]) -> Result<()> {
+    // SAFETY: an address with its length.
+    unsafe { call!(BIND, socket, address.as_ptr(), address.len()) }.map(|_| ())
+}
+
+pub(crate) fn send_to(socket: i32, bytes: &[u8], address: &[u8]) -> Result<()> {
+    // SAFETY: bytes and an address, each with its length.
+    unsafe { call!(SENDTO, socket, bytes.as_ptr(), bytes.len(), 0, address.as_ptr(), address.len()) }.map(|_| ())
 }
 
 /// A request whose number says how long the structure is that goes with it.

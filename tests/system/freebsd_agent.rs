@@ -1,14 +1,16 @@
 //! The agent in a real FreeBSD: its hello is the ready point; commands, files, snapshots; clones that are other machines, with random numbers
 //! and addresses of their own.
 
+mod addresses;
+
 use std::collections::HashSet;
 use std::fs;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::create_vm_request::Source;
 use coldspark::api::proto::exec_exit::How;
-use coldspark::api::proto::network_interface::Link;
 use coldspark::api::proto::ready_point::At;
 use coldspark::api::proto::*;
 use libtest_mimic::Trial;
@@ -17,15 +19,11 @@ use tonic::Code;
 use crate::client::{Client, ImageFiles, ask, expect_status};
 use crate::commands::{Command, get, put, run, start};
 use crate::daemon::{Daemon, eventually};
-use crate::freebsd::{PROMPT, ask as ask_console, environment};
+use crate::freebsd::environment;
 use crate::host::{self, Need};
-use crate::network;
-use crate::tap::Tap;
 use crate::trial::{Stage, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsdAgent];
-const ADDRESSED: &[Need] =
-    &[Need::Kvm, Need::KernelMode, Need::FreeBsdAgent, Need::FreeBsdNetwork, Need::Tap];
 const CLONES: u32 = 3;
 /// Clones whose random numbers are compared.
 const CLONES_COMPARED: u32 = 12;
@@ -37,48 +35,66 @@ const AGENT_FREEBSD: u32 = 2;
 const AHEAD_NS: u64 = 5_000_000;
 
 pub fn trials() -> Vec<Trial> {
-    vec![
+    let mut trials = vec![
         trial("freebsd/agent/commands", NEEDS, 120, |stage| commands(stage, AgentPort::Virtio)),
         trial("freebsd/agent/clones", NEEDS, 120, |stage| clones(stage, AgentPort::Virtio)),
-        trial("freebsd/agent/entropy", NEEDS, 120, entropy),
+        trial("freebsd/agent/entropy", NEEDS, 120, |stage| entropy(stage, 1)),
+        trial("freebsd/agent/entropy/4-vcpu", NEEDS, 180, |stage| entropy(stage, 4)),
         trial("freebsd/agent/killed", NEEDS, 120, killed),
-        trial("freebsd/agent/addresses", ADDRESSED, 120, addresses),
         trial("freebsd/agent/serial-port/commands", NEEDS, 300, |stage| commands(stage, AgentPort::Serial)),
         trial("freebsd/agent/serial-port/clones", NEEDS, 300, |stage| clones(stage, AgentPort::Serial)),
-    ]
+    ];
+    trials.extend(addresses::trials());
+    trials
 }
 
-/// Boots it up to the agent's hello.
-async fn boot(client: &mut Client, port: AgentPort) -> anyhow::Result<String> {
-    boot_on(client, port, vec![]).await
-}
-
-async fn boot_on(
-    client: &mut Client,
+/// A machine with the agent in it.
+struct Machine {
+    kernel: PathBuf,
+    disk: PathBuf,
     port: AgentPort,
+    vcpus: u32,
     networks: Vec<NetworkInterface>,
-) -> anyhow::Result<String> {
-    let (kernel, disk) = host::freebsd_agent().map_err(anyhow::Error::msg)?;
-    let spec = ImageSpec {
-        name: "freebsd".into(),
-        disks: vec![DiskSettings { read_only: false, ..Default::default() }],
-        boot: Some(BootSettings {
-            protocol: BootProtocol::Freebsd.into(),
-            hardware: Hardware::Unspecified.into(),
-            command_line: environment(),
-            vcpus: 1,
-            memory_bytes: 256 << 20,
-            ready: Some(ReadyPoint { at: Some(At::AgentHello(true)) }),
-            agent_port: port.into(),
-        }),
-        ..Default::default()
-    };
-    let files =
-        ImageFiles { kernel: Some(fs::read(kernel)?), disks: vec![fs::read(disk)?], ..Default::default() };
-    client.import(spec, files).await?;
-    let source = Some(Source::Image("freebsd".into()));
-    let request = CreateVmRequest { source, networks, ..Default::default() };
-    Ok(client.boot(request).await?.vm.id)
+}
+
+impl Machine {
+    /// With the user's kernel, one processor and no network.
+    fn usual(port: AgentPort) -> anyhow::Result<Machine> {
+        let (kernel, disk) = host::freebsd_agent().map_err(anyhow::Error::msg)?;
+        Ok(Machine { kernel, disk, port, vcpus: 1, networks: vec![] })
+    }
+
+    /// Boots it up to the agent's hello.
+    async fn boot(self, client: &mut Client) -> anyhow::Result<String> {
+        let spec = ImageSpec {
+            name: "freebsd".into(),
+            disks: vec![DiskSettings { read_only: false, ..Default::default() }],
+            boot: Some(BootSettings {
+                protocol: BootProtocol::Freebsd.into(),
+                hardware: Hardware::Unspecified.into(),
+                command_line: environment(),
+                vcpus: self.vcpus,
+                memory_bytes: 256 << 20,
+                ready: Some(ReadyPoint { at: Some(At::AgentHello(true)) }),
+                agent_port: self.port.into(),
+            }),
+            ..Default::default()
+        };
+        let files = ImageFiles {
+            kernel: Some(fs::read(self.kernel)?),
+            disks: vec![fs::read(self.disk)?],
+            ..Default::default()
+        };
+        client.import(spec, files).await?;
+        let source = Some(Source::Image("freebsd".into()));
+        let request = CreateVmRequest { source, networks: self.networks, ..Default::default() };
+        Ok(client.boot(request).await?.vm.id)
+    }
+}
+
+/// Boots the usual one.
+async fn boot(client: &mut Client, port: AgentPort) -> anyhow::Result<String> {
+    Machine::usual(port)?.boot(client).await
 }
 
 /// What a command says on stdout, without the line's end.
@@ -268,11 +284,14 @@ async fn random(client: &Client, vm: &str) -> anyhow::Result<Vec<u8>> {
 
 /// What the kernel of a clone first gives is its own. Clones that are told nothing, and whose kernel may not draw by itself, say what it would give
 /// otherwise: all the same.
-async fn entropy(stage: Stage) -> anyhow::Result<()> {
+async fn entropy(stage: Stage, vcpus: u32) -> anyhow::Result<()> {
     let daemon = Daemon::start(&stage).await?;
     let mut client = daemon.client().await?;
-    let vm = boot(&mut client, AgentPort::Virtio).await?;
-    put(&client, &vm, "/tmp/never", 0o755, &never_drawing()).await?;
+    let vm = Machine { vcpus, ..Machine::usual(AgentPort::Virtio)? }.boot(&mut client).await?;
+    let hello = ask!(&mut client, &vm, Hello(HelloOp {}));
+    ensure!(hello.cpus_found == vcpus, "{hello:?}");
+    // So that nothing is drawn on.
+    put(&client, &vm, "/tmp/never", 0o755, &setting(POOL_BYTES, 0x7fff_0000)).await?;
     // Has it draw, so that it must not again for the tenth of a second in which the snapshot is asked for.
     random(&client, &vm).await?;
     run(&client, &vm, &["/tmp/never"]).await?.expect(0, "")?;
@@ -307,7 +326,7 @@ async fn entropy(stage: Stage) -> anyhow::Result<()> {
     }
     took.sort_unstable();
     let line = format!("identity of {CLONES_COMPARED} clones, us: {took:?}");
-    println!("  freebsd/agent/entropy: {line}");
+    println!("  freebsd/agent/entropy, {vcpus} vCPUs: {line}");
     fs::write(stage.logs.join("entropy.txt"), line)?;
     Ok(())
 }
@@ -320,21 +339,26 @@ fn killer() -> Vec<u8> {
     ])
 }
 
-/// One that sets [`POOL_BYTES`] to 0x7fff0000, so that nothing is drawn on: sysctl for the name's numbers, sysctl with them, and exit with the error.
-fn never_drawing() -> Vec<u8> {
-    const _: () = assert!(POOL_BYTES.len() == 31);
-    let code = [
+/// One that gives a setting of the kernel's this value: sysctl for the name's numbers, sysctl with them, and exit with the error.
+fn setting(name: &str, value: u32) -> Vec<u8> {
+    const LOOK_UP: &[u8] = &[
         0x48, 0x81, 0xec, 0x00, 0x01, 0x00, 0x00, 0xc7, 0x84, 0x24, 0x80, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
         0x00, 0xc7, 0x84, 0x24, 0x84, 0x00, 0x00, 0x00, 0x03, 0x00, 0x00, 0x00, 0x48, 0xc7, 0x84, 0x24, 0x88,
         0x00, 0x00, 0x00, 0x60, 0x00, 0x00, 0x00, 0x48, 0x8d, 0xbc, 0x24, 0x80, 0x00, 0x00, 0x00, 0xbe, 0x02,
         0x00, 0x00, 0x00, 0x48, 0x89, 0xe2, 0x4c, 0x8d, 0x94, 0x24, 0x88, 0x00, 0x00, 0x00, 0x4c, 0x8d, 0x05,
-        0x50, 0x00, 0x00, 0x00, 0x41, 0xb9, 0x1f, 0x00, 0x00, 0x00, 0xb8, 0xca, 0x00, 0x00, 0x00, 0x0f, 0x05,
-        0x72, 0x38, 0xc7, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0x7f, 0x48, 0x89, 0xe7, 0x48,
-        0x8b, 0xb4, 0x24, 0x88, 0x00, 0x00, 0x00, 0x48, 0xc1, 0xee, 0x02, 0x31, 0xd2, 0x45, 0x31, 0xd2, 0x4c,
-        0x8d, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00, 0x41, 0xb9, 0x04, 0x00, 0x00, 0x00, 0xb8, 0xca, 0x00, 0x00,
-        0x00, 0x0f, 0x05, 0x72, 0x02, 0x31, 0xc0, 0x89, 0xc7, 0xb8, 0x01, 0x00, 0x00, 0x00, 0x0f, 0x05,
+        0x50, 0x00, 0x00, 0x00, 0x41, 0xb9,
     ];
-    program(&[&code, POOL_BYTES.as_bytes()].concat())
+    // With the name's length before it, and the value behind.
+    const CALL: &[u8] =
+        &[0xb8, 0xca, 0x00, 0x00, 0x00, 0x0f, 0x05, 0x72, 0x38, 0xc7, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00];
+    const SET: &[u8] = &[
+        0x48, 0x89, 0xe7, 0x48, 0x8b, 0xb4, 0x24, 0x88, 0x00, 0x00, 0x00, 0x48, 0xc1, 0xee, 0x02, 0x31, 0xd2,
+        0x45, 0x31, 0xd2, 0x4c, 0x8d, 0x84, 0x24, 0x90, 0x00, 0x00, 0x00, 0x41, 0xb9, 0x04, 0x00, 0x00, 0x00,
+        0xb8, 0xca, 0x00, 0x00, 0x00, 0x0f, 0x05, 0x72, 0x02, 0x31, 0xc0, 0x89, 0xc7, 0xb8, 0x01, 0x00, 0x00,
+        0x00, 0x0f, 0x05,
+    ];
+    let length = (name.len() as u32).to_le_bytes();
+    program(&[LOOK_UP, &length, CALL, &value.to_le_bytes(), SET, name.as_bytes()].concat())
 }
 
 /// ELF header, one segment, and its code.
@@ -382,57 +406,4 @@ async fn killed(stage: Stage) -> anyhow::Result<()> {
     let clones = client.clone_vms("base", 1, MemoryMode::Mapped, Identity::Managed).await?;
     ensure!(clones[0].guest_entropy() == GuestEntropy::Drawn, "{clones:?}");
     run(&client, &clones[0].id, &["echo", "here"]).await?.expect(0, "here\n")
-}
-
-/// Clones have the addresses that they were given, and those of their snapshot no more.
-async fn addresses(stage: Stage) -> anyhow::Result<()> {
-    let (tap, other) = (Tap::new([10, 83, 0, 1])?, Tap::new([10, 84, 0, 1])?);
-    let daemon = Daemon::start(&stage).await?;
-    let mut client = daemon.client().await?;
-    let vm = boot_on(&mut client, AgentPort::Virtio, vec![network::plugged(&tap)]).await?;
-    let mut console = client.console(&vm).await?;
-    console.expect(PROMPT).await?;
-    let said = ask_console(&mut console, &format!("ifup vtnet0 {}/24", tap.guest())).await?;
-    ensure!(said.contains("ifup=0"), "no address: {said}");
-    ensure!(network::ping(tap.guest(), 3).await? > 0, "the source does not answer");
-    let snapshot = client.snapshot(&vm, "base").await?.id;
-    client.delete_vm(&vm).await?;
-
-    let given =
-        network::given(&other, &["10.84.0.9/24", "10.84.0.10/32", "fd84::9/64"], &["10.84.0.1", "fe80::1"]);
-    let moved = network::managed(&mut client, &snapshot, vec![given]).await.context("other addresses")?;
-    ensure!(moved.networks[0].addresses.len() == 3 && moved.networks[0].gateways.len() == 2, "{moved:?}");
-    for address in [[10, 84, 0, 9], [10, 84, 0, 10]] {
-        ensure!(network::ping(address.into(), 3).await? > 0, "no answer from {address:?}");
-    }
-    // Through its gateway, to an address of this host that is none of its own network's.
-    let mut console = client.console(&moved.id).await?;
-    let said = ask_console(&mut console, &format!("icmp {} 3", tap.address)).await?;
-    ensure!(said.contains("got=3"), "its default route leads nowhere: {said}");
-
-    let beside = network::managed(
-        &mut client,
-        &snapshot,
-        vec![network::given(&tap, &["10.83.0.9/24"], &["10.83.0.1"])],
-    )
-    .await
-    .context("another address in the source's network")?;
-    ensure!(network::ping([10, 83, 0, 9].into(), 3).await? > 0, "no answer from the second clone");
-    ensure!(network::ping(tap.guest(), 1).await? == 0, "it answers to its source's address, too");
-    // Its clone is given others again, and loses the default routes with them.
-    let again = client.snapshot(&beside.id, "again").await?.id;
-    client.delete_vm(&beside.id).await?;
-    let last =
-        network::managed(&mut client, &again, vec![network::given(&tap, &["10.83.0.7/24"], &[])]).await?;
-    ensure!(network::ping([10, 83, 0, 7].into(), 3).await? > 0, "no answer from a clone's clone");
-    let mut console = client.console(&last.id).await?;
-    let said = ask_console(&mut console, &format!("icmp {} 1", other.address)).await?;
-    ensure!(!said.contains("got=1"), "a default route is left: {said}");
-
-    let kept = network::given(&other, &["10.84.0.11/24"], &[]);
-    client.delete_vm(&moved.id).await?;
-    let second = NetworkInterface { link: Some(Link::Down(true)), ..Default::default() };
-    let refused = network::managed(&mut client, &snapshot, vec![kept, second]).await;
-    expect_status("two links for one interface", refused, &[Code::InvalidArgument])?;
-    Ok(())
 }

@@ -41,6 +41,10 @@ pub enum Need {
     FreeBsdGeneric,
     /// Its userland has network commands.
     FreeBsdNetwork,
+    /// Those commands and its kernel know IPv6, and so does this host.
+    FreeBsdNetwork6,
+    /// A FreeBSD kernel without IPv6, and the disk with the agent.
+    FreeBsdWithout6,
     /// Its userland powers off when the kernel tells it to.
     FreeBsdPower,
     /// Debian's Python with grpcio, and protoc with its plugin.
@@ -88,6 +92,11 @@ impl Need {
             Need::FreeBsdNetwork => {
                 yes("COLDSPARK_FREEBSD_NETWORK", "no FreeBSD userland with network commands")
             }
+            Need::FreeBsdNetwork6 => {
+                yes("COLDSPARK_FREEBSD_NETWORK6", "no FreeBSD whose network commands know IPv6")?;
+                crate::tap::six::available()
+            }
+            Need::FreeBsdWithout6 => freebsd_without6().map(|_| ()),
             Need::FreeBsdPower => {
                 yes("COLDSPARK_FREEBSD_POWER", "no FreeBSD userland that powers off when told")
             }
@@ -121,6 +130,13 @@ pub fn freebsd_generic() -> Result<(PathBuf, PathBuf), String> {
 pub fn freebsd_agent() -> Result<(PathBuf, PathBuf), String> {
     let reason = "no FreeBSD with the agent given (docs/testing.md says how)";
     Ok((path_from("COLDSPARK_FREEBSD_KERNEL", reason)?, path_from("COLDSPARK_FREEBSD_AGENT_DISK", reason)?))
+}
+
+/// A kernel that is built without `options INET6`, and the disk of [`freebsd_agent`].
+pub fn freebsd_without6() -> Result<(PathBuf, PathBuf), String> {
+    let reason = "no FreeBSD kernel without IPv6 given (docs/testing.md says how)";
+    let kernel = path_from("COLDSPARK_FREEBSD_KERNEL_WITHOUT_INET6", reason)?;
+    Ok((kernel, path_from("COLDSPARK_FREEBSD_AGENT_DISK", reason)?))
 }
 
 /// Boots and restores to be done.

@@ -33,7 +33,7 @@
 //! | `seeing` | metrics: what is counted, who may read it |
 //! | `load` | a snapshot with disks, network, timers and CPUs at work |
 //! | `freebsd` | a real FreeBSD kernel, when the paths to one are given |
-//! | `freebsd_agent` | the agent in such a FreeBSD |
+//! | `freebsd_agent` | the agent in such a FreeBSD, and the addresses of its clones |
 //! | `soak` | the same, booted and restored hundreds of times, when that is asked for |
 
 mod access;

@@ -1,9 +1,11 @@
 //! TAPs of a trial's own, and the host's side of what travels over them: ping, and a TCP stream that comes back.
 
+pub mod six;
+
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -153,16 +155,33 @@ pub fn ping(to: Ipv4Addr, count: u16, every: Duration) -> anyhow::Result<u16> {
     let socket = unsafe {
         let fd = libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_ICMP);
         check(fd).context("a raw socket for ping")?;
-        std::net::UdpSocket::from_raw_fd(fd)
+        UdpSocket::from_raw_fd(fd)
     };
     let id = (std::process::id() as u16) ^ u32::from(to) as u16;
+    // An IPv4 header without options, then ICMP: type, code, checksum, id, number.
+    let answered = |packet: &[u8]| {
+        let ours = packet.len() >= 28 && packet[20] == 0 && packet[24..26] == id.to_be_bytes();
+        ours.then(|| u16::from_be_bytes([packet[26], packet[27]]))
+    };
+    pings(&socket, SocketAddrV4::new(to, 0).into(), count, every, |number| echo_request(id, number), answered)
+}
+
+/// Sends `count` requests, `every` apart, and counts those of which an answer says the number.
+fn pings(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    count: u16,
+    every: Duration,
+    request: impl Fn(u16) -> Vec<u8>,
+    answered_by: impl Fn(&[u8]) -> Option<u16>,
+) -> anyhow::Result<u16> {
     let mut answered = vec![false; usize::from(count)];
     let begin = Instant::now();
     let patience = limit(3);
     let mut sent = 0u16;
     loop {
         while sent < count && begin.elapsed() >= every * u32::from(sent) {
-            socket.send_to(&echo_request(id, sent), SocketAddrV4::new(to, 0))?;
+            socket.send_to(&request(sent), to)?;
             sent += 1;
         }
         let got = answered.iter().filter(|answered| **answered).count() as u16;
@@ -176,12 +195,8 @@ pub fn ping(to: Ipv4Addr, count: u16, every: Duration) -> anyhow::Result<u16> {
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => 0,
             Err(error) => return Err(error.into()),
         };
-        // An IPv4 header without options, then ICMP: type, code, checksum, id, number.
-        if bytes >= 28
-            && packet[20] == 0
-            && packet[24..26] == id.to_be_bytes()
-            && let Some(answered) =
-                answered.get_mut(usize::from(u16::from_be_bytes([packet[26], packet[27]])))
+        if let Some(number) = answered_by(&packet[..bytes])
+            && let Some(answered) = answered.get_mut(usize::from(number))
         {
             *answered = true;
         }
@@ -218,8 +233,8 @@ pub struct Echo {
 
 impl Echo {
     /// Listens at `address` for the guest.
-    pub fn listen(address: Ipv4Addr) -> anyhow::Result<Echo> {
-        let listener = TcpListener::bind(SocketAddrV4::new(address, 0))?;
+    pub fn listen(address: impl Into<IpAddr>) -> anyhow::Result<Echo> {
+        let listener = TcpListener::bind(SocketAddr::new(address.into(), 0))?;
         Ok(Echo { listener, returned: Arc::default(), enough: Arc::default() })
     }
 
