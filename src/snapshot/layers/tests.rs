@@ -30,12 +30,14 @@ fn freeze(disk: &LayeredDisk) -> Result<Freeze, LayerError> {
     disk.freeze(file(), disk.reopened())
 }
 
-/// A frozen layer for a disk of 5 blocks with block 1 full of 7.
+/// A frozen layer for a disk of 5 blocks with block 1 full of 7; open for writing, to damage it.
 fn frozen_layer() -> File {
-    let disk = LayeredDisk::open(None, vec![], Some(file()), 5 * BLOCK_BYTES).unwrap();
+    let overlay = file();
+    let handle = overlay.try_clone().unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(overlay), 5 * BLOCK_BYTES).unwrap();
     disk.write_at(&[7; 4096], BLOCK_BYTES).unwrap();
     match freeze(&disk).unwrap() {
-        Freeze::Layer(layer) => layer,
+        Freeze::Layer(_) => handle,
         Freeze::Unused => panic!("a written overlay is used"),
     }
 }

@@ -271,6 +271,7 @@ fn a_known_sum_is_taken_over_and_a_wrong_one_is_found_by_verify() {
         base.set_len(1 << 20).unwrap();
         base.write_all_at(b"disk", 4096).unwrap();
         draft.link_disk(&base, "base.img", Some(known)).unwrap();
+        drop(base);
         draft.publish(facts(name)).unwrap()
     };
     second(&known, "good");
