@@ -21,6 +21,8 @@ use std::{
 pub const PATIENCE: Duration = Duration::from_secs(2);
 /// fcntl(2); not in every libc crate.
 const F_SETSIG: i32 = 10;
+/// statfs(2): NFS, CIFS, SMB2.
+const REMOTE: [i128; 3] = [0x6969, 0xff53_4d42, 0xfe53_4d42];
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
@@ -44,14 +46,21 @@ pub fn writers(file: &File) -> io::Result<Writers> {
             Ok(Writers::Nobody)
         }
         Err(error) => match error.raw_os_error() {
+            Some(libc::EAGAIN) if is_remote(file) => Ok(Writers::Unknown(error)),
             Some(libc::EAGAIN) => Ok(Writers::Somebody),
-            // NFS, FUSE and others have no leases, they can be switched off (fs.leases-enable), and those of others' files need CAP_LEASE.
+            // FUSE and others have no leases, they can be switched off (fs.leases-enable), and those of others' files need CAP_LEASE.
             Some(
                 libc::EINVAL | libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS | libc::EACCES | libc::EPERM,
             ) => Ok(Writers::Unknown(error)),
             _ => Err(error),
         },
     }
+}
+
+/// Whether the file lies where EAGAIN may also mean that a server has given no delegation or oplock (`nfs4_add_lease`, `cifs_setlease`).
+fn is_remote(file: &File) -> bool {
+    let kind = rustix::fs::fstatfs(file).map(|about| i128::from(about.f_type));
+    kind.is_ok_and(|kind| REMOTE.contains(&kind))
 }
 
 /// Waits until nobody can write to the file at `path` any more; `false`: somebody still can. Where that is not to be known it is said once, and
