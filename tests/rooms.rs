@@ -70,6 +70,7 @@ const UNSAFE: &[&str] = &[
     "snapshot/memory/touched.rs",
     "snapshot/memory/view.rs",
     "snapshot/store/tests.rs",
+    "snapshot/writers.rs",
     "vmm/boot/reader.rs",
     "vmm/chipset/ioapic.rs",
     "vmm/chipset/pit.rs",

@@ -207,6 +207,17 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_only_read_is_open_for_reading_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.raw");
+        fs::write(&path, [0; 8192]).unwrap();
+        for mode in [DiskMode::Overlay, DiskMode::ReadOnly] {
+            let (file, _) = one(&path, mode).unwrap();
+            assert!(file.write_all_at(b"x", 0).is_err() && file.set_len(0).is_err(), "{mode:?}");
+        }
+    }
+
+    #[test]
     fn what_is_no_disk_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);

@@ -41,6 +41,20 @@ pub struct VmDisk {
     pub overlay: Option<Arc<File>>,
 }
 
+/// What a disk with an overlay goes on with when it is frozen.
+#[derive(Debug)]
+pub struct Next {
+    /// The overlay so far, opened for reading only.
+    pub sealed: Arc<File>,
+    /// The one after it, empty.
+    pub overlay: Arc<File>,
+}
+
+/// The same file, opened for reading only.
+fn for_reading(file: &File) -> io::Result<File> {
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
 /// Name of the socket at which the VM's worker waits for the next daemon, and of the VM's record ([`super::record`]).
 const DOOR: &str = "door";
 pub const RECORD: &str = "vm.json";
@@ -204,13 +218,24 @@ impl VmDisk {
         frozen.chain(self.overlay.iter().map(|overlay| overlay.as_fd()))
     }
 
-    /// Takes note that the worker froze the overlay (or had nothing in it) and goes on with `new`.
-    pub fn frozen(&mut self, became_layer: bool, new: Arc<File>) {
-        if let Some(old) = self.overlay.replace(new)
-            && became_layer
-        {
-            self.layers.push(FrozenFile { file: old, known: None, foreign: false });
+    /// What is handed over when the overlay is to be frozen, with the overlay that comes after it; `None`: there is nothing to be frozen.
+    pub fn next(&self, number: usize, folder: &mut VmFolder) -> Result<Option<Next>, FleetError> {
+        let Some(overlay) = &self.overlay else { return Ok(None) };
+        let sealed = for_reading(overlay)
+            .map_err(FleetError::io("cannot open a disk's overlay for reading; is /proc mounted?"))?;
+        Ok(Some(Next { sealed: Arc::new(sealed), overlay: folder.overlay(number)? }))
+    }
+
+    /// Takes note that the worker froze the overlay (or had nothing in it) and goes on with `next`. What was open for writing is closed.
+    pub fn frozen(&mut self, became_layer: bool, next: Next) {
+        if self.overlay.replace(next.overlay).is_some() && became_layer {
+            self.layers.push(FrozenFile { file: next.sealed, known: None, foreign: false });
         }
+    }
+
+    /// The same without what is written to.
+    pub fn without_overlay(&self) -> Self {
+        Self { overlay: None, ..self.clone() }
     }
 }
 

@@ -494,15 +494,17 @@ impl Owner {
         };
         let mut overlays = Vec::with_capacity(self.disks.len());
         for (n, disk) in self.disks.iter().enumerate() {
-            overlays.push(if disk.overlay.is_none() { None } else { Some(self.folder.overlay(n)?) });
+            overlays.push(disk.next(n, &mut self.folder)?);
         }
         // Before the worker may have them: whichever of these come to be its disks' files, the next daemon knows them.
-        self.vm.may_have(&overlays);
+        self.vm.may_have(overlays.iter().flatten().map(|next| &*next.overlay));
         let resume = !stop_after && before != State::Paused;
         self.set_state(State::Snapshotting);
         let result = {
             let mut fds = vec![draft.state().as_fd(), draft.memory().as_fd()];
-            fds.extend(overlays.iter().flatten().map(|overlay| overlay.as_fd()));
+            fds.extend(
+                overlays.iter().flatten().flat_map(|next| [next.sealed.as_fd(), next.overlay.as_fd()]),
+            );
             let spec = SnapshotSpec { resume };
             self.ears.during(self.link.request_within(Request::Snapshot(spec), &fds, FREEZE_TIMEOUT)).await
         };
@@ -513,14 +515,16 @@ impl Owner {
         };
         match frozen {
             Ok(frozen) => {
-                for (n, (disk, overlay)) in self.disks.iter_mut().zip(overlays).enumerate() {
-                    if let Some(overlay) = overlay {
-                        disk.frozen(frozen.disks_frozen.get(n).copied().unwrap_or(true), overlay);
+                for (n, (disk, next)) in self.disks.iter_mut().zip(overlays).enumerate() {
+                    if let Some(next) = next {
+                        disk.frozen(frozen.disks_frozen.get(n).copied().unwrap_or(true), next);
                     }
                 }
                 self.vm.has(&self.disks);
                 self.set_state(if resume { before } else { State::Paused });
-                Ok(FrozenVm { draft, frozen, disks: self.disks.clone() })
+                // While this one is published the next may be taken, of which the overlays of now are layers that nobody may write to.
+                let disks = self.disks.iter().map(VmDisk::without_overlay).collect();
+                Ok(FrozenVm { draft, frozen, disks })
             }
             Err(error) => {
                 if before == State::Paused {

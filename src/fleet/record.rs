@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use super::cgroup::Limits;
@@ -162,7 +163,7 @@ impl Record {
     }
 
     /// The VM's disks, of the files that its worker gave. A worker may have been taken over by its guest: only files are taken that were this
-    /// VM's, and of the disks only the number of layers is believed.
+    /// VM's, none that it could write to but its overlays, and of the disks only the number of layers is believed.
     pub fn disks(&self, told: &[DiskSpec], files: Vec<File>) -> Result<Vec<VmDisk>, String> {
         if told.len() != self.disks.len() {
             return Err(format!("{} disks, and the record says {}", told.len(), self.disks.len()));
@@ -177,9 +178,16 @@ impl Record {
             Ok::<_, String>(FrozenFile { file: Arc::new(file), known, foreign })
         };
         let mut disks = Vec::with_capacity(told.len());
+        let for_reading = |file: FrozenFile| {
+            let mode = rustix::fs::fcntl_getfl(&*file.file).map_err(|error| error.to_string())?;
+            match mode & OFlags::ACCMODE == OFlags::RDONLY {
+                true => Ok(file),
+                false => Err("a base or layer of its disks is open for writing".to_owned()),
+            }
+        };
         for (spec, told) in self.disks.iter().zip(told) {
-            let base = next()?;
-            let layers = (0..told.layers).map(|_| next()).collect::<Result<_, _>>()?;
+            let base = next().and_then(|base| if spec.direct { Ok(base) } else { for_reading(base) })?;
+            let layers = (0..told.layers).map(|_| next().and_then(for_reading)).collect::<Result<_, _>>()?;
             let overlay = match spec.read_only || spec.direct {
                 true => None,
                 false => Some(next()?.file),
@@ -374,9 +382,9 @@ impl Vm {
     }
 
     /// These may become files of its disks.
-    pub(super) fn may_have(&self, files: &[Option<Arc<File>>]) {
+    pub(super) fn may_have<'a>(&self, files: impl Iterator<Item = &'a File>) {
         let mut kept = self.papers.lock();
-        for file in files.iter().flatten() {
+        for file in files {
             match FileId::of(file) {
                 Ok(id) => kept.files.push(KnownFile { id, known: None, foreign: false }),
                 Err(error) => tracing::warn!(vm = %self.id, %error, "a disk's file has no number"),
@@ -466,6 +474,7 @@ impl Vm {
 mod tests {
     use super::*;
     use crate::fleet::claims::Method;
+    use crate::fleet::disks::Next;
 
     fn file(folder: &Path, name: &str) -> Arc<File> {
         Arc::new(File::create(folder.join(name)).unwrap())
@@ -524,11 +533,12 @@ mod tests {
         let papers =
             Papers::new(Some((folder.path(), None)), std::slice::from_ref(&disk), None, None).unwrap();
         for n in 0..1000 {
-            let next = file(folder.path(), &format!("overlay-{n}"));
-            let id = FileId::of(&next).unwrap();
+            let overlay = file(folder.path(), &format!("overlay-{n}"));
+            let id = FileId::of(&overlay).unwrap();
             papers.lock().files.push(KnownFile { id, known: None, foreign: false });
+            let sealed = Arc::clone(disk.overlay.as_ref().unwrap());
             // Only the first and the last had anything in them.
-            disk.frozen(n == 0 || n == 999, next);
+            disk.frozen(n == 0 || n == 999, Next { sealed, overlay });
             papers.lock().forget_others(std::slice::from_ref(&disk));
         }
         let record = record(&papers);
@@ -550,6 +560,9 @@ mod tests {
         let mut told = vec![disk.spec()];
         let disks = record.disks(&told, vec![open("base"), open("overlay")]).unwrap();
         assert!(disks[0].base.foreign && disks[0].layers.is_empty() && disks[0].overlay.is_some());
+        // Its base, but it could be written to.
+        let writable = File::options().read(true).write(true).open(folder.path().join("base")).unwrap();
+        assert!(record.disks(&told, vec![writable, open("overlay")]).unwrap_err().contains("for writing"));
         // A name for another file, one too few, one too many, another disk.
         file(folder.path(), "secret");
         assert!(record.disks(&told, vec![open("base"), open("secret")]).is_err());

@@ -527,7 +527,11 @@ impl Fleet {
             let lines = link_into(&mut draft, &disks)?;
             let facts = facts(&vm, &frozen, name, labels, lines)?;
             let draft: Draft = *draft;
-            let snapshot = draft.publish(facts)?;
+            let snapshot = draft.publish(facts).inspect_err(|error| {
+                if matches!(error, StoreError::StillWritten { .. }) {
+                    tracing::error!(vm = %vm.id, pid = vm.process.pid(), %error, "the worker of this VM is not to be trusted");
+                }
+            })?;
             // It is published: what cannot be opened now may be when it is cloned.
             let source = Source::open(&snapshot, working_sets).map(Arc::new).inspect_err(|error| {
                 tracing::warn!(%error, snapshot = %snapshot.id(), "a new snapshot cannot be opened yet");

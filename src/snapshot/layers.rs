@@ -29,7 +29,7 @@ mod tests;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use self::format::{BLOCK_BYTES, FrozenBitmap, Layout};
@@ -61,6 +61,8 @@ pub enum LayerError {
     Damaged { layer: usize, what: String },
     #[error("the overlay handed over has {0} bytes; it must be an empty file of its own")]
     OverlayNotEmpty(u64),
+    #[error("the file handed over to read the frozen overlay from is another file")]
+    NotTheOverlay,
     #[error("the disk is read-only")]
     ReadOnly,
     #[error(
@@ -80,6 +82,7 @@ impl LayerError {
             LayerError::TooManyLayers(_) | LayerError::Direct => Cause::Unsupported,
             LayerError::DiskSize(_)
             | LayerError::OverlayNotEmpty(_)
+            | LayerError::NotTheOverlay
             | LayerError::ReadOnly
             | LayerError::OutOfRange { .. } => Cause::InvalidInput,
         }
@@ -91,7 +94,7 @@ impl LayerError {
 pub enum Freeze {
     /// Nothing had been written: the old overlay is in no use any more, the snapshot needs no file for it.
     Unused,
-    /// The old overlay is now the topmost frozen layer; this is another handle on its file, written but not synced.
+    /// The old overlay is now the topmost frozen layer; this is another handle on its file, written but not synced, for reading only.
     Layer(File),
 }
 
@@ -252,7 +255,9 @@ impl LayeredDisk {
 
     /// Freezes the overlay and goes on with `new_overlay`, an empty file. After an error the disk is as before (and
     /// `new_overlay` is closed).
-    pub fn freeze(&self, new_overlay: File) -> Result<Freeze, LayerError> {
+    ///
+    /// `sealed`: the overlay's own file, opened for reading only. The layer is read through it, and nothing here can write to it any more.
+    pub fn freeze(&self, new_overlay: File, sealed: File) -> Result<Freeze, LayerError> {
         let new_overlay = Overlay::new(new_overlay, &self.layout)?;
         let mut stack = self.alone();
         let Stack { frozen, top, .. } = &mut *stack;
@@ -268,13 +273,18 @@ impl LayeredDisk {
         if frozen.len() >= LAYERS_MAX {
             return Err(LayerError::TooManyLayers(frozen.len() + 1));
         }
-        let bitmap = overlay.seal(&self.layout, frozen.len())?;
-        let handle = overlay
-            .file()
-            .try_clone()
-            .map_err(|source| LayerError::Io { what: "duplicate a disk layer's descriptor", source })?;
-        let old = std::mem::replace(overlay, new_overlay);
-        frozen.push(Frozen { file: old.into_file(), bitmap });
+        let io = |what| move |source| LayerError::Io { what, source };
+        let number = |file: &File| {
+            let data = file.metadata().map_err(io("look at a disk layer's file"))?;
+            Ok::<_, LayerError>((data.dev(), data.ino()))
+        };
+        if number(overlay.file())? != number(&sealed)? {
+            return Err(LayerError::NotTheOverlay);
+        }
+        let handle = sealed.try_clone().map_err(io("duplicate a disk layer's descriptor"))?;
+        let bitmap = overlay.seal(&self.layout, frozen.len(), &sealed)?;
+        *overlay = new_overlay;
+        frozen.push(Frozen { file: sealed, bitmap });
         Ok(Freeze::Layer(handle))
     }
 
@@ -291,6 +301,18 @@ impl LayeredDisk {
 
     fn alone(&self) -> RwLockWriteGuard<'_, Stack> {
         self.stack.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of the overlay, as [`freeze`](Self::freeze) wants it; an empty file of a disk that has none.
+    #[cfg(test)]
+    pub fn reopened(&self) -> File {
+        use std::os::fd::AsRawFd;
+        match &self.shared().top {
+            Top::Overlay(overlay) => {
+                File::open(format!("/proc/self/fd/{}", overlay.file().as_raw_fd())).unwrap()
+            }
+            Top::ReadOnly | Top::Base(_) => tempfile::tempfile().unwrap(),
+        }
     }
 
     /// Keeps every request from going on until the guard is dropped.

@@ -10,6 +10,7 @@
 //! | [`images`] | the folder of images that can be cold-booted |
 //! | [`signing`] | who made a snapshot: signatures of manifests, and which are trusted |
 //! | [`sums`] | BLAKE3 sums of whole and of sparse files |
+//! | [`writers`] | whether anybody can still write to what is about to be published |
 //! | [`memory`] | guest memory: writing the image, mapping it, answering page faults from it |
 //! | [`working_set`] | what clones touch of the memory first |
 //! | [`layers`] | copy-on-write disks: base, frozen layers, a private overlay |
@@ -32,3 +33,4 @@ pub mod store;
 pub mod sums;
 mod transfer;
 pub mod working_set;
+pub mod writers;

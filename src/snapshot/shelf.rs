@@ -51,6 +51,10 @@ pub enum StoreError {
     Refused { kind: &'static str, source: ManifestError },
     #[error("the {kind} is refused: {problem}")]
     Content { kind: &'static str, problem: String },
+    #[error(
+        "the {kind} is refused: its file {path} could still be written to {waited_s} s after it was finished, so it could be changed when others use it; end the VM, whose worker may have been taken over by its guest (or stop the program that has files of the service's data folder open for writing)"
+    )]
+    StillWritten { kind: &'static str, path: String, waited_s: u64 },
     /// What reading its document gave when the store was opened.
     #[error("{0}")]
     Unusable(Arc<StoreError>),
@@ -60,7 +64,7 @@ impl StoreError {
     /// The kind of this failure.
     pub fn cause(&self) -> Cause {
         match self {
-            StoreError::Open(OpenError::Locked(_)) => Cause::WrongState,
+            StoreError::Open(OpenError::Locked(_)) | StoreError::StillWritten { .. } => Cause::WrongState,
             StoreError::Open(OpenError::File(error)) | StoreError::File(error) => Cause::of_io(&error.source),
             StoreError::NotFound { .. } => Cause::NotFound,
             StoreError::Taken { .. } => Cause::AlreadyExists,

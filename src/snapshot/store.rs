@@ -14,7 +14,7 @@ use std::{
     io,
     path::Path,
     sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::SystemTime,
+    time::{Instant, SystemTime},
 };
 
 use super::{
@@ -34,6 +34,7 @@ use super::{
     sums::SumKind,
     transfer,
     working_set::{self, Run, WorkingSet},
+    writers,
 };
 
 pub use super::{
@@ -211,13 +212,15 @@ impl Draft {
         self.link_disk(&file, name, known)
     }
 
-    /// Publishes: checks the facts, sums the files, syncs everything, renames.
+    /// Publishes: checks the facts, and that nobody can write to the files any more; sums them, syncs everything, renames.
     ///
     /// # Errors
     /// Nothing of the draft stays, and what was published before is untouched.
-    pub fn publish(self, facts: Facts) -> Result<Arc<Snapshot>, StoreError> {
+    pub fn publish(mut self, facts: Facts) -> Result<Arc<Snapshot>, StoreError> {
         let refused = |source: ManifestError| StoreError::Refused { kind: KIND, source };
         facts.check().map_err(refused)?;
+        // First of all: what is looked at from here on stays as it is.
+        self.end_writing()?;
         self.check_lengths(&facts)?;
         let _reserved = facts.name.as_deref().map(|name| self.shelf.reserve(name)).transpose()?;
         for file in [&self.state, &self.memory].into_iter().chain(self.disks.values().map(|disk| &disk.file))
@@ -250,6 +253,26 @@ impl Draft {
             // Its sums were formed a moment ago.
             Snapshot { summed: true, ..Snapshot::new(stored, manifest, signature, signing) }
         })
+    }
+
+    /// Sees to it that nobody has a file of the draft open for writing. The worker that wrote them is not trusted: what it could change after
+    /// they are summed it could change under clones.
+    fn end_writing(&mut self) -> Result<(), StoreError> {
+        let folder = self.temporary.path();
+        for (name, file) in [(STATE_FILE, &mut self.state), (MEMORY_FILE, &mut self.memory)] {
+            *file = folder::open_file(&folder.join(name))?;
+        }
+        let until = Instant::now() + writers::PATIENCE;
+        let own = [(STATE_FILE.to_owned(), &self.state), (MEMORY_FILE.to_owned(), &self.memory)];
+        let disks = self.disks.iter().map(|(name, disk)| (manifest::disk_path(name), &disk.file));
+        for (name, file) in own.into_iter().chain(disks) {
+            let path = folder.join(&name);
+            if !writers::wait_for_none(file, &path, until).map_err(failed(&path, "leased"))? {
+                let waited_s = writers::PATIENCE.as_secs();
+                return Err(StoreError::StillWritten { kind: KIND, path: name, waited_s });
+            }
+        }
+        Ok(())
     }
 
     /// Lengths before sums: the worker that wrote the files is not trusted, and summing an endless hole would take

@@ -152,6 +152,12 @@ pub struct DiskPart {
     pub serial: String,
 }
 
+/// What a writable disk goes on with when it is frozen, as [`LayeredDisk::freeze`] has it.
+pub struct NextOverlay {
+    pub sealed: File,
+    pub overlay: File,
+}
+
 /// One network interface.
 pub struct NetworkPart {
     pub link: Link,
@@ -480,8 +486,8 @@ impl Machine {
     }
 
     /// Freezes the writable disks of a paused machine: each goes on with a new empty overlay, taken from `overlays` in
-    /// the order of the writable disks. The answer is in the order of all disks; `None` is a read-only one.
-    pub fn freeze_disks(&self, overlays: Vec<File>) -> Result<Vec<Option<Freeze>>, MachineError> {
+    /// the order of the writable disks, and reads the frozen one through the file beside it ([`LayeredDisk::freeze`]). The answer is in the order of all disks; `None` is a read-only one.
+    pub fn freeze_disks(&self, overlays: Vec<NextOverlay>) -> Result<Vec<Option<Freeze>>, MachineError> {
         let writable = self.disks.iter().filter(|disk| !disk.read_only()).count();
         if overlays.len() != writable {
             return Err(MachineError::Mismatch(format!(
@@ -494,7 +500,7 @@ impl Machine {
         for disk in &self.disks {
             frozen.push(match disk.read_only() {
                 true => None,
-                false => overlays.next().map(|overlay| disk.freeze(overlay)).transpose()?,
+                false => overlays.next().map(|next| disk.freeze(next.overlay, next.sealed)).transpose()?,
             });
         }
         Ok(frozen)

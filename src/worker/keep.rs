@@ -37,19 +37,27 @@ impl DiskFiles {
     }
 }
 
-/// The disks were frozen: those with an overlay go on with these, from the first; where `became_layer` the old one is a layer now.
-pub fn frozen(disks: &mut [DiskFiles], became_layer: &[bool], overlays: Vec<OwnedFd>) {
+/// What a frozen disk goes on with.
+pub struct Next {
+    /// The old overlay, for reading only.
+    pub sealed: OwnedFd,
+    pub overlay: OwnedFd,
+}
+
+/// The disks were frozen: those with an overlay go on with these, from the first; where `became_layer` the old one is a layer now. What was
+/// open for writing is closed.
+pub fn frozen(disks: &mut [DiskFiles], became_layer: &[bool], overlays: Vec<Next>) {
     let mut overlays = overlays.into_iter();
     for (n, disk) in
         disks.iter_mut().enumerate().filter(|(_, disk)| !disk.spec.read_only && !disk.spec.direct)
     {
-        let Some(overlay) = overlays.next() else { return };
+        let Some(next) = overlays.next() else { return };
+        disk.files.pop();
         if became_layer.get(n).copied().unwrap_or(false) {
             disk.spec.layers = disk.spec.layers.saturating_add(1);
-        } else {
-            disk.files.pop();
+            disk.files.push(next.sealed);
         }
-        disk.files.push(overlay);
+        disk.files.push(next.overlay);
     }
 }
 

@@ -21,7 +21,7 @@ use crate::snapshot::working_set::Touched;
 
 /// Version of all that is said on the control socket. A daemon takes over workers of its own version only, so it changes with every change of a
 /// message here, and of what a message means.
-pub const CONTROL_VERSION: u32 = 4;
+pub const CONTROL_VERSION: u32 = 5;
 /// Descriptor number of the worker's end of the control socket: standard input's, because that can be given without a step of our own
 /// between fork and exec, and so without a fork that copies the daemon's page tables (`fleet::process`).
 pub const CONTROL_FD: i32 = 0;
@@ -231,7 +231,8 @@ pub enum Request {
     /// `Boot`; after an error the worker ends.
     Restart(BootSpec),
     /// Freeze the VM into files and go on (or stay paused). Descriptors: state file, memory file (both empty,
-    /// read-write), then one new empty overlay for each writable disk. Answered when all is written (not synced).
+    /// read-write), then for each writable disk the overlay that it has, for reading only, and a new empty one. Answered when all is written
+    /// (not synced), and when the worker has nothing of it open for writing any more.
     Snapshot(SnapshotSpec),
     /// Stop the vCPUs; answered when they and the devices are quiet. Idempotent.
     Pause,

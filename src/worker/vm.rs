@@ -38,7 +38,7 @@ use crate::snapshot::working_set::Touched;
 use crate::vmm::boot;
 use crate::vmm::chipset;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts, Prepared};
+use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, NextOverlay, Parts, Prepared};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::shell::{self, EmptyVm};
 use crate::vmm::vcpu::{EventSink, VcpuEvent};
@@ -220,6 +220,19 @@ impl Descriptors {
         };
         self.files.push(kept);
         Ok(DiskPart { disk, serial: spec.serial.clone() })
+    }
+
+    /// All that is left: what frozen disks go on with, and second descriptors of that.
+    fn next_overlays(mut self) -> Result<(Vec<NextOverlay>, Vec<keep::Next>), Fault> {
+        let (mut next, mut kept) = (Vec::new(), Vec::new());
+        while !self.fds.as_slice().is_empty() {
+            let (sealed, overlay) = (self.file()?, self.file()?);
+            let second =
+                |file: &File| file.try_clone().map(OwnedFd::from).map_err(fault::io("a disk's overlay"));
+            kept.push(keep::Next { sealed: second(&sealed)?, overlay: second(&overlay)? });
+            next.push(NextOverlay { sealed, overlay });
+        }
+        Ok((next, kept))
     }
 
     /// One for each of `kinds` that has a link.
@@ -744,10 +757,7 @@ impl Vm {
         steps.done("pause");
         let mut fds = Descriptors::new(fds);
         let (mut state_file, memory_file) = (fds.file()?, fds.file()?);
-        let overlays: Vec<File> = fds.fds.map(File::from).collect();
-        let kept =
-            overlays.iter().map(|file| file.try_clone().map(OwnedFd::from)).collect::<Result<Vec<_>, _>>();
-        let kept = kept.map_err(fault::io("a disk's overlay"))?;
+        let (overlays, kept) = fds.next_overlays()?;
         let state = self.machine.save()?;
         let bytes = state.to_bytes().map_err(machine::MachineError::from)?;
         state_file.write_all(&bytes).map_err(fault::io("the state file cannot be written"))?;

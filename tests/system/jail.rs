@@ -5,7 +5,7 @@ use std::fs;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use anyhow::{Context as _, bail, ensure};
@@ -14,9 +14,11 @@ use coldspark::worker::channel::{AsyncChannel, ChannelError};
 use coldspark::worker::jail::attempts::{Attempt, Hello, Order, Outcome, Whereabouts};
 use coldspark::worker::protocol::Layer;
 use libtest_mimic::Trial;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::Value;
+use tonic::Code;
 
-use crate::client::{Client, ask};
+use crate::client::{Client, ask, expect_status};
 use crate::daemon::{Daemon, program};
 use crate::host::Need;
 use crate::trial::{Stage, trial};
@@ -31,6 +33,7 @@ pub fn trials() -> Vec<Trial> {
     vec![
         trial("jail/forbidden", &[Need::Kvm, Need::Root], 120, forbidden),
         trial("jail/forbidden-without-seccomp", &[Need::Kvm, Need::Root], 60, forbidden_without_seccomp),
+        trial("jail/snapshots-are-let-go", &[Need::Kvm, Need::Root], 90, snapshots_are_let_go),
         trial("jail/real-workers", &[Need::Kvm, Need::Root], 60, real_workers),
         trial("jail/modes", &[Need::Kvm, Need::Root], 60, modes),
         trial("jail/doctor", &[Need::Kvm], 60, doctor),
@@ -248,6 +251,94 @@ fn check_worker(pid: u32, daemon: i32) -> anyhow::Result<u32> {
         ensure!(limits.contains(line), "{limits}");
     }
     uids.first().copied().context("no uid")
+}
+
+/// Files in `folder` that a process can write to, with the descriptors.
+fn writable(pid: u32, folder: &Path) -> anyhow::Result<Vec<(i32, PathBuf)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let number = entry?.file_name().to_string_lossy().into_owned();
+        // One that is closed just now has neither.
+        let Ok(path) = fs::read_link(format!("/proc/{pid}/fd/{number}")) else { continue };
+        let Ok(info) = fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")) else { continue };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).context("no flags")?;
+        let flags = i32::from_str_radix(flags.trim(), 8)?;
+        if path.starts_with(folder) && flags & libc::O_ACCMODE != libc::O_RDONLY {
+            found.push((number.parse()?, path));
+        }
+    }
+    Ok(found)
+}
+
+/// A worker has nothing of a snapshot open for writing when the snapshot is published, and while one has there is none.
+async fn snapshots_are_let_go(stage: Stage) -> anyhow::Result<()> {
+    let mut daemon = Daemon::start(&stage).await?;
+    let mut client = daemon.client().await?;
+    client.import_embedded("disk", vec![vec![0; 4 << 20]]).await?;
+    let vm = client.boot_image("disk", 1, BootProtocol::Unspecified).await?;
+    let put = |byte: u8| DiskWriteOp {
+        disk: 0,
+        first_sector: u64::from(byte),
+        data: vec![byte; 512].into(),
+        flush: true,
+    };
+    ask!(&mut client, &vm.id, DiskWrite(put(1)));
+    let of_workers = |folder: &Path| -> anyhow::Result<Vec<(i32, PathBuf)>> {
+        let found = writable(vm.worker_pid, folder)?;
+        ensure!(!found.is_empty() && found.iter().all(|(_, path)| path.parent() == found[0].1.parent()));
+        Ok(found)
+    };
+    let overlays = of_workers(&daemon.data)?;
+    ensure!(overlays.iter().all(|(_, path)| path.ends_with("disk-0.overlay.0")), "{overlays:?}");
+
+    // The worker's own open file, which lives on when the worker closes it: as if it had kept a descriptor.
+    let pid = Pid::from_raw(i32::try_from(vm.worker_pid)?).context("no pid")?;
+    let worker = pidfd_open(pid, PidfdFlags::empty())?;
+    let kept = pidfd_getfd(&worker, overlays[0].0, PidfdGetfdFlags::empty())?;
+    let refused = client.snapshot(&vm.id, "kept").await;
+    let why = expect_status("a layer that its worker kept", refused, &[Code::FailedPrecondition])?;
+    ensure!(why.contains("disks/disk-0.layer-0") && why.contains("still be written to"), "{why}");
+    let listed = client.list_snapshots().await?;
+    ensure!(listed.snapshots.is_empty() && listed.damaged.is_empty(), "{listed:?}");
+    let names: Vec<_> = fs::read_dir(daemon.data.join("snapshots"))?.collect::<Result<_, _>>()?;
+    ensure!(names.iter().all(|entry| entry.file_name() == ".lock"), "{names:?}");
+    ensure!(daemon.log()?.contains("is not to be trusted"), "the log does not tell");
+
+    // Let go; the VM has gone on meanwhile, and that layer is one of the next snapshot's.
+    drop(kept);
+    ask!(&mut client, &vm.id, DiskWrite(put(2)));
+    let snapshot = client.snapshot(&vm.id, "let-go").await?.id;
+    let overlays = of_workers(&daemon.data)?;
+    ensure!(overlays.iter().all(|(_, path)| path.ends_with("disk-0.overlay.2")), "{overlays:?}");
+    let of_daemon = writable(u32::try_from(daemon.pid())?, &daemon.data.join("snapshots"))?;
+    ensure!(of_daemon.iter().all(|(_, path)| path.ends_with(".lock")), "{of_daemon:?}");
+    // Frozen layers are files of the VM's folder, too.
+    let layers = writable(u32::try_from(daemon.pid())?, &daemon.data.join("vms").join(&vm.id))?;
+    ensure!(
+        layers.iter().all(|(_, path)| !["0", "1"].iter().any(|n| path.extension().is_some_and(|e| e == *n))),
+        "{layers:?}"
+    );
+
+    // By the next daemon, which has the files from the worker.
+    daemon.kill_hard()?;
+    daemon.start_again().await?;
+    let mut client = daemon.client().await?;
+    ask!(&mut client, &vm.id, DiskWrite(put(3)));
+    client.snapshot(&vm.id, "adopted").await?;
+    let overlays = of_workers(&daemon.data)?;
+    ensure!(overlays.iter().all(|(_, path)| path.ends_with("disk-0.overlay.3")), "{overlays:?}");
+
+    for (name, bytes) in [("let-go", 1..=2u8), ("adopted", 1..=3)] {
+        client.verify(name).await?;
+        let clone = client.clone_vms(name, 1, MemoryMode::Mapped, Identity::Managed).await?.remove(0);
+        for byte in bytes {
+            let op = DiskReadOp { disk: 0, first_sector: u64::from(byte), sectors: 1 };
+            let read = ask!(&mut client, &clone.id, DiskRead(op));
+            ensure!(read.data.iter().all(|found| *found == byte), "{name}: sector {byte}");
+        }
+    }
+    ensure!(client.list_snapshots().await?.snapshots.iter().any(|listed| listed.id == snapshot));
+    Ok(())
 }
 
 /// Workers with VMs: booted, cloned, taken over by another daemon.

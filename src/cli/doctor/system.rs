@@ -18,8 +18,16 @@ const DESCRIPTORS_MIN: u64 = 4096;
 const TASKS_MIN: u64 = 1024;
 
 pub fn check() -> Vec<Finding> {
-    let mut findings =
-        vec![userfault(), memory(), huge_pages(), descriptors(), locked_memory(), networks(), limits()];
+    let mut findings = vec![
+        userfault(),
+        memory(),
+        huge_pages(),
+        descriptors(),
+        locked_memory(),
+        networks(),
+        limits(),
+        leases(),
+    ];
     findings.extend(cgroup());
     findings
 }
@@ -124,6 +132,19 @@ fn limits() -> Finding {
             NAME,
             format!("not here ({why}): --memory-limit and --cpu-limit are refused"),
             "run the service as root, or give it a control group of its own (systemd: as in deploy/coldspark.service)",
+        ),
+    }
+}
+
+/// What a worker has written must be let go before it is published; leases tell.
+fn leases() -> Finding {
+    const NAME: &str = "file leases";
+    match read("/proc/sys/fs/leases-enable").as_deref() {
+        Some("1") => Finding::ok(NAME, "are on: no snapshot is published that a worker could still change"),
+        _ => Finding::warn(
+            NAME,
+            "are off: that workers have let go of what they wrote is not checked before a snapshot is published",
+            "sysctl -w fs.leases-enable=1; and keep the data folder on a local file system (ext4, XFS, btrfs)",
         ),
     }
 }

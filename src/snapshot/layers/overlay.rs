@@ -49,10 +49,6 @@ impl Overlay {
         &self.file
     }
 
-    pub fn into_file(self) -> File {
-        self.file
-    }
-
     /// Blocks in it.
     pub fn present(&self) -> u64 {
         self.bitmap.present()
@@ -98,12 +94,12 @@ impl Overlay {
         flush(&self.synced, &self.file)
     }
 
-    /// Makes the file a frozen layer, number `index` from the lowest.
-    pub fn seal(&mut self, layout: &Layout, index: usize) -> Result<FrozenBitmap, LayerError> {
+    /// Makes the file a frozen layer, number `index` from the lowest, to be read through `sealed`.
+    pub fn seal(&mut self, layout: &Layout, index: usize, sealed: &File) -> Result<FrozenBitmap, LayerError> {
         // Whatever length it gets, it is not the disk's any more, should the seal fail.
         self.sized.store(false, Ordering::Release);
         format::seal(&self.file, layout, &self.bitmap)?;
-        format::open(&self.file, layout, index)
+        format::open(sealed, layout, index)
     }
 }
 

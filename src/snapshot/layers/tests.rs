@@ -26,12 +26,18 @@ fn content(disk: &LayeredDisk) -> Vec<u8> {
     bytes
 }
 
-/// A frozen layer for a disk of 5 blocks with block 1 full of 7.
+fn freeze(disk: &LayeredDisk) -> Result<Freeze, LayerError> {
+    disk.freeze(file(), disk.reopened())
+}
+
+/// A frozen layer for a disk of 5 blocks with block 1 full of 7; open for writing, to damage it.
 fn frozen_layer() -> File {
-    let disk = LayeredDisk::open(None, vec![], Some(file()), 5 * BLOCK_BYTES).unwrap();
+    let overlay = file();
+    let handle = overlay.try_clone().unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(overlay), 5 * BLOCK_BYTES).unwrap();
     disk.write_at(&[7; 4096], BLOCK_BYTES).unwrap();
-    match disk.freeze(file()).unwrap() {
-        Freeze::Layer(layer) => layer,
+    match freeze(&disk).unwrap() {
+        Freeze::Layer(_) => handle,
         Freeze::Unused => panic!("a written overlay is used"),
     }
 }
@@ -101,7 +107,7 @@ proptest! {
                 }
                 Step::Freeze | Step::Reopen if layers.len() == LAYERS_MAX => {}
                 Step::Freeze => {
-                    if let Freeze::Layer(layer) = disk.freeze(file()).unwrap() {
+                    if let Freeze::Layer(layer) = freeze(&disk).unwrap() {
                         prop_assert!(LayeredDisk::verify_layer(&layer, disk_bytes).unwrap() > 0);
                         layers.push(layer);
                     }
@@ -109,7 +115,7 @@ proptest! {
                     prop_assert_eq!(disk.frozen_layers(), layers.len());
                 }
                 Step::Reopen => {
-                    if let Freeze::Layer(layer) = disk.freeze(file()).unwrap() {
+                    if let Freeze::Layer(layer) = freeze(&disk).unwrap() {
                         layers.push(layer);
                     }
                     let frozen = layers.iter().map(|layer| layer.try_clone().unwrap()).collect();
@@ -179,18 +185,41 @@ fn the_bitmap_decides_and_not_the_holes() {
 #[test]
 fn an_untouched_overlay_is_reported_as_unused() {
     let disk = LayeredDisk::open(None, vec![], Some(file()), 4096).unwrap();
-    assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Unused));
+    assert!(matches!(freeze(&disk).unwrap(), Freeze::Unused));
     assert_eq!(disk.frozen_layers(), 0);
     disk.write_at(&[1; 512], 0).unwrap();
-    assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Layer(_)));
+    assert!(matches!(freeze(&disk).unwrap(), Freeze::Layer(_)));
     assert_eq!(content(&disk)[0], 1);
+}
+
+#[test]
+fn what_is_frozen_cannot_be_written_to_any_more_and_only_its_own_file_is_taken_for_it() {
+    use crate::snapshot::writers;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("overlay");
+    let overlay = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let disk = LayeredDisk::open(None, vec![], Some(overlay), 4096).unwrap();
+    disk.write_at(&[1; 512], 0).unwrap();
+    assert!(matches!(disk.freeze(file(), file()), Err(LayerError::NotTheOverlay)));
+    disk.write_at(&[2; 512], 0).unwrap();
+    let reader = File::open(&path).unwrap();
+    let quiet = |seconds| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+        writers::wait_for_none(&reader, &path, until).unwrap()
+    };
+    assert!(!quiet(0));
+    let Freeze::Layer(mut layer) = freeze(&disk).unwrap() else { panic!("a written overlay is used") };
+    // Neither a descriptor nor the bitmap's mapping is left with which it could be written to.
+    assert!(quiet(10));
+    assert!(layer.write_all(&[3]).is_err() && layer.set_len(0).is_err());
+    assert_eq!(content(&disk)[0], 2);
 }
 
 #[test]
 fn zeros_hide_what_lies_below() {
     let disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(file()), 16384).unwrap();
     disk.write_zeroes(4096, 8192).unwrap();
-    assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Layer(_)));
+    assert!(matches!(freeze(&disk).unwrap(), Freeze::Layer(_)));
     let content = content(&disk);
     assert!(content[4096..12288].iter().all(|byte| *byte == 0) && content[4095] == 3 && content[12288] == 3);
 }
@@ -209,7 +238,7 @@ fn a_read_only_disk_takes_no_write() {
     assert!(matches!(disk.write_at(&[0; 512], 0), Err(LayerError::ReadOnly)));
     assert!(matches!(disk.write_zeroes(0, 512), Err(LayerError::ReadOnly)));
     assert!(matches!(disk.discard(0, 4096), Err(LayerError::ReadOnly)));
-    assert!(matches!(disk.freeze(file()), Err(LayerError::ReadOnly)));
+    assert!(matches!(freeze(&disk), Err(LayerError::ReadOnly)));
     assert_eq!(content(&disk), vec![3; 4096]);
 }
 
@@ -244,7 +273,7 @@ fn a_full_stack_refuses_the_freeze_and_goes_on() {
     let layers = (0..LAYERS_MAX).map(|_| frozen_layer()).collect();
     let disk = LayeredDisk::open(None, layers, Some(file()), 5 * BLOCK_BYTES).unwrap();
     disk.write_at(&[5; 512], 0).unwrap();
-    assert!(matches!(disk.freeze(file()), Err(LayerError::TooManyLayers(_))));
+    assert!(matches!(freeze(&disk), Err(LayerError::TooManyLayers(_))));
     disk.write_at(&[6; 512], 512).unwrap();
     let content = content(&disk);
     assert_eq!((content[0], content[512], content[4096]), (5, 6, 7));
@@ -310,7 +339,7 @@ fn a_freeze_that_fails_leaves_a_disk_that_goes_on() {
     let disk = LayeredDisk::open(Some(base(&[3; 16384])), vec![], Some(overlay), 16384).unwrap();
     disk.write_at(&[4; 512], 4096).unwrap();
     refuse(&handle, libc::F_SEAL_GROW);
-    let error = disk.freeze(file()).unwrap_err();
+    let error = freeze(&disk).unwrap_err();
     assert!(matches!(error, LayerError::Io { .. }), "{error}");
     assert_eq!((disk.frozen_layers(), disk.overlay_bytes()), (0, 4096));
     disk.write_at(&[5; 512], 8192).unwrap();
@@ -354,7 +383,7 @@ fn threads_that_share_blocks_lose_nothing_of_each_other() {
         });
         assert_eq!(content(&disk), vec![16 + round; disk_bytes as usize]);
         assert_eq!(disk.overlay_bytes(), disk_bytes);
-        assert!(matches!(disk.freeze(file()).unwrap(), Freeze::Layer(_)));
+        assert!(matches!(freeze(&disk).unwrap(), Freeze::Layer(_)));
         assert_eq!(content(&disk), vec![16 + round; disk_bytes as usize]);
     }
 }
@@ -376,7 +405,7 @@ fn a_direct_disk_is_its_file() {
     expected[8192..].fill(0);
     assert_eq!(bytes, expected);
     assert_eq!(content(&disk), expected);
-    assert!(matches!(disk.freeze(file()), Err(LayerError::Direct)));
+    assert!(matches!(freeze(&disk), Err(LayerError::Direct)));
     assert!(matches!(disk.write_at(&[0; 512], 16384), Err(LayerError::OutOfRange { .. })));
     let short = LayeredDisk::open_direct(handle.try_clone().unwrap(), 32768);
     assert!(matches!(short, Err(LayerError::BaseTooShort { .. })));

@@ -47,6 +47,45 @@ fn publish(store: &Arc<SnapshotStore>, name: &str) -> Arc<Snapshot> {
     draft(store).publish(facts(name)).unwrap()
 }
 
+/// Whoever could write to a file of it later could change what was summed, or cut it off under mappings.
+#[test]
+fn what_somebody_can_still_write_to_is_not_published() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path());
+    type Keep = fn(&mut Draft) -> File;
+    let keeps: [(&str, Keep); 3] = [
+        (STATE_FILE, |draft| draft.state().try_clone().unwrap()),
+        (MEMORY_FILE, |draft| draft.memory().try_clone().unwrap()),
+        ("disks/layer-1.img", |draft| {
+            let path = draft.temporary.path().join("disks/layer-1.img");
+            File::options().write(true).open(path).unwrap()
+        }),
+    ];
+    for (name, keep) in keeps {
+        let mut draft = draft(&store);
+        let kept = keep(&mut draft);
+        let error = draft.publish(facts("web")).unwrap_err();
+        assert!(
+            matches!(&error, StoreError::StillWritten { path, .. } if path.as_str() == name),
+            "{name}: {error}"
+        );
+        assert!(error.cause() == Cause::WrongState && error.to_string().contains(name), "{error}");
+        assert!(names(folder.path()).is_empty() && store.list().is_empty());
+        drop(kept);
+    }
+    // One who closes it meanwhile is waited for, and what was written by then is what is summed.
+    let draft = draft(&store);
+    let late = draft.state().try_clone().unwrap();
+    let id = std::thread::scope(|scope| {
+        let publishing = scope.spawn(|| draft.publish(facts("web")).unwrap().id().clone());
+        late.write_all_at(b"other", 0).unwrap();
+        drop(late);
+        publishing.join().unwrap()
+    });
+    store.verify(id.as_str()).unwrap();
+    assert_eq!(fs::read(folder.path().join(id.as_str()).join(STATE_FILE)).unwrap(), b"otherne state");
+}
+
 /// Names in a folder, without the lock.
 fn names(path: &Path) -> Vec<String> {
     let names = fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
@@ -232,6 +271,7 @@ fn a_known_sum_is_taken_over_and_a_wrong_one_is_found_by_verify() {
         base.set_len(1 << 20).unwrap();
         base.write_all_at(b"disk", 4096).unwrap();
         draft.link_disk(&base, "base.img", Some(known)).unwrap();
+        drop(base);
         draft.publish(facts(name)).unwrap()
     };
     second(&known, "good");
