@@ -1,14 +1,16 @@
 //! ImageService.
 
+use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 
 use super::convert;
 use super::pages::Page;
 use super::proto;
 use super::proto::image_service_server::ImageService;
-use super::status::invalid;
+use super::status::{invalid, status};
 use crate::fleet::Fleet;
 use crate::fleet::images::{Described, ImageFile, ImportDisk, ImportImage, Settings};
 use proto::file_chunk::File;
@@ -16,6 +18,8 @@ use proto::import_image_request::Message;
 
 /// Most bytes of one chunk.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
+/// An import of which nothing comes for so long is given up: there are only so many at a time.
+const IDLE_MAX: Duration = Duration::from_secs(300);
 
 /// The service.
 pub struct Images {
@@ -35,12 +39,12 @@ impl ImageService for Images {
         request: Request<Streaming<proto::ImportImageRequest>>,
     ) -> Result<Response<proto::Image>, Status> {
         let mut messages = request.into_inner();
-        let first = messages.message().await?.and_then(|first| first.message);
+        let first = within(IDLE_MAX, messages.message()).await?.and_then(|first| first.message);
         let Some(Message::Spec(spec)) = first else {
             return Err(invalid("the first message of ImportImage must be `spec`"));
         };
         let mut import = self.fleet.import_image(spec_in(spec)?).await?;
-        while let Some(message) = messages.message().await? {
+        while let Some(message) = within(IDLE_MAX, messages.message()).await? {
             let Some(Message::Chunk(chunk)) = message.message else {
                 return Err(invalid("messages after the first of ImportImage must be `chunk`"));
             };
@@ -94,6 +98,20 @@ impl ImageService for Images {
     }
 }
 
+/// What comes next, if it comes in time.
+async fn within<T>(idle: Duration, next: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    tokio::time::timeout(idle, next).await.unwrap_or_else(|_| {
+        Err(status(
+            Code::DeadlineExceeded,
+            "IMPORT_STALLED",
+            format!(
+                "nothing of the image came for {} s: the import is given up; send it again",
+                idle.as_secs()
+            ),
+        ))
+    })
+}
+
 pub fn spec_in(spec: proto::ImageSpec) -> Result<ImportImage, Status> {
     let boot = spec.boot.unwrap_or_default();
     let usual = Settings::default();
@@ -144,5 +162,22 @@ fn image(image: Described) -> proto::Image {
         embedded: image.embedded,
         created_unix_ms: image.created_unix_ms,
         found: image.found,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::StatusExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_import_of_which_nothing_comes_is_given_up() {
+        assert_eq!(within(IDLE_MAX, async { Ok(7) }).await.unwrap(), 7);
+        let stalled = within(Duration::from_millis(20), std::future::pending::<Result<(), Status>>());
+        let error = stalled.await.unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded);
+        let reason = error.get_error_details().error_info().map(|info| info.reason.clone());
+        assert_eq!(reason.as_deref(), Some("IMPORT_STALLED"));
     }
 }

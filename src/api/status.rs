@@ -73,6 +73,13 @@ pub fn denied(message: impl Into<String>) -> Status {
     status(Code::PermissionDenied, "ROLE_TOO_LOW", message)
 }
 
+/// For a request that is for no method of this service.
+pub fn no_method(path: &str) -> Status {
+    let path: String = path.chars().filter(|c| !c.is_control()).take(120).collect();
+    let message = format!("this service has no method {path}; is the client of a newer release?");
+    status(Code::Unimplemented, "UNSUPPORTED", message)
+}
+
 /// For a limit of the service on its callers.
 pub fn limit_reached(message: impl Into<String>) -> Status {
     status(Code::ResourceExhausted, "LIMIT_REACHED", message)

@@ -38,8 +38,7 @@ pub fn note_bytes(bytes: &[u8]) {
 
 /// Tells an error in one line (and those that a message brings) and gives the exit code.
 pub fn failed(error: &anyhow::Error) -> ExitCode {
-    let closed = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    if closed.into_iter().any(|cause| cause.kind() == io::ErrorKind::BrokenPipe) {
+    if is_closed_stdout(error) {
         return ExitCode::SUCCESS;
     }
     let text = match error.downcast_ref::<tonic::Status>() {
@@ -47,8 +46,23 @@ pub fn failed(error: &anyhow::Error) -> ExitCode {
             .unwrap_or_else(|| format!("{} ({})", status.message(), code_name(status.code()))),
         None => format!("{error:#}"),
     };
-    note(&format!("error: {text}"));
+    note(&format!("error: {}", shown(&text)));
     ExitCode::FAILURE
+}
+
+/// Whether our reader has gone away. A service that has gone away is a broken pipe too, and is told.
+fn is_closed_stdout(error: &anyhow::Error) -> bool {
+    let of_the_service = |cause: &&(dyn std::error::Error + 'static)| {
+        cause.is::<tonic::Status>() || cause.is::<tonic::transport::Error>()
+    };
+    let own = error.chain().take_while(|cause| !of_the_service(cause));
+    own.filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|cause| cause.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Text as it may be shown on a terminal: part of it may come from a guest.
+pub fn shown(text: &str) -> String {
+    text.replace(|c: char| c.is_control() && !matches!(c, '\n' | '\t'), "?")
 }
 
 /// A gRPC code as the documentation spells it.
@@ -91,7 +105,7 @@ impl Table {
     }
 
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        self.rows.push(cells.into_iter().map(|cell| cell.replace(char::is_control, "?")).collect());
     }
 
     /// The table as lines.
@@ -122,6 +136,20 @@ mod tests {
         let mut table = Table::new(&["ID", "STATE"]);
         table.row(["vm-1".into(), "READY".into()]);
         assert_eq!(table.text(), "ID    STATE\nvm-1  READY\n");
+        table.row(["\x1b[2J\n".into()]);
+        assert_eq!(table.text(), "ID     STATE\nvm-1   READY\n?[2J?\n");
+        assert_eq!(shown("a\n\tb\x1b\u{9b}\r"), "a\n\tb???");
+    }
+
+    #[test]
+    fn a_closed_stdout_is_no_failure_and_a_service_that_is_gone_is() {
+        let broken = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let stdout = anyhow::Error::from(broken()).context("cannot print");
+        assert!(is_closed_stdout(&stdout));
+        let service = anyhow::Error::from(tonic::Status::from_error(Box::new(broken())));
+        assert!(std::error::Error::source(service.downcast_ref::<tonic::Status>().unwrap()).is_some());
+        assert!(!is_closed_stdout(&service) && !is_closed_stdout(&service.context("cannot delete it")));
+        assert!(!is_closed_stdout(&anyhow::anyhow!("another")));
     }
 
     #[test]

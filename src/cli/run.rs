@@ -89,6 +89,13 @@ pub struct Arguments {
 }
 
 pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    Ok(attempt(arguments).await.unwrap_or_else(|error| {
+        output::failed(&error);
+        ExitCode::from(FAILED)
+    }))
+}
+
+async fn attempt(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let command = arguments.command.join(" ");
     if command.len() > COMMAND_BYTES_MAX || command.contains(char::is_control) {
         bail!(
@@ -99,13 +106,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let service = PrivateService::start(1).await?;
     let result = unless_interrupted(session(service.client.clone(), &arguments, &command)).await;
     service.close().await;
-    match result {
-        Ok(status) => Ok(ExitCode::from(status)),
-        Err(error) => {
-            output::failed(&error);
-            Ok(ExitCode::from(FAILED))
-        }
-    }
+    Ok(ExitCode::from(result?))
 }
 
 async fn session(mut client: Client, arguments: &Arguments, command: &str) -> anyhow::Result<u8> {

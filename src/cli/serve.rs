@@ -416,8 +416,15 @@ fn reload(guard: &Arc<Guard>) {
 
 /// Logs to stderr, as much as `COLDSPARK_LOG` says (`info`, `coldspark=debug`, ...).
 pub fn log_to_stderr(default: &str, format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("COLDSPARK_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    let wish = std::env::var("COLDSPARK_LOG").ok().filter(|wish| !wish.is_empty());
+    let wish = wish.as_deref().map(tracing_subscriber::EnvFilter::try_new);
+    let filter = wish.transpose().unwrap_or_else(|error| {
+        super::output::note(&format!(
+            "COLDSPARK_LOG is not heeded: {error}; write it as info, or coldspark=debug"
+        ));
+        None
+    });
+    let filter = filter.unwrap_or_else(|| tracing_subscriber::EnvFilter::new(default));
     // No colours in files and pipes.
     let colours =
         std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());

@@ -59,7 +59,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         let Some(event) = event.event else { continue };
         output::line(&match arguments.json {
             true => value(&event).to_string(),
-            false => line(&event),
+            false => output::shown(&line(&event)),
         })?;
     }
     Ok(ExitCode::SUCCESS)

@@ -311,7 +311,7 @@ impl Fleet {
         if let Some(time) = self.unclaimed_time.filter(|_| vm.is_unclaimed()) {
             tokio::spawn(end_unclaimed(Arc::clone(&vm), time));
         }
-        tokio::spawn(owner.run());
+        owner.spawn();
         Ok(())
     }
 

@@ -224,7 +224,7 @@ impl Fleet {
             restarts: VecDeque::new(),
             panics: 0,
         };
-        tokio::spawn(owner.run());
+        owner.spawn();
         // From here the guard ends the VM: also when the registry refuses it.
         let guard = Guard::new(self, Arc::clone(&vm));
         lifeline.let_go();

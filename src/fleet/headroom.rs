@@ -11,6 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::error::FleetError;
+use super::panics;
 
 /// How often it is read. A clone that does nothing but write dirties some hundred MiB in this time.
 const EVERY: Duration = Duration::from_millis(100);
@@ -33,7 +34,9 @@ impl Headroom {
         let total = first.map_or(0, |memory| memory.total);
         let reserve = reserve.unwrap_or((total / RESERVE_PART).max(RESERVE_LEAST).min(total / 2));
         let headroom = Arc::new(Self { available: AtomicU64::new(available(first)), reserve });
-        tokio::spawn(watch(Arc::downgrade(&headroom), places));
+        let watched = Arc::downgrade(&headroom);
+        let look = move || watch(watched.clone(), places.clone());
+        tokio::spawn(panics::again("looking at the host's memory", look, |_| {}));
         headroom
     }
 
@@ -79,7 +82,7 @@ struct Memory {
 }
 
 /// Where it is read: the host's, and that of the control group (version 2) in which this process is, and those above it, if they have a limit.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Places {
     meminfo: PathBuf,
     groups: Vec<PathBuf>,

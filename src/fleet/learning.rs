@@ -42,6 +42,11 @@ impl Learning {
         self.state.as_ref().map(|state| state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// A worker says this, and its guest may have taken it over.
+    pub fn check(&self, touched: &Touched) -> Result<(), &'static str> {
+        touched.check(self.memory_bytes)
+    }
+
     /// Whether one more clone is to be learnt from; then [`done`](Self::done) follows.
     fn begin(&self) -> bool {
         let Some(mut state) = self.now() else { return false };
@@ -55,8 +60,7 @@ impl Learning {
         let mut state = self.now()?;
         state.under_way -= 1;
         let (touched, writes) = touched?;
-        // A worker says this, and its guest may have taken it over.
-        if let Err(problem) = touched.check(self.memory_bytes) {
+        if let Err(problem) = self.check(&touched) {
             tracing::warn!(problem, "a worker's account of what its VM touched is not used");
             return None;
         }
@@ -159,5 +163,8 @@ mod tests {
         let learning = Learning::new(None, 512 << 20);
         assert!(!learning.begin());
         assert!(learning.learnt().is_empty());
+        // What is sampled is held against the memory all the same.
+        assert_eq!(learning.check(&touched(255)), Ok(()));
+        assert!(learning.check(&touched(256)).is_err());
     }
 }

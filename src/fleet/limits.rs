@@ -71,6 +71,8 @@ pub const STOP_TIMEOUT_MAX: Duration = Duration::from_secs(600);
 /// A guest that resets itself more often than this within that time is not booted again.
 pub const RESTARTS_MAX: usize = 5;
 pub const RESTARTS_WITHIN: Duration = Duration::from_secs(60);
+/// A VM's record is written for its guest's hellos so often at most; the last one counts.
+pub const RECORD_EVERY: Duration = Duration::from_secs(1);
 
 /// Agent requests of one VM that wait for their answer.
 pub const AGENT_REQUESTS_MAX: usize = 64;

@@ -1,7 +1,7 @@
 //! Requests to one worker and its answers, over the control channel.
 //!
 //! One task reads the channel: answers go to whoever waits for their id, events to the VM's owner. A worker may have been
-//! taken over by its guest: an answer that nobody waits for ends the link, and events are taken in at the owner's pace.
+//! taken over by its guest: an answer that nobody waits for is dropped, and events are taken in at the owner's pace.
 
 use std::collections::HashMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -83,6 +83,15 @@ impl Link {
     }
 }
 
+/// Most of a worker's words that is told to anybody.
+const WORDS_CHARS_MAX: usize = 2000;
+
+/// A worker's words as they may be shown: its guest may have put them there, for somebody's terminal.
+pub fn plain(words: &str) -> String {
+    let shown = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+    words.chars().take(WORDS_CHARS_MAX).map(shown).collect()
+}
+
 /// Leaves nothing waiting when a request is given up.
 struct Forget<'a> {
     link: &'a Link,
@@ -101,6 +110,7 @@ async fn read(link: Arc<Link>, events: mpsc::Sender<(Event, Vec<OwnedFd>)>) {
     loop {
         match link.channel.recv::<FromWorker>().await {
             Ok((FromWorker::Reply { id, result }, fds)) => {
+                let result = result.map_err(|fault| Fault { message: plain(&fault.message), ..fault });
                 let waiting = link.lock().as_mut().and_then(|pending| pending.remove(&id));
                 if let Some(waiting) = waiting {
                     // The one who asked may have gone in this moment; the descriptors are then closed here.
@@ -142,7 +152,7 @@ mod tests {
         let thread = std::thread::spawn(move || {
             let ids: Vec<u64> = (0..2).map(|_| worker.recv::<ToWorker>().unwrap().0.id).collect();
             worker.send(&FromWorker::Event(Event::ReadyPort { value: 3 }), &[]).unwrap();
-            let fault = Fault { kind: FaultKind::WrongState, message: "not now".into() };
+            let fault = Fault { kind: FaultKind::WrongState, message: "not\x1b now".into() };
             worker.send(&FromWorker::Reply { id: 999, result: Ok(Reply::Done) }, &[]).unwrap();
             worker.send(&FromWorker::Reply { id: ids[1], result: Err(fault) }, &[]).unwrap();
             worker
@@ -156,7 +166,7 @@ mod tests {
             tokio::join!(biased; first, second)
         };
         assert!(matches!(first.unwrap().0, Reply::Stats(_)));
-        assert_eq!(second.unwrap_err().to_string(), "not now");
+        assert_eq!(second.unwrap_err().to_string(), "not? now");
         assert!(matches!(events.recv().await, Some((Event::ReadyPort { value: 3 }, _))));
         drop(thread.join().unwrap());
         assert!(events.recv().await.is_none());

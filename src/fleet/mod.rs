@@ -57,6 +57,8 @@ pub mod limits;
 pub mod link;
 pub mod network;
 pub mod owner;
+pub mod pace;
+pub mod panics;
 pub mod pools;
 pub mod process;
 pub mod profile;
@@ -215,7 +217,9 @@ impl Fleet {
             left: Mutex::new(left),
             _lock: lock,
         });
-        tokio::spawn(keeping::run(Arc::downgrade(&fleet)));
+        let kept = Arc::downgrade(&fleet);
+        let keep = move || keeping::run(kept.clone());
+        tokio::spawn(panics::again("keeping working sets in the page cache", keep, |_| {}));
         Ok(fleet)
     }
 

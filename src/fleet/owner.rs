@@ -21,9 +21,12 @@ use super::disks::{VmDisk, VmFolder, check_room_for_a_layer};
 use super::error::FleetError;
 use super::kernel_words::KernelWords;
 use super::limits::{
-    FREEZE_TIMEOUT, QUIET_TIMEOUT, RESTARTS_MAX, RESTARTS_WITHIN, SETTLE_STEP, SETTLE_TIMEOUT, SETTLE_TRIES,
+    FREEZE_TIMEOUT, QUIET_TIMEOUT, RECORD_EVERY, RESTARTS_MAX, RESTARTS_WITHIN, SETTLE_STEP, SETTLE_TIMEOUT,
+    SETTLE_TRIES,
 };
-use super::link::{Events, Link};
+use super::link::{Events, Link, plain};
+use super::pace::Pace;
+use super::panics;
 use super::shells::Socket;
 use super::slots::Lease;
 use super::vm::{Command, FrozenVm, State, Vm};
@@ -148,13 +151,14 @@ impl Ears {
             Some(Event::Phase { name, us }) => {
                 if let Some(phases) = &self.phases {
                     // A listener that is slow or gone misses a phase; nothing waits for it.
-                    let _ = phases.try_send(Phase { name, us });
+                    let _ = phases.try_send(Phase { name: plain(&name), us });
                 }
             }
             Some(Event::ReadyPort { value }) => {
                 self.vm.ready_port.send_replace(Some(value));
             }
             Some(Event::GuestReset { how }) => {
+                let how = plain(&how);
                 tracing::info!(vm = %self.vm.id, how, "the guest reset itself");
                 self.reset = Some(how);
             }
@@ -182,19 +186,45 @@ fn exit_text(reason: &ExitReason) -> String {
     match reason {
         ExitReason::Killed => "ended on request".to_owned(),
         ExitReason::GuestPowerOff => "the guest switched itself off".to_owned(),
-        ExitReason::Failed(what) => format!("KVM could not go on: {what}"),
+        ExitReason::Failed(what) => format!("KVM could not go on: {}", plain(what)),
     }
 }
 
+/// Runs a VM's task. If that panics the VM is ended, with the panic as its reason: nobody would tell its worker anything any more, or hear its end.
+async fn watched(vm: Arc<Vm>, task: impl Future<Output = ()> + Send + 'static) {
+    let mut task = Box::pin(task);
+    let Err(said) = panics::caught(&mut task).await else { return };
+    tracing::error!(vm = %vm.id, said, "a VM's task failed, which is a fault of this program: the VM is ended");
+    vm.kill(&format!("its task in the service failed: {said}"));
+    // What it had goes when its process has gone, as always.
+    vm.process.ended().await;
+    let _ = tokio::task::spawn_blocking(move || drop(task)).await;
+    if vm.state() == State::Exited {
+        return;
+    }
+    metrics().vm_ended(Ended::Asked);
+    let reason = vm.trouble.lock().unwrap_or_else(PoisonError::into_inner).take();
+    vm.change(|status| {
+        status.state = State::Exited;
+        status.exit_reason = reason;
+    });
+}
+
 impl Owner {
-    /// Until the VM's end.
-    pub async fn run(mut self) {
+    /// Begins the task, which goes on until the VM's end.
+    pub fn spawn(self) {
+        tokio::spawn(watched(Arc::clone(&self.vm), self.run()));
+    }
+
+    async fn run(mut self) {
+        let mut records = Pace::new(RECORD_EVERY);
         let mut words = self.vm.console.words();
         loop {
             // Also of one that was taken over, and stands since then.
             if let Some(how) = self.ears.reset.take() {
                 self.restart(&how).await;
             }
+            let (now, record_at) = (Instant::now(), records.due());
             tokio::select! {
                 Ok(()) = words.changed() => {
                     let words = words.borrow_and_update().clone();
@@ -204,11 +234,21 @@ impl Owner {
                     self.ears.hear(event);
                 }
                 changed = self.presence.changed(), if !self.agent_gone => match changed {
-                    Ok(()) => self.vm.record_changed(),
+                    // A guest can say hello as often as it likes.
+                    Ok(()) => records.wish(Instant::now()),
                     Err(_) => self.agent_gone = true,
                 },
+                () = tokio::time::sleep_until(record_at.unwrap_or(now).into()), if record_at.is_some() => {
+                    records.done(Instant::now());
+                    self.vm.record_changed();
+                }
                 command = self.commands.recv() => match command {
-                    Some(Command::Release(answer)) => return self.release(answer).await,
+                    Some(Command::Release(answer)) => {
+                        if record_at.is_some() {
+                            self.vm.record_changed();
+                        }
+                        return self.release(answer).await;
+                    }
                     Some(command) => self.obey(command).await,
                     None => self.vm.process.kill(), // Unreachable while this task holds the VM.
                 },
@@ -537,3 +577,7 @@ impl Owner {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "owner_tests.rs"]
+mod tests;

@@ -56,6 +56,7 @@ impl Fleet {
 async fn look(vm: &Vm, source: &Source, answered: bool, given: bool) -> Result<(), FleetError> {
     let Some(mode) = vm.memory_mode.map(mode) else { return Ok(()) };
     let (touched, _) = touched(vm, answered).await?;
+    source.learning.check(&touched).map_err(|problem| FleetError::Internal(problem.to_owned()))?;
     let (stats, pager) = vm.stats().await?;
     let faults = stats.minor_faults.saturating_add(stats.major_faults).saturating_add(pager.faults);
     metrics().clone_faults(mode, faults);

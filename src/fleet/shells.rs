@@ -26,6 +26,7 @@ use super::jail::JailNotes;
 use super::limits::WORKER_TIMEOUT;
 use super::link::{Events, Link};
 use super::network::{OpenLink, VmNetwork};
+use super::panics;
 use super::process::{Process, Spawner};
 use super::slots::Lease;
 use super::snapshots::Source;
@@ -212,7 +213,9 @@ impl Shells {
             jail: JailNotes::default(),
             settled: watch::Sender::new(false),
         });
-        let filler = tokio::spawn(fill(Arc::clone(&shells)));
+        let filled = Arc::clone(&shells);
+        let filling = move || fill(Arc::clone(&filled));
+        let filler = tokio::spawn(panics::again("filling the reserve of shells", filling, |_| {}));
         let _ = shells.filler.set(filler.abort_handle());
         shells
     }

@@ -249,13 +249,13 @@ impl Source {
         })
     }
 
-    /// The snapshot's id.
     /// By what metrics tell it from others: its name, or its id.
     pub fn label(&self) -> &str {
         let facts = &self.open.manifest.facts;
         facts.name.as_deref().unwrap_or(self.open.manifest.id.as_str())
     }
 
+    /// The snapshot's id.
     pub fn id(&self) -> String {
         self.open.manifest.id.to_string()
     }
@@ -441,6 +441,11 @@ impl Snapshots {
     }
 }
 
+/// By what metrics tell a snapshot from others, whether or not it is open.
+fn label_of(snapshot: &Snapshot) -> String {
+    snapshot.name().map_or_else(|| snapshot.id().to_string(), str::to_owned)
+}
+
 /// Runs what waits for the disk where it holds nobody up.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
@@ -585,8 +590,8 @@ impl Fleet {
 
     async fn remove_snapshot(&self, id_or_name: &str) -> Result<(), FleetError> {
         // A damaged one can be removed too.
-        let id = self.snapshots.store.get(id_or_name).map(|snapshot| snapshot.id().to_string());
-        if let Some(pool) = id.ok().and_then(|id| self.pools.of(&id)) {
+        let found = self.snapshots.store.get(id_or_name).ok();
+        if let Some(pool) = found.as_ref().and_then(|snapshot| self.pools.of(&snapshot.id().to_string())) {
             return Err(FleetError::WrongState(format!(
                 "the pool {0} is made of this snapshot; give it another (`coldspark pool set {0} --snapshot S`) or delete it first",
                 pool.name
@@ -594,8 +599,11 @@ impl Fleet {
         }
         let (store, key) = (Arc::clone(&self.snapshots.store), id_or_name.to_owned());
         let id = blocking(move || store.delete(&key)).await??;
-        if let Some(source) = self.snapshots.lock().remove(id.as_str()) {
-            metrics().forget_snapshot(source.label());
+        let open = self.snapshots.lock().remove(id.as_str());
+        // Also of one whose files were closed, as nothing used them any more.
+        let label = found.map(|snapshot| label_of(&snapshot));
+        if let Some(label) = label.or_else(|| open.map(|source| source.label().to_owned())) {
+            metrics().forget_snapshot(&label);
         }
         self.shells.forget(id.as_str());
         self.events.tell(|| Event::new(Kind::Snapshot, Change::Gone, id.as_str(), None));
@@ -737,6 +745,8 @@ mod tests {
         let snapshots = Snapshots::open(folder.path(), false, Signing::default(), "mark".to_owned()).unwrap();
         let id = publish(&snapshots.store);
         let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
+        // By this its series are ended, open or not.
+        assert_eq!(label_of(&snapshots.store.get(&id).unwrap()), source.label());
         snapshots.store.delete(&id).unwrap();
         snapshots.keep(id, &Arc::new(source));
         assert!(snapshots.lock().is_empty());

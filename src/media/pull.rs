@@ -15,8 +15,9 @@
 //! May touch: the network, the folder it is given. Facts: FreeBSD's `release/Makefile.vm`, `release/scripts`; RFC 9110 clause 14
 //! (ranges).
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,6 +59,8 @@ pub enum PullError {
         "{name} does not have the checksum that is published for it (it has {found}, published is {published}), not even after a second download; the mirror's copy is damaged: try another with --mirror"
     )]
     Checksum { name: String, found: String, published: String },
+    #[error("another process downloads into {}; wait until it is done, or choose another folder with --downloads", .0.display())]
+    Busy(PathBuf),
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: io::Error },
 }
@@ -144,6 +147,8 @@ pub struct Progress {
 /// A mirror.
 pub struct Mirror {
     base: String,
+    /// Its list of checksums is to come by HTTPS, from wherever the mirror sends us.
+    secure: bool,
     agent: ureq::Agent,
 }
 
@@ -166,7 +171,8 @@ impl Mirror {
             .max_redirects(5)
             .user_agent(concat!("coldspark/", env!("CARGO_PKG_VERSION")))
             .build();
-        Ok(Mirror { base: base.trim_end_matches('/').to_owned(), agent: agent.into() })
+        let secure = base.starts_with("https://");
+        Ok(Mirror { base: base.trim_end_matches('/').to_owned(), secure, agent: agent.into() })
     }
 
     /// Finds the disk image of a release, with its checksum.
@@ -177,7 +183,8 @@ impl Mirror {
         };
         let folder = format!("{}/releases/{folder}/{}/amd64/Latest", self.base, release.full);
         let url = format!("{folder}/{CHECKSUMS}");
-        let response = self.agent.get(&url).call().map_err(http(&url))?;
+        let request = self.agent.get(&url).config().https_only(self.secure).build();
+        let response = request.call().map_err(http(&url))?;
         if response.status() == StatusCode::NOT_FOUND {
             let (release, base) = (release.full.clone(), self.base.clone());
             return Err(PullError::NotThere { url, release, base });
@@ -195,7 +202,7 @@ impl Mirror {
         let Some((name, sum)) = found else {
             return Err(PullError::NotListed { url, release: release.full.clone() });
         };
-        let note = self.base.starts_with("http://").then_some(
+        let note = (!self.secure).then_some(
             "the list of checksums came over plain HTTP: it protects against damage, not against a forger",
         );
         Ok(Published { url: format!("{folder}/{name}"), name, sum, note })
@@ -214,17 +221,19 @@ impl Mirror {
             return Ok(whole);
         }
         let part = folder.join(format!("{}.part", published.name));
+        let mut file = claim(&part)?;
         let mut last = String::new();
         // A second time from the beginning: what was there may have been of another file, or damaged.
         for _ in 0..2 {
-            self.complete(published, &part, progress)?;
+            self.complete(published, &mut file, &part, progress)?;
             last = sha256(&part)?;
             if last == published.sum {
                 fs::rename(&part, &whole).map_err(at(&whole))?;
                 return Ok(whole);
             }
-            fs::remove_file(&part).map_err(at(&part))?;
+            file.set_len(0).map_err(at(&part))?;
         }
+        fs::remove_file(&part).map_err(at(&part))?;
         let (name, published) = (published.name.clone(), published.sum.clone());
         Err(PullError::Checksum { name, found: last, published })
     }
@@ -233,21 +242,15 @@ impl Mirror {
     fn complete(
         &self,
         published: &Published,
+        file: &mut File,
         part: &Path,
         progress: &Arc<Progress>,
     ) -> Result<(), PullError> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(part)
-            .map_err(at(part))?;
         let mut attempts = 0;
         // The furthest that any connection came: a server without ranges begins at the start each time.
         let mut furthest = file.metadata().map_err(at(part))?.len();
         loop {
-            let problem = match self.connection(&published.url, &mut file, part, progress) {
+            let problem = match self.connection(&published.url, file, part, progress) {
                 Ok(()) => return Ok(()),
                 Err(Broken::Final(error)) => return Err(error),
                 Err(Broken::Retry(problem)) => problem,
@@ -333,6 +336,25 @@ impl Mirror {
                 Err(Broken::Retry(format!("the connection ended after {got} of {of} bytes")))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+/// Opens the file that a download grows in, for this process alone: another would write into it what this one has found to be right.
+fn claim(part: &Path) -> Result<File, PullError> {
+    loop {
+        let mut options = OpenOptions::new();
+        let opened = options.read(true).write(true).create(true).truncate(false).open(part);
+        let file = opened.map_err(at(part))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(PullError::Busy(part.to_owned())),
+            Err(TryLockError::Error(error)) => return Err(at(part)(error)),
+        }
+        // Another may have been done with it in this moment, and given it its name.
+        let ours = file.metadata().map_err(at(part))?.ino();
+        if fs::metadata(part).is_ok_and(|there| there.ino() == ours) {
+            return Ok(file);
         }
     }
 }

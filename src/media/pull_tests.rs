@@ -133,7 +133,8 @@ fn list(sum: &str) -> String {
 }
 
 fn pull(server: &Server, folder: &Path) -> Result<Vec<u8>, PullError> {
-    let mirror = Mirror::with_timeout(&server.base, Duration::from_millis(300))?;
+    // With the patience of a real one: a machine under load serves late.
+    let mirror = Mirror::new(&server.base)?;
     let published = mirror.find(&Release::parse("freebsd-15.1")?, Kind::Vm)?;
     assert!(published.note.is_some(), "plain HTTP is said");
     let progress = Arc::new(Progress::default());
@@ -163,12 +164,45 @@ fn a_whole_download_is_not_repeated() {
 
 #[test]
 fn a_broken_download_goes_on_where_it_broke() {
-    let cuts = vec![Act::CutAfter(70_000), Act::CutAfter(1), Act::Status(503), Act::Stall, Act::Whole];
+    let cuts = vec![Act::CutAfter(70_000), Act::CutAfter(1), Act::Status(503), Act::Whole];
     let server = serve(list(&sum(&content())), cuts);
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(pull(&server, folder.path()).unwrap(), content());
-    let stalled = 70_001 + (200_000 - 70_001) / 2;
-    assert_eq!(asked(&server), [None, range(70_000), range(70_001), range(70_001), range(stalled)]);
+    assert_eq!(asked(&server), [None, range(70_000), range(70_001), range(70_001)]);
+}
+
+#[test]
+fn a_connection_on_which_nothing_comes_is_given_up_for_another() {
+    let server = serve(list(&sum(&content())), vec![Act::Stall, Act::Whole]);
+    let folder = tempfile::tempdir().unwrap();
+    let published =
+        Mirror::new(&server.base).unwrap().find(&Release::parse("15.1").unwrap(), Kind::Vm).unwrap();
+    let impatient = Mirror::with_timeout(&server.base, Duration::from_millis(500)).unwrap();
+    let file = impatient.download(&published, folder.path(), &Arc::default()).unwrap();
+    assert_eq!(fs::read(file).unwrap(), content());
+    // Under load more than one may be given up.
+    assert!(asked(&server).len() >= 2, "{:?}", asked(&server));
+}
+
+#[test]
+fn two_do_not_download_into_one_file() {
+    let server = serve(list(&sum(&content())), vec![Act::Whole]);
+    let folder = tempfile::tempdir().unwrap();
+    let other = File::create(folder.path().join(format!("{NAME}.part"))).unwrap();
+    other.lock().unwrap();
+    let error = pull(&server, folder.path()).unwrap_err();
+    assert!(matches!(&error, PullError::Busy(_)) && error.to_string().contains("--downloads"), "{error}");
+    drop(other);
+    assert_eq!(pull(&server, folder.path()).unwrap(), content());
+}
+
+#[test]
+fn a_list_that_was_to_come_by_https_does_not_come_by_http() {
+    let server = serve(list(&sum(&content())), vec![Act::Whole]);
+    // As if a mirror with HTTPS had sent us here: each address on the way is held against the same setting.
+    let mirror = Mirror { secure: true, ..Mirror::new(&server.base).unwrap() };
+    let error = mirror.find(&Release::parse("15.1").unwrap(), Kind::Vm).unwrap_err();
+    assert!(error.to_string().contains("https only"), "{error}");
 }
 
 #[test]

@@ -226,7 +226,9 @@ impl Ufs<'_> {
             + u64::from(self.geometry.inodes_at)
             + u64::from(index / in_block) * u64::from(block_bytes / fragment_bytes);
         if self.version == 1 {
-            fragment += u64::from(self.geometry.group_offset) * u64::from(group & !self.geometry.group_mask);
+            // The product of two large numbers on top of another one.
+            let shift = u64::from(self.geometry.group_offset) * u64::from(group & !self.geometry.group_mask);
+            fragment = fragment.saturating_add(shift);
         }
         let at = fragment
             .checked_mul(u64::from(fragment_bytes))

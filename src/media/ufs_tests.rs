@@ -114,3 +114,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn no_numbers_of_a_superblock_are_too_large_to_be_added_up() {
+    let disk = vec![0u8; 4096];
+    for version in [1, 2] {
+        let geometry = Geometry {
+            groups: u32::MAX,
+            block_bytes: 4096,
+            fragment_bytes: 4096,
+            inodes_per_group: 1,
+            fragments_per_group: u32::MAX,
+            inodes_at: u32::MAX,
+            group_offset: u32::MAX,
+            group_mask: 0,
+        };
+        let ufs = Ufs { content: &disk, start: 0, bytes: 4096, version, label: None, geometry };
+        assert!(matches!(ufs.inode(u32::MAX - 1), Err(UfsError::Damaged(_))), "UFS{version}");
+    }
+}

@@ -301,13 +301,13 @@ async fn command_line(stage: Stage) -> anyhow::Result<()> {
     let said = coldspark(&["exec", &vm, "--", "die", "15"]).output().await?;
     ensure!(said.status.code() == Some(128 + 15), "{said:?}");
     let said = coldspark(&["exec", &vm, "--", "nothing"]).output().await?;
-    ensure!(said.status.code() == Some(1) && !said.stderr.is_empty(), "{said:?}");
+    ensure!(said.status.code() == Some(125) && !said.stderr.is_empty(), "{said:?}");
 
     // What cannot be read is not the end of stdin.
     let mut unreadable = coldspark(&["exec", "-i", &vm, "--", "cat"]);
     let said = unreadable.stdin(std::fs::File::open("/")?).output().await?;
     let told = String::from_utf8_lossy(&said.stderr);
-    ensure!(said.status.code() == Some(1) && told.contains("cannot read stdin"), "{said:?}");
+    ensure!(said.status.code() == Some(125) && told.contains("cannot read stdin"), "{said:?}");
 
     // Files, and stdin from one.
     let folder = tempfile::tempdir()?;
@@ -326,7 +326,7 @@ async fn command_line(stage: Stage) -> anyhow::Result<()> {
     let unreadable = std::fs::File::open(folder.path())?;
     let said = coldspark(&["exec", "-i", &vm, "--", "cat"]).stdin(unreadable).output().await?;
     let why = String::from_utf8_lossy(&said.stderr);
-    ensure!(said.status.code() == Some(1) && why.contains("cannot read stdin"), "{said:?}");
+    ensure!(said.status.code() == Some(125) && why.contains("cannot read stdin"), "{said:?}");
     expect_streams(&_client, &vm, 0).await?;
 
     // An interrupt is the command's: one that goes on tells of it, one that does not is ended by it.

@@ -15,7 +15,7 @@ use super::rules::{Rule, Rules, SocketFor};
 use super::tls::{self, CertificateNames, TlsFiles};
 use super::tokens::{Found, Tokens};
 use super::{AuthError, Caller, Role};
-use crate::api::status::{denied, unauthenticated};
+use crate::api::status::{denied, no_method, unauthenticated};
 
 /// Where everything is read from.
 #[derive(Debug, Clone, Default)]
@@ -100,8 +100,10 @@ impl Guard {
             (Some(_), Some(_)) => return Err(unauthenticated("more than one authorization header")),
             (None, _) => caller.role(),
         };
-        // A method that there is not: let the router say so, but not to strangers.
-        let needed = methods::role_of(path).unwrap_or(Role::Read);
+        let Some(needed) = methods::role_of(path) else {
+            // Here, and not by the router: a method that is not in the table is nobody's to call. Strangers are not told.
+            return Err(role.map_or_else(|| self.stranger(caller), |_| no_method(path)));
+        };
         match role {
             Some(role) if role >= needed => {
                 caller.prove();
@@ -227,6 +229,10 @@ mod tests {
         assert!(stranger.is_proven());
         let denied = guard.check(&admin, &bearer, CREATE).expect_err("the token only reads");
         assert_eq!(denied.code(), Code::PermissionDenied);
+        for path in ["/coldspark.v1.VmService/NotInTheTable", "", "/x"] {
+            let unknown = guard.check(&admin, &headers(&[]), path).expect_err("no such method");
+            assert_eq!(unknown.code(), Code::Unimplemented, "{path}");
+        }
         assert!(denied.message().contains("CreateVm needs the role run"), "{denied}");
 
         // Another role, while the connection lives.

@@ -17,6 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::api::client::leave_unended;
 use crate::api::proto;
 use crate::cli::SocketArgument;
+use crate::cli::output;
 use crate::cli::stdin::Stdin;
 use proto::exec_exit::How;
 use proto::exec_request::Message as In;
@@ -72,8 +73,18 @@ fn variable(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// Exit code when the command was not run to its end.
+const FAILED: u8 = 125;
+
 /// Runs a command; gives its status, or 128 and its signal's number.
 pub async fn exec(arguments: ExecArguments) -> anyhow::Result<ExitCode> {
+    Ok(session(arguments).await.unwrap_or_else(|error| {
+        output::failed(&error);
+        ExitCode::from(FAILED)
+    }))
+}
+
+async fn session(arguments: ExecArguments) -> anyhow::Result<ExitCode> {
     let ExecArguments { socket, vm, interactive, env, workdir, user, timeout, command } = arguments;
     let mut client = socket.connect().await?.agent;
     let start = proto::ExecStart {

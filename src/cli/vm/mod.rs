@@ -165,7 +165,7 @@ pub enum Command {
     /// Ask the agent in a VM something
     #[command(after_help = "Examples:\n  coldspark vm call web time\n  coldspark vm call web echo hello")]
     Call(call::Arguments),
-    /// Run a command in a VM; ends with the command's status, or 128 and the number of the signal that ended it
+    /// Run a command in a VM; ends with the command's status, 128 and the number of the signal that ended it, or 125 if it was not run to its end
     #[command(
         after_help = "Examples:\n  coldspark vm exec web -- uname -a\n  coldspark vm exec -i -w /tmp -e LANG=C web -- sort < words"
     )]

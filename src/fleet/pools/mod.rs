@@ -152,7 +152,7 @@ impl Pools {
     /// Keeps the pools that there are.
     pub fn begin(&self, fleet: &Arc<Fleet>) {
         for pool in self.lock().values() {
-            tokio::spawn(pool::keep(Arc::downgrade(fleet), Arc::clone(pool)));
+            tokio::spawn(pool::keep_always(Arc::downgrade(fleet), Arc::clone(pool)));
         }
     }
 
@@ -178,7 +178,7 @@ impl Pools {
     pub(super) fn add(&self, fleet: &Arc<Fleet>, name: &str, settings: Settings) -> Arc<Pool> {
         let pool = Pool::new(name, settings);
         self.lock().insert(name.to_owned(), Arc::clone(&pool));
-        tokio::spawn(pool::keep(Arc::downgrade(fleet), Arc::clone(&pool)));
+        tokio::spawn(pool::keep_always(Arc::downgrade(fleet), Arc::clone(&pool)));
         pool
     }
 
@@ -244,7 +244,7 @@ impl Fleet {
         self.write_pool(&name, &settings).await?;
         let pool = Pool::new(&name, settings);
         self.pools.lock().insert(name, Arc::clone(&pool));
-        tokio::spawn(pool::keep(Arc::downgrade(self), Arc::clone(&pool)));
+        tokio::spawn(pool::keep_always(Arc::downgrade(self), Arc::clone(&pool)));
         self.events.tell(|| Event::new(Kind::Pool, Change::Made, &pool.name, Some(&pool.name)));
         Ok(self.pools.look(&pool))
     }

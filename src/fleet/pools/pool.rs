@@ -12,6 +12,7 @@ use crate::fleet::clones::Place;
 use crate::fleet::error::FleetError;
 use crate::fleet::events::{Change, Event, Kind};
 use crate::fleet::network;
+use crate::fleet::panics;
 use crate::fleet::shells::{Plugged, Shell};
 use crate::fleet::slots::Held;
 use crate::fleet::snapshots::Source;
@@ -209,6 +210,13 @@ impl Pool {
         self.changed.send_replace(());
     }
 
+    /// The keeper is begun again. What it was making came to nothing.
+    fn keeper_failed(&self, said: &str) {
+        let problem = Problem { text: format!("its keeper failed: {said}"), reason: "INTERNAL" };
+        self.lock().keeper_failed(Instant::now(), problem);
+        self.changed.send_replace(());
+    }
+
     /// Tells the keeper when what stands ready ends by itself.
     fn watch_over(self: &Arc<Self>, what: &What) {
         let pool = Arc::downgrade(self);
@@ -229,8 +237,14 @@ impl Pool {
     }
 }
 
-/// Keeps a pool until it is closed or the fleet is gone.
-pub async fn keep(fleet: Weak<Fleet>, pool: Arc<Pool>) {
+/// Keeps a pool until it is closed or the fleet is gone, also when its keeper fails.
+pub async fn keep_always(fleet: Weak<Fleet>, pool: Arc<Pool>) {
+    let (name, failed) = (format!("keeping the pool {}", pool.name), Arc::clone(&pool));
+    let keep = || keep(fleet.clone(), Arc::clone(&pool));
+    panics::again(&name, keep, |said| failed.keeper_failed(said)).await;
+}
+
+async fn keep(fleet: Weak<Fleet>, pool: Arc<Pool>) {
     while let Some(alive) = fleet.upgrade() {
         let pace = alive.pools.pace;
         let plan = pool.lock().plan(Instant::now(), pace);
@@ -262,6 +276,10 @@ pub async fn keep(fleet: Weak<Fleet>, pool: Arc<Pool>) {
                 // Held while it is made, and after that for as long as the budget wants, but not while somebody would find nothing ready.
                 let turns = Arc::clone(&alive.pools.turns);
                 let turn = turns.acquire_owned().await;
+                if !pool.lock().begin() {
+                    // Somebody who asked has taken its place.
+                    continue;
+                }
                 let took = pool.make(&alive, settings, revision, slot).await;
                 drop(alive);
                 let rested = tokio::time::sleep(took.mul_f64((pace - 1.0).max(0.0)).min(REST_MAX));

@@ -33,6 +33,8 @@ pub struct Stock<T> {
     /// Oldest first.
     ready: VecDeque<Ready<T>>,
     making: u32,
+    /// That one waits for its turn: it is not begun yet.
+    waits: bool,
     /// Taken, and alive.
     out: u32,
     demand: Demand,
@@ -124,7 +126,7 @@ pub enum Found<T> {
 /// What the keeper is to do next.
 #[derive(Debug)]
 pub enum Plan<T> {
-    /// Make one, and [`put`](Stock::put) it or the failure.
+    /// Make one: [`begin`](Stock::begin) when its turn has come, and [`put`](Stock::put) it or the failure.
     Make(Arc<Settings>, u64),
     /// End it, for this reason.
     End(T, &'static str),
@@ -140,6 +142,7 @@ impl<T: Thing> Stock<T> {
             revision: 0,
             ready: VecDeque::new(),
             making: 0,
+            waits: false,
             out: 0,
             demand: Demand::new(now),
             asked_at: None,
@@ -219,6 +222,13 @@ impl<T: Thing> Stock<T> {
             self.counts.taken_cold += 1;
             return Found::Room(Arc::clone(&self.settings));
         }
+        if std::mem::take(&mut self.waits) {
+            // Its turn may be far off, and whoever asks needs none.
+            self.making = self.making.saturating_sub(1);
+            self.out += 1;
+            self.counts.taken_cold += 1;
+            return Found::Room(Arc::clone(&self.settings));
+        }
         if self.making > 0 {
             return Found::Soon;
         }
@@ -269,6 +279,7 @@ impl<T: Thing> Stock<T> {
                 return Plan::Wait(None);
             }
             self.making += 1;
+            self.waits = true;
             return Plan::Make(Arc::clone(&self.settings), self.revision);
         }
         let mut until = (target > self.settings.min_ready as usize).then(|| now + LOOK_AGAIN);
@@ -289,6 +300,17 @@ impl<T: Thing> Stock<T> {
         self.failed.is_some()
     }
 
+    /// It is the turn of what is to be made. False: somebody who asked has taken its place.
+    pub fn begin(&mut self) -> bool {
+        std::mem::take(&mut self.waits)
+    }
+
+    /// The keeper, which makes one at a time, is gone, and another begins.
+    pub fn keeper_failed(&mut self, now: Instant, problem: Problem) {
+        self.could_not_make(now, self.revision, problem);
+        self.making = 0;
+    }
+
     /// What was being made is ready. Given back if the pool was closed meanwhile.
     pub fn put(
         &mut self,
@@ -299,6 +321,7 @@ impl<T: Thing> Stock<T> {
         what: T,
     ) -> Option<T> {
         self.making = self.making.saturating_sub(1);
+        self.waits = false;
         if self.closed {
             return Some(what);
         }
@@ -312,6 +335,7 @@ impl<T: Thing> Stock<T> {
     /// It could not be made. Says whether that is news; it is none if something else is to be made by now: its snapshot may be gone.
     pub fn could_not_make(&mut self, now: Instant, revision: u64, problem: Problem) -> bool {
         self.making = self.making.saturating_sub(1);
+        self.waits = false;
         if revision != self.revision || self.closed {
             return false;
         }

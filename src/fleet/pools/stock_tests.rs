@@ -103,12 +103,40 @@ fn with_none_ready_one_may_be_started_and_the_last_one_is_waited_for() {
     assert!(matches!(bench.stock.find(bench.now, false), Found::Room(_)));
     bench.now += QUIET;
     let Plan::Make(settings, revision) = bench.stock.plan(bench.now, PACE) else { panic!("nothing is made") };
+    assert!(bench.stock.begin());
     assert!(matches!(bench.stock.find(bench.now, false), Found::Soon));
     bench.made(settings, revision);
     assert!(matches!(bench.stock.find(bench.now, true), Found::Ready(_)));
     // The one that waited asked once.
     assert_eq!(bench.look().counts.taken_ready + bench.look().counts.taken_cold, 2);
     assert!(bench.look().rate < 0.25);
+}
+
+#[test]
+fn what_waits_for_its_turn_holds_nobody_up_who_asks() {
+    let mut bench = Bench::new(settings(1, 1));
+    let plan = bench.stock.plan(bench.now, PACE);
+    assert!(matches!(plan, Plan::Make(..)));
+    assert!(matches!(bench.stock.find(bench.now, false), Found::Room(_)));
+    assert_eq!((bench.look().making, bench.look().out), (0, 1));
+    assert!(!bench.stock.begin(), "its place is taken");
+    assert!(matches!(bench.stock.find(bench.now, false), Found::Full(1)));
+    // Without a slot it never came to its turn.
+    bench.stock.could_not_make(bench.now, 0, problem());
+    assert_eq!((bench.look().making, bench.look().out), (0, 1));
+}
+
+#[test]
+fn a_keeper_that_failed_leaves_nothing_that_is_being_made_for_ever() {
+    let mut bench = Bench::new(settings(1, 1));
+    assert!(matches!(bench.stock.plan(bench.now, PACE), Plan::Make(..)));
+    assert!(bench.stock.begin());
+    assert!(matches!(bench.stock.find(bench.now, false), Found::Soon));
+    bench.stock.keeper_failed(bench.now, problem());
+    assert_eq!((bench.look().making, bench.look().problem), (0, Some(problem())));
+    let Plan::Wait(Some(until)) = bench.stock.plan(bench.now, PACE) else { panic!("it is not tried again") };
+    bench.now = until;
+    assert_eq!((bench.settle().0.len(), bench.look().ready), (0, 1));
 }
 
 #[test]

@@ -43,6 +43,7 @@ use self::rules::Rules;
 use super::error::FleetError;
 use super::id;
 use super::network::NetworkError;
+use super::panics;
 use super::snapshots::blocking;
 
 /// Most slots that are kept ready.
@@ -230,7 +231,9 @@ impl Slots {
             tracing::error!(%error, "the host's rules for network slots cannot be set");
         }
         self.tell_barriers().await;
-        let task = tokio::spawn(Arc::clone(self).run());
+        let slots = Arc::clone(self);
+        let keep = move || Arc::clone(&slots).run();
+        let task = tokio::spawn(panics::again("making network slots", keep, |_| {}));
         *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
     }
 
