@@ -17,8 +17,8 @@ use std::{
 };
 
 /// How long somebody may have a file open for writing who is about to close it: a child of this process that has not begun its program yet has
-/// all descriptors for a moment.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// all descriptors for a moment, which a host that is out of breath draws out.
+pub const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 10 });
 /// fcntl(2); not in every libc crate.
 const F_SETSIG: i32 = 10;
 /// statfs(2): NFS, CIFS, SMB2.
