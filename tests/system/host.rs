@@ -79,7 +79,7 @@ impl Need {
             Need::Tap => tap().clone(),
             Need::Netns => netns().clone(),
             Need::Slots => slots().clone(),
-            Need::Dockerd => dockerd().map(|_| ()),
+            Need::Dockerd => docker_starts().clone(),
             Need::Systemd => crate::systemd::available(),
             Need::FreeBsd => freebsd().map(|_| ()),
             Need::FreeBsdGeneric => freebsd_generic().map(|_| ()),
@@ -234,6 +234,11 @@ fn slots() -> &'static Result<(), String> {
         netns().clone()?;
         crate::slots::available()
     })
+}
+
+fn docker_starts() -> &'static Result<(), String> {
+    static FOUND: OnceLock<Result<(), String>> = OnceLock::new();
+    FOUND.get_or_init(|| crate::slots::docker::available(&dockerd()?))
 }
 
 /// The folder made by `tests/rig/rig docker`.

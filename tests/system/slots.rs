@@ -5,7 +5,7 @@
 //! when it is told to. Each silence is held against the same question that is answered.
 
 mod ahead;
-mod docker;
+pub mod docker;
 mod doubts;
 mod world;
 

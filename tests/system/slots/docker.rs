@@ -2,8 +2,9 @@
 //! does. Docker's own daemon makes them, with either kind of iptables, where there is one; and nft, where there is none.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use coldspark::api::proto::*;
@@ -13,7 +14,7 @@ use super::{addresses, base, clone, guest_asks, port, who, words};
 use crate::client::Client;
 use crate::daemon::{Daemon, eventually};
 use crate::host;
-use crate::trial::Stage;
+use crate::trial::{Stage, limit};
 
 /// Docker's daemon on a world's host, in namespaces of its own with nothing of this machine's state: `$1` is the kind of iptables, `$2` where
 /// it was unpacked.
@@ -27,6 +28,34 @@ exec dockerd --host unix:///run/docker.sock --pidfile /run/docker.pid --data-roo
     --storage-driver vfs --experimental --ip6tables --ipv6 --fixed-cidr-v6 fd00:d0c:d0c::/64
 "#;
 
+/// The namespaces it has.
+const APART: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"];
+
+/// Whether Docker starts here at all, which is asked once, in a network of its own; the error is the reason.
+pub fn available(folder: &Path) -> Result<(), String> {
+    let none = |error: std::io::Error| format!("Docker cannot be tried: {error}");
+    let log = tempfile::NamedTempFile::new().map_err(none)?;
+    let mut command = Command::new(APART[0]);
+    command.arg("--net").args(&APART[1..]).args(["sh", "-c", BEGIN, "sh", "nft"]).arg(folder);
+    let mut docker = Dockerd::spawn(command, log.path().to_owned()).map_err(|error| format!("{error:#}"))?;
+    let until = Instant::now() + limit(20);
+    while Instant::now() < until {
+        let said = docker.said().unwrap_or_default();
+        if said.contains(READY) {
+            return Ok(());
+        }
+        if docker.child.try_wait().map_err(none)?.is_some() {
+            let last = said.lines().last().unwrap_or_default();
+            return Err(format!("Docker does not start here: {last}"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Err("Docker does not come to answer here".into())
+}
+
+/// What it logs when it has set its rules.
+const READY: &str = "API listen on";
+
 struct Dockerd {
     child: Child,
     log: PathBuf,
@@ -35,24 +64,26 @@ struct Dockerd {
 impl Dockerd {
     /// It has set its rules when this comes back.
     async fn start(stage: &Stage, world: &World, kind: &str, start: u32) -> anyhow::Result<Dockerd> {
-        let log = stage.logs.join(format!("dockerd-{start}.log"));
-        let file = File::create(&log)?;
         let mut command = Command::new("nsenter");
         command
             .arg(format!("--net=/run/netns/{}", world.host))
-            .args(["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"])
+            .args(APART)
             .args(["sh", "-c", BEGIN, "sh", kind])
-            .arg(host::dockerd().map_err(anyhow::Error::msg)?)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone()?)
-            .stderr(file);
-        let mut docker = Dockerd { child: command.spawn()?, log };
+            .arg(host::dockerd().map_err(anyhow::Error::msg)?);
+        let mut docker = Dockerd::spawn(command, stage.logs.join(format!("dockerd-{start}.log")))?;
         eventually("dockerd answers", 60, async || {
             ensure!(docker.child.try_wait()?.is_none(), "dockerd has ended: {}", docker.said()?);
-            Ok(docker.said()?.contains("API listen on"))
+            Ok(docker.said()?.contains(READY))
         })
         .await?;
         Ok(docker)
+    }
+
+    fn spawn(mut command: Command, log: PathBuf) -> anyhow::Result<Dockerd> {
+        let file = File::create(&log)?;
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("{:?}", command.get_program()))?;
+        Ok(Dockerd { child, log })
     }
 
     fn said(&self) -> anyhow::Result<String> {
