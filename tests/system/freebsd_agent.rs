@@ -21,7 +21,7 @@ use crate::commands::{Command, get, put, run, start};
 use crate::daemon::{Daemon, eventually};
 use crate::freebsd::environment;
 use crate::host::{self, Need};
-use crate::trial::{Stage, trial};
+use crate::trial::{Stage, limit, trial};
 
 const NEEDS: &[Need] = &[Need::Kvm, Need::KernelMode, Need::FreeBsdAgent];
 const CLONES: u32 = 3;
@@ -87,7 +87,11 @@ impl Machine {
         };
         client.import(spec, files).await?;
         let source = Some(Source::Image("freebsd".into()));
-        let request = CreateVmRequest { source, networks: self.networks, ..Default::default() };
+        let mut request = CreateVmRequest { source, networks: self.networks, ..Default::default() };
+        if self.vcpus > 1 {
+            // One processor of the rig is all of them; while a guest starts they wait for each other, each for its turn.
+            request.ready_timeout_ms = limit(60).as_millis().try_into()?;
+        }
         Ok(client.boot(request).await?.vm.id)
     }
 }
