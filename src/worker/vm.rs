@@ -2,17 +2,21 @@
 
 #![allow(unsafe_code)]
 
+mod descriptors;
 mod look;
+mod sink;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use userfaultfd::Uffd;
+
+use descriptors::{Descriptors, Plug, plug};
+use sink::sink;
 
 use super::ahead::{self, Ahead, Ground, Places, Seat, read_state};
 use super::fault;
@@ -20,15 +24,14 @@ use super::jail::Outside;
 use super::keep::{self, DiskFiles, Keep};
 use super::own::{self, Own};
 use super::protocol::{
-    self, Adopted, AgentPort, BootProtocol, BootSpec, Booted, DISKS_MAX, DiskSpec, Event, ExitReason,
-    FDS_MAX, Fault, FaultRegion, FromWorker, Frozen, Hardware, HostReport, LAYERS_MAX, LinkKind, MemoryMode,
-    MemoryRegion, ModuleKind, NETWORKS_MAX, NetworkSpec, NetworkStats, RestoreSpec, Restored, SnapshotSpec,
-    Stats, Step, instant_ns,
+    self, Adopted, AgentPort, BootProtocol, BootSpec, Booted, Event, FDS_MAX, Fault, FaultRegion, FromWorker,
+    Frozen, Hardware, HostReport, MemoryMode, MemoryRegion, ModuleKind, NetworkStats, RestoreSpec, Restored,
+    SnapshotSpec, Stats, Step, instant_ns,
 };
 use super::warm::OwnPages;
 use super::{Daemon, duplicate, resident};
 use crate::agent::wire::{self, Header};
-use crate::snapshot::layers::{Freeze, LayeredDisk};
+use crate::snapshot::layers::Freeze;
 use crate::snapshot::memory::image::{Rest, SourceRegion, write_image};
 use crate::snapshot::memory::mapped::{MapError, Mapping, UserfaultDevice};
 use crate::snapshot::memory::touched::{Place, touched};
@@ -38,13 +41,10 @@ use crate::snapshot::working_set::Touched;
 use crate::vmm::boot;
 use crate::vmm::chipset;
 use crate::vmm::host::Host;
-use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, NextOverlay, Parts, Prepared};
+use crate::vmm::machine::{self, BootOptions, DiskPart, Machine, NetworkPart, Parts, Prepared};
 use crate::vmm::memory::{self, Backing, Ram};
 use crate::vmm::shell::{self, EmptyVm};
-use crate::vmm::vcpu::{EventSink, VcpuEvent};
-use crate::vmm::virtio::net::NetConfig;
 use crate::vmm::virtio::net::counters::Counted;
-use crate::vmm::virtio::net::link::Link;
 use crate::vmm::virtio::rate::{Rate, Rates};
 use crate::vmm::x86::{cpuid, features};
 
@@ -88,40 +88,6 @@ pub struct Vm {
     disks_uneven: bool,
 }
 
-/// A network interface that can be made again.
-struct Plug {
-    spec: NetworkSpec,
-    fd: Option<OwnedFd>,
-}
-
-impl Plug {
-    /// The same interface, without a link if that has gone meanwhile: a guest can reboot all the same.
-    fn checked(self) -> Plug {
-        match self.part() {
-            Ok(_) => self,
-            Err(fault) => {
-                tracing::warn!(%fault, "a network interface has lost its link");
-                Plug { fd: None, ..self }
-            }
-        }
-    }
-
-    fn part(&self) -> Result<NetworkPart, Fault> {
-        let NetworkSpec { link, mac, mtu } = self.spec;
-        let fd = self.fd.as_ref().map(OwnedFd::try_clone).transpose();
-        let link = plug(link, fd.map_err(fault::io("a network link"))?)?;
-        Ok(NetworkPart { link, config: Some(NetConfig { mac, mtu }) })
-    }
-}
-
-fn plug(kind: LinkKind, fd: Option<OwnedFd>) -> Result<Link, Fault> {
-    Ok(match (kind, fd) {
-        (LinkKind::Tap, Some(fd)) => Link::tap(fd)?,
-        (LinkKind::Wire, Some(fd)) => Link::wire(fd)?,
-        _ => Link::Down,
-    })
-}
-
 /// A mapping as the machine's RAM.
 struct Backed(Mapping);
 
@@ -162,104 +128,6 @@ impl Steps {
 
 fn micros(duration: Duration) -> u32 {
     u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
-}
-
-/// A request's descriptors, taken in the order of its message.
-struct Descriptors {
-    fds: std::vec::IntoIter<OwnedFd>,
-    /// Second descriptors of the disks' files that were taken.
-    files: Vec<DiskFiles>,
-}
-
-impl Descriptors {
-    fn new(fds: Vec<OwnedFd>) -> Self {
-        Descriptors { fds: fds.into_iter(), files: Vec::new() }
-    }
-
-    fn next(&mut self) -> Result<OwnedFd, Fault> {
-        self.fds.next().ok_or_else(|| fault::descriptors("too few"))
-    }
-
-    fn file(&mut self) -> Result<File, Fault> {
-        self.next().map(File::from)
-    }
-
-    fn socket(&mut self) -> Result<UnixStream, Fault> {
-        let socket = UnixStream::from(self.next()?);
-        socket.set_nonblocking(true).map_err(fault::io("a console or agent socket"))?;
-        Ok(socket)
-    }
-
-    fn disks(&mut self, specs: &[DiskSpec]) -> Result<Vec<DiskPart>, Fault> {
-        if specs.len() > DISKS_MAX {
-            return Err(Fault::from(machine::MachineError::Disks(specs.len())));
-        }
-        specs.iter().map(|spec| self.disk(spec)).collect()
-    }
-
-    fn disk(&mut self, spec: &DiskSpec) -> Result<DiskPart, Fault> {
-        if usize::from(spec.layers) > LAYERS_MAX {
-            return Err(fault::descriptors("too many disk layers"));
-        }
-        let base = self.file()?;
-        let layers = (0..spec.layers).map(|_| self.file()).collect::<Result<Vec<_>, _>>()?;
-        let mut kept = DiskFiles { spec: spec.clone(), files: Vec::with_capacity(layers.len() + 2) };
-        kept.add(&base)?;
-        layers.iter().try_for_each(|layer| kept.add(layer))?;
-        let disk = if spec.direct {
-            if spec.layers != 0 || spec.read_only {
-                return Err(fault::descriptors(
-                    "a disk that is written directly, but has layers or is read-only",
-                ));
-            }
-            LayeredDisk::open_direct(base, spec.bytes)?
-        } else {
-            let overlay = if spec.read_only { None } else { Some(self.file()?) };
-            overlay.iter().try_for_each(|overlay| kept.add(overlay))?;
-            LayeredDisk::open(Some(base), layers, overlay, spec.bytes)?
-        };
-        self.files.push(kept);
-        Ok(DiskPart { disk, serial: spec.serial.clone() })
-    }
-
-    /// All that is left: what frozen disks go on with, and second descriptors of that.
-    fn next_overlays(mut self) -> Result<(Vec<NextOverlay>, Vec<keep::Next>), Fault> {
-        let (mut next, mut kept) = (Vec::new(), Vec::new());
-        while !self.fds.as_slice().is_empty() {
-            let (sealed, overlay) = (self.file()?, self.file()?);
-            let second =
-                |file: &File| file.try_clone().map(OwnedFd::from).map_err(fault::io("a disk's overlay"));
-            kept.push(keep::Next { sealed: second(&sealed)?, overlay: second(&overlay)? });
-            next.push(NextOverlay { sealed, overlay });
-        }
-        Ok((next, kept))
-    }
-
-    /// One for each of `kinds` that has a link.
-    fn links(&mut self, kinds: &[LinkKind]) -> Result<Vec<Option<OwnedFd>>, Fault> {
-        if kinds.len() > NETWORKS_MAX {
-            return Err(Fault::from(machine::MachineError::Networks(kinds.len())));
-        }
-        let link = |kind: &LinkKind| match kind {
-            LinkKind::Down => Ok(None),
-            LinkKind::Tap | LinkKind::Wire => self.next().map(Some),
-        };
-        kinds.iter().map(link).collect()
-    }
-
-    fn plugs(&mut self, specs: &[NetworkSpec]) -> Result<Vec<Plug>, Fault> {
-        let kinds: Vec<LinkKind> = specs.iter().map(|spec| spec.link).collect();
-        let links = self.links(&kinds)?.into_iter();
-        Ok(specs.iter().zip(links).map(|(spec, fd)| Plug { spec: *spec, fd }).collect())
-    }
-
-    /// Nothing is left; gives what the disks are made of.
-    fn end(mut self) -> Result<Vec<DiskFiles>, Fault> {
-        match self.fds.next() {
-            None => Ok(self.files),
-            Some(_) => Err(fault::descriptors("too many")),
-        }
-    }
 }
 
 impl Shell {
@@ -637,47 +505,6 @@ fn borrow(uffd: &Uffd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(uffd)) }
 }
 
-/// Most words of one machine's ready port that the daemon is told. The first is what somebody waits for; a guest can say as many more as it
-/// likes, and each takes the daemon's time, which no limit of the VM's counts.
-const READY_TOLD_MAX: u32 = 16;
-
-/// Turns vCPU events into messages. An end of the guest ends the process once it was told.
-fn sink(daemon: Daemon) -> EventSink {
-    let started = Instant::now();
-    let ready_told = AtomicU32::new(0);
-    let has_reset = AtomicBool::new(false);
-    Arc::new(move |event| {
-        let reason = match event {
-            VcpuEvent::Ready(value) => {
-                let more = |told| (told < READY_TOLD_MAX).then_some(told + 1);
-                if ready_told.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_err() {
-                    return;
-                }
-                let us = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
-                daemon.event(Event::Phase { name: "ready port".into(), us });
-                daemon.event(Event::ReadyPort { value });
-                return;
-            }
-            // Once for a machine: another vCPU's, told while the next machine is being made, would be taken for that one's.
-            VcpuEvent::Reset(_) if has_reset.swap(true, Ordering::Relaxed) => return,
-            VcpuEvent::Reset(how) => {
-                // The daemon decides: this one, or the next, if there may be one; else there is nobody who would boot it again.
-                daemon.note_reset(Some(how));
-                if !daemon.event(Event::GuestReset { how: how.into() }) && !daemon.may_be_adopted() {
-                    std::process::exit(0);
-                }
-                return;
-            }
-            VcpuEvent::PowerOff => ExitReason::GuestPowerOff,
-            VcpuEvent::Failed(what) => ExitReason::Failed(what),
-        };
-        daemon.event(Event::Exited(reason));
-        // Everything the guest printed is in the console socket, everything it flushed is in its files: nothing
-        // is left to be done in order, and the vCPU threads must not run on.
-        std::process::exit(0);
-    })
-}
-
 impl Vm {
     pub fn pause(&mut self) -> Result<(), Fault> {
         if self.running {
@@ -903,66 +730,5 @@ fn from_boot(protocol: boot::BootProtocol) -> BootProtocol {
         boot::BootProtocol::FreeBsd => BootProtocol::FreeBsd,
         boot::BootProtocol::Pvh => BootProtocol::Pvh,
         boot::BootProtocol::Linux => BootProtocol::Linux,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use super::*;
-    use crate::worker::Connection;
-    use crate::worker::channel::Channel;
-
-    /// A worker's connection, and the daemon's end of it.
-    fn connection() -> (Daemon, Channel) {
-        let (channel, theirs) = Channel::pair().unwrap();
-        for end in [&channel, &theirs] {
-            end.set_nonblocking(true).unwrap();
-        }
-        let connection = Connection { channel, adoptable: AtomicBool::new(true), reset: Mutex::new(None) };
-        (Daemon(Arc::new(connection)), theirs)
-    }
-
-    fn told(theirs: &Channel) -> Vec<Event> {
-        let next = || match theirs.recv::<FromWorker>() {
-            Ok((FromWorker::Event(event), _)) => Some(event),
-            _ => None,
-        };
-        std::iter::from_fn(next).collect()
-    }
-
-    #[test]
-    fn a_ready_port_that_is_written_all_the_time_does_not_keep_the_daemon_busy() {
-        let (daemon, theirs) = connection();
-        let sink = sink(daemon);
-        let mut words = Vec::new();
-        for value in 0..1000 {
-            sink(VcpuEvent::Ready(value));
-            words.extend(told(&theirs).into_iter().filter_map(|event| match event {
-                Event::ReadyPort { value } => Some(value),
-                _ => None,
-            }));
-        }
-        assert_eq!(words, (0..READY_TOLD_MAX).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn a_machine_resets_once_whatever_its_other_vcpus_do() {
-        let (daemon, theirs) = connection();
-        let first = sink(daemon.clone());
-        first(VcpuEvent::Reset("one door"));
-        assert_eq!(daemon.reset().as_deref(), Some("one door"));
-        // The daemon has asked for the next machine, and the old one's threads are still ending.
-        daemon.note_reset(None);
-        first(VcpuEvent::Reset("another"));
-        assert_eq!(daemon.reset(), None);
-        sink(daemon.clone())(VcpuEvent::Reset("its own"));
-        assert_eq!(daemon.reset().as_deref(), Some("its own"));
-        let doors = told(&theirs).into_iter().filter_map(|event| match event {
-            Event::GuestReset { how } => Some(how),
-            _ => None,
-        });
-        assert_eq!(doors.collect::<Vec<_>>(), ["one door", "its own"]);
     }
 }
