@@ -33,7 +33,7 @@ use super::owner::{Again, Ears, Faults, Owner};
 use super::process::Process;
 use super::record::{FileId, Papers, Record, Unreadable};
 use super::slots::Lease;
-use super::snapshots::blocking;
+use super::tasks::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use crate::snapshot::memory::pager::PagerSource;
 use crate::worker::channel::{AsyncChannel, Channel};

@@ -29,7 +29,7 @@ use super::record::{Papers, Settled};
 use super::registry::Guard;
 use super::shells::Shell;
 use super::slots::Lease;
-use super::snapshots::blocking;
+use super::tasks::blocking;
 use super::vm::{Origin, State, Status, Vm};
 use super::{Fleet, id, watchdog};
 use crate::agent::Hello;

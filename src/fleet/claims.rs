@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use super::error::FleetError;
 use super::record::Record;
-use super::snapshots::{Described, blocking, describe};
+use super::snapshots::{Described, describe};
+use super::tasks::blocking;
 use super::vm::{State, Vm};
 use super::{Fleet, id};
 use crate::snapshot::folder;

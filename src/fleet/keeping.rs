@@ -7,7 +7,8 @@ use tokio::time::MissedTickBehavior;
 
 use super::Fleet;
 use super::limits::{KEEP_EVERY, KEEP_FOR};
-use super::snapshots::{Source, blocking};
+use super::sources::Source;
+use super::tasks::blocking;
 use crate::snapshot::limits::HUGE_BYTES;
 use crate::snapshot::memory::keep::Keeper;
 

@@ -12,6 +12,8 @@
 //! | [`functions`] | commands run in fresh clones |
 //! | [`pools`] | clones that stand ready |
 //! | [`snapshots`] | freezing, publishing, listing, verifying |
+//! | [`sources`] | snapshots that are open: everything that clones are made of |
+//! | [`tasks`] | work that must not hold others up, and work that must not be given up |
 //! | [`images`] | importing and opening images |
 //! | [`registry`] | which VMs there are |
 //! | [`events`] | what happens, for those who watch |
@@ -69,8 +71,10 @@ pub mod sampling;
 pub mod shells;
 pub mod slots;
 pub mod snapshots;
+pub mod sources;
 pub mod stored;
 pub mod streams;
+mod tasks;
 pub mod vm;
 pub mod watchdog;
 pub mod zygote;
@@ -238,7 +242,7 @@ impl Fleet {
         limits.check()?;
         if limits.need_group() {
             let cgroups = Arc::clone(&self.cgroups);
-            snapshots::blocking(move || cgroups.check()).await??;
+            tasks::blocking(move || cgroups.check()).await??;
         }
         Ok(())
     }

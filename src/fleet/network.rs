@@ -29,7 +29,7 @@ use super::error::{FleetError, Kind};
 use super::slots::access::Access;
 use super::slots::error::SlotError;
 use super::slots::{Held, Lease, SlotLink, Slots};
-use super::snapshots::blocking;
+use super::tasks::blocking;
 pub use crate::worker::protocol::NETWORKS_MAX;
 use crate::worker::protocol::{LinkKind, NetworkSpec};
 

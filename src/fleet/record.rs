@@ -20,7 +20,7 @@ use super::claims::{Claim, ClaimRecord};
 use super::disks::{FrozenFile, RECORD, RECORD_ROOM, VmDisk};
 use super::network::VmNetwork;
 use super::owner::Again;
-use super::snapshots::{hello_from_text, hello_text};
+use super::sources::{hello_from_text, hello_text};
 use super::vm::{Entropy, Origin, State, Vm};
 use crate::agent::Hello;
 use crate::snapshot::folder;

@@ -9,7 +9,7 @@ use super::Fleet;
 use super::clones::mode;
 use super::error::FleetError;
 use super::learning::touched;
-use super::snapshots::Source;
+use super::sources::Source;
 use super::vm::Vm;
 use crate::snapshot::working_set::{common, units, without};
 use crate::telemetry::metrics;

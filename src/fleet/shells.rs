@@ -29,7 +29,7 @@ use super::network::{OpenLink, VmNetwork};
 use super::panics;
 use super::process::{Process, Spawner};
 use super::slots::Lease;
-use super::snapshots::Source;
+use super::sources::Source;
 use crate::worker::channel::AsyncChannel;
 use crate::worker::protocol::{Event, HostReport, MemoryMode, Reply, Request, RestoreSpec};
 

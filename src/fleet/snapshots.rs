@@ -1,39 +1,31 @@
 //! Snapshots: freezing a VM into the store, finding what is there, and holding files open for clones.
 
 use std::collections::{BTreeMap, HashMap};
-use std::future::Future;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
 use super::Fleet;
-use super::addresses::Given;
 use super::boot::{micros, step};
 use super::claims::Claim;
-use super::disks::{FrozenFile, VmDisk, VmFolder, link_into};
+use super::disks::link_into;
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
-use super::keeping::{Keeping, KeptSoFar};
-use super::learning::Learning;
-use super::limits::{FOLD_BYTES_MAX, OPEN_SNAPSHOTS_MAX, VERIFIES_MAX};
-use super::network::{LinkRequest, VmNetwork, mac_from_text, mac_text};
+use super::keeping::KeptSoFar;
+use super::limits::VERIFIES_MAX;
+use super::network::mac_text;
+use super::sources::{HELLO_LABEL, Opened, Source, hello_text, protocol};
+use super::tasks::{blocking, to_its_end};
 use super::vm::{Command, FrozenVm, Origin, State, Vm};
-use crate::agent::{FrameDecoder, Hello};
-use crate::snapshot::manifest::{
-    Cpu, Facts, Guest, HostFacts, Identity, Memory, Network, Protocol, Refusal, Region, SnapshotId,
-};
-use crate::snapshot::memory::pager::PagerSource;
+use crate::snapshot::manifest::{Cpu, Facts, Guest, Identity, Memory, Network, Protocol, Region, SnapshotId};
 pub use crate::snapshot::signing;
 use crate::snapshot::signing::{Signature, Signing};
-use crate::snapshot::store::{Draft, Listed, OpenSnapshot, Snapshot, SnapshotStore, StoreError};
+use crate::snapshot::store::{Draft, Listed, Snapshot, SnapshotStore, StoreError};
 pub use crate::snapshot::working_set::WorkingSet;
 use crate::telemetry::metrics;
-use crate::worker::protocol::{BootProtocol, Frozen, HostReport, Step};
-
-/// Label under which the agent's hello is kept, in hexadecimal.
-const HELLO_LABEL: &str = "coldspark.agent.hello";
+use crate::worker::protocol::{BootProtocol, Frozen, Step};
 
 /// Label of a snapshot that was made for a function, with the function's name, and the mark of the service whose function it is.
 const FUNCTION_LABEL: &str = "coldspark.function";
@@ -145,173 +137,6 @@ pub struct Snapshots {
     verifying: Arc<Semaphore>,
 }
 
-/// What is open, by snapshots' ids.
-#[derive(Debug)]
-struct Opened<S>(Mutex<HashMap<String, Arc<S>>>);
-
-impl<S> Opened<S> {
-    fn new() -> Self {
-        Self(Mutex::default())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<S>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Keeps what was opened, unless its snapshot was deleted meanwhile: its files would be held, and nobody would ever come for them. Who
-    /// deletes it takes it out of here when it `is_there` no more. Gives which one is kept no longer, where there were too many.
-    fn keep(&self, id: String, source: &Arc<S>, is_there: impl FnOnce(&str) -> bool) -> Option<String> {
-        let given_up = {
-            let mut sources = self.lock();
-            let is_full = sources.len() >= OPEN_SNAPSHOTS_MAX && !sources.contains_key(&id);
-            let any = sources.keys().next().filter(|_| is_full).cloned();
-            if let Some(any) = &any {
-                sources.remove(any);
-            }
-            sources.insert(id.clone(), Arc::clone(source));
-            any
-        };
-        if !is_there(&id) {
-            self.lock().remove(&id);
-        }
-        given_up
-    }
-}
-
-/// Everything that a clone needs, opened once.
-#[derive(Debug)]
-pub struct Source {
-    pub open: Arc<OpenSnapshot>,
-    pub protocol: BootProtocol,
-    pub hello: Option<Arc<Hello>>,
-    /// For the pager.
-    pub pages: Arc<PagerSource>,
-    /// Without overlays.
-    disks: Vec<VmDisk>,
-    /// Without links.
-    pub networks: Vec<VmNetwork>,
-    /// What its clones touch first.
-    pub learning: Learning,
-    pub keeping: Keeping,
-    /// Why this host cannot run it, if so; looked at once.
-    fits: OnceLock<Option<Refusal>>,
-}
-
-impl Source {
-    fn open(snapshot: &Snapshot, working_sets: bool) -> Result<Self, FleetError> {
-        let open = snapshot.open_for_restore()?;
-        let manifest = &open.manifest;
-        let mut disks = Vec::with_capacity(open.disks.len());
-        for (facts, files) in manifest.facts.disks.iter().zip(&open.disks) {
-            let frozen = |name: &String, file: &std::fs::File| -> Result<FrozenFile, FleetError> {
-                let file =
-                    file.try_clone().map_err(FleetError::io("cannot duplicate a disk's descriptor"))?;
-                let known = manifest.disk_file(name).cloned();
-                Ok(FrozenFile { file: Arc::new(file), known, foreign: false })
-            };
-            let layers = facts.layers.iter().zip(&files.layers);
-            disks.push(VmDisk {
-                read_only: facts.read_only,
-                direct: false,
-                bytes: facts.bytes,
-                serial: facts.serial.clone(),
-                base: frozen(&facts.base, &files.base)?,
-                layers: layers.map(|(name, file)| frozen(name, file)).collect::<Result<_, _>>()?,
-                overlay: None,
-            });
-        }
-        let networks = manifest.facts.networks.iter().map(stored_network).collect::<Result<_, _>>()?;
-        let protocol = protocol(manifest.facts.guest.protocol);
-        let hello = match manifest.facts.identity.agent {
-            true => Some(Arc::new(stored_hello(&manifest.facts.labels)?)),
-            false => None,
-        };
-        let pages = open
-            .pager_source()
-            .map_err(|error| FleetError::Store { cause: error.cause(), message: error.to_string() })?;
-        let known = || {
-            snapshot.working_set().unwrap_or_else(|error| {
-                tracing::warn!(%error, "a working set is learnt anew");
-                WorkingSet::default()
-            })
-        };
-        let learning = Learning::new(working_sets.then(known), manifest.facts.memory.file_bytes());
-        Ok(Self {
-            open,
-            protocol,
-            hello,
-            pages,
-            disks,
-            networks,
-            learning,
-            keeping: Keeping::default(),
-            fits: OnceLock::new(),
-        })
-    }
-
-    /// By what metrics tell it from others: its name, or its id.
-    pub fn label(&self) -> &str {
-        let facts = &self.open.manifest.facts;
-        facts.name.as_deref().unwrap_or(self.open.manifest.id.as_str())
-    }
-
-    /// The snapshot's id.
-    pub fn id(&self) -> String {
-        self.open.manifest.id.to_string()
-    }
-
-    /// Refuses a host that lacks what the guest was shown.
-    pub fn check_fits(&self, host: &HostReport) -> Result<(), FleetError> {
-        let refusal = self.fits.get_or_init(|| {
-            let host = HostFacts {
-                cpu_vendor: host.cpu_vendor.clone(),
-                cpu_features: host.cpu_features.iter().cloned().collect(),
-                ..HostFacts::default()
-            };
-            self.open.manifest.facts.fits(&host).err()
-        });
-        match refusal {
-            None => Ok(()),
-            Some(refusal) => Err(FleetError::WrongState(format!(
-                "the snapshot cannot run on this host: it {refusal}; clone it on a host like the one it was made on"
-            ))),
-        }
-    }
-
-    /// Puts the memory into the page cache in large folios; a failure only makes clones slower.
-    fn fold(&self) {
-        if let Err(error) = self.open.fold(&self.learning.learnt().pieces, FOLD_BYTES_MAX) {
-            tracing::debug!(%error, "a snapshot's memory was not folded");
-        }
-    }
-
-    /// The disks of one clone, with overlays in `folder`.
-    pub fn disks(&self, folder: &mut VmFolder) -> Result<Vec<VmDisk>, FleetError> {
-        let mut disks = self.disks.clone();
-        for (n, disk) in disks.iter_mut().enumerate().filter(|(_, disk)| !disk.read_only) {
-            disk.overlay = Some(folder.overlay(n)?);
-        }
-        Ok(disks)
-    }
-}
-
-/// An interface of a snapshot's guest, which has no link until a clone is given one.
-fn stored_network(network: &Network) -> Result<VmNetwork, FleetError> {
-    let mac = mac_from_text(&network.mac).ok_or_else(|| FleetError::Store {
-        cause: crate::snapshot::cause::Cause::Damaged,
-        message: format!("the snapshot's manifest has an address {:?}; take the snapshot again", network.mac),
-    })?;
-    Ok(VmNetwork { link: LinkRequest::Down, mac, mtu: network.mtu, given: Given::default() })
-}
-
-fn protocol(protocol: Protocol) -> BootProtocol {
-    match protocol {
-        Protocol::FreeBsd => BootProtocol::FreeBsd,
-        Protocol::Pvh => BootProtocol::Pvh,
-        Protocol::Linux => BootProtocol::Linux,
-    }
-}
-
 /// Reads sizes from the disk.
 pub(super) fn describe(snapshot: &Snapshot, signing: &Signing) -> Result<Described, FleetError> {
     let manifest = snapshot.manifest();
@@ -347,34 +172,6 @@ pub(super) fn unix_ms(text: &str) -> Option<u64> {
     let days = 365 * years + years / 4 - years / 100 + years / 400 + (153 * months + 2) / 5 + day;
     let days = days.checked_sub(719_469)?; // of 1970-01-01, counted the same way
     Some((((days * 24 + hour) * 60 + minute) * 60 + second) * 1000)
-}
-
-/// The hello that was said before the snapshot was taken.
-fn stored_hello(labels: &BTreeMap<String, String>) -> Result<Hello, FleetError> {
-    let damaged = || FleetError::Store {
-        cause: crate::snapshot::cause::Cause::Damaged,
-        message: format!(
-            "the snapshot's label {HELLO_LABEL} does not hold an agent's hello; take the snapshot again"
-        ),
-    };
-    let text = labels.get(HELLO_LABEL).ok_or_else(damaged)?;
-    hello_from_text(text).ok_or_else(damaged)
-}
-
-/// What [`hello_text`] made.
-pub(super) fn hello_from_text(text: &str) -> Option<Hello> {
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok())).collect();
-    let bytes: Vec<u8> =
-        digits?.chunks(2).map(|pair| pair.iter().fold(0u8, |byte, digit| byte << 4 | digit)).collect();
-    let frames = FrameDecoder::new().push(&bytes).ok()?;
-    Hello::decode(frames.first()?).ok()
-}
-
-/// A hello's frame in hexadecimal.
-pub(super) fn hello_text(hello: &Hello) -> Result<String, FleetError> {
-    let bytes = hello.encode().map_err(|error| FleetError::Internal(error.to_string()))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 impl Snapshots {
@@ -444,24 +241,6 @@ impl Snapshots {
 /// By what metrics tell a snapshot from others, whether or not it is open.
 fn label_of(snapshot: &Snapshot) -> String {
     snapshot.name().map_or_else(|| snapshot.id().to_string(), str::to_owned)
-}
-
-/// Runs what waits for the disk where it holds nobody up.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, FleetError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))
-}
-
-/// Does what must not be given up in its middle, also when its caller goes away.
-pub(super) async fn to_its_end<T: Send + 'static>(
-    work: impl Future<Output = Result<T, FleetError>> + Send + 'static,
-) -> Result<T, FleetError> {
-    tokio::spawn(work)
-        .await
-        .map_err(|error| FleetError::Internal(format!("a task of the service failed: {error}")))?
 }
 
 impl Fleet {
@@ -687,138 +466,5 @@ fn facts(
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::FileExt;
-
-    use super::*;
-    use crate::snapshot::manifest::MEMORY_FILE;
-
-    /// Publishes a snapshot of a VM without disks; gives its id.
-    fn publish(store: &Arc<SnapshotStore>) -> String {
-        const BYTES: u64 = 2 << 20;
-        let draft = store.begin(SnapshotId::random()).unwrap();
-        draft.state().write_all_at(b"state", 0).unwrap();
-        draft.memory().set_len(BYTES).unwrap();
-        let facts = Facts {
-            name: None,
-            labels: BTreeMap::new(),
-            guest: Guest { kernel: "k".into(), protocol: Protocol::Pvh, ready: String::new() },
-            vcpus: 1,
-            memory: Memory {
-                bytes: BYTES,
-                regions: vec![Region { guest_address: 0, bytes: BYTES, file_offset: 0 }],
-            },
-            cpu: Cpu { vendor: "v".into(), features: Vec::new(), tsc_khz: 0 },
-            kvm_capabilities: Vec::new(),
-            parent: None,
-            identity: Identity { agent: false },
-            devices: Vec::new(),
-            disks: Vec::new(),
-            networks: Vec::new(),
-        };
-        draft.publish(facts).unwrap().id().to_string()
-    }
-
-    /// How many snapshots of this folder this process has open.
-    fn open_in(folder: &Path) -> usize {
-        let fds = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-        let paths = fds.filter_map(|fd| std::fs::read_link(fd.path()).ok());
-        paths.filter(|path| path.starts_with(folder) && path.ends_with(MEMORY_FILE)).count()
-    }
-
-    #[test]
-    fn files_of_many_snapshots_are_not_all_held_open() {
-        let folder = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(folder.path(), false, Signing::default(), "mark".to_owned()).unwrap();
-        for _ in 0..OPEN_SNAPSHOTS_MAX + 5 {
-            let id = publish(&snapshots.store);
-            // As nobody holds them, and folding is not waited for: opened and kept, as `source` does.
-            let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
-            snapshots.keep(id, &Arc::new(source));
-        }
-        assert_eq!(open_in(folder.path()), OPEN_SNAPSHOTS_MAX);
-    }
-
-    #[test]
-    fn one_that_was_deleted_while_it_was_opened_is_not_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let snapshots = Snapshots::open(folder.path(), false, Signing::default(), "mark".to_owned()).unwrap();
-        let id = publish(&snapshots.store);
-        let source = Source::open(&snapshots.store.get(&id).unwrap(), false).unwrap();
-        // By this its series are ended, open or not.
-        assert_eq!(label_of(&snapshots.store.get(&id).unwrap()), source.label());
-        snapshots.store.delete(&id).unwrap();
-        snapshots.keep(id, &Arc::new(source));
-        assert!(snapshots.lock().is_empty());
-    }
-
-    #[test]
-    fn times_of_manifests_are_read() {
-        assert_eq!(unix_ms("1970-01-01T00:00:00Z"), Some(0));
-        assert_eq!(unix_ms("2026-11-22T12:00:01Z"), Some(1_795_348_801_000));
-        assert_eq!(unix_ms("2024-02-29T23:59:59Z"), Some(1_709_251_199_000));
-        assert_eq!(unix_ms(""), None);
-    }
-
-    #[test]
-    fn what_was_deleted_while_it_was_opened_is_not_kept_open() {
-        let (opened, source) = (Opened::new(), Arc::new(()));
-        opened.keep("snap-a".to_owned(), &source, |_| true);
-        opened.keep("snap-b".to_owned(), &source, |id| {
-            // A deletion that comes from here on finds it.
-            assert!(opened.lock().contains_key(id));
-            false
-        });
-        let has = |id: &str| opened.lock().contains_key(id);
-        assert!(has("snap-a") && !has("snap-b"));
-        for n in 0..2 * OPEN_SNAPSHOTS_MAX {
-            opened.keep(format!("snap-{n}"), &source, |_| true);
-            opened.keep(format!("snap-{n}"), &source, |_| true);
-        }
-        assert_eq!(opened.lock().len(), OPEN_SNAPSHOTS_MAX);
-    }
-
-    #[tokio::test]
-    async fn what_must_be_done_is_done_when_its_caller_goes_away() {
-        let (go, gone) = tokio::sync::oneshot::channel::<()>();
-        let (begun_in, begun) = tokio::sync::oneshot::channel();
-        let (done_in, done) = tokio::sync::oneshot::channel();
-        let caller = tokio::spawn(to_its_end(async move {
-            begun_in.send(()).unwrap();
-            gone.await.unwrap();
-            done_in.send(()).unwrap();
-            Ok(())
-        }));
-        begun.await.unwrap();
-        caller.abort();
-        assert!(caller.await.unwrap_err().is_cancelled());
-        go.send(()).unwrap();
-        done.await.unwrap();
-    }
-
-    #[test]
-    fn a_hello_survives_the_label() {
-        let hello = Hello {
-            version: crate::agent::wire::PROTOCOL_VERSION,
-            agent: 1,
-            boot: 2,
-            cpus_found: 4,
-            cpus_alive: 4,
-            tsc_khz: 3_000_000,
-            checks_run: 7,
-            checks_failed: 0,
-            kinds: u64::MAX,
-            memory_bytes: 1 << 29,
-            arena_bytes: 1 << 28,
-            filled_bytes: 0,
-            disks: 1,
-            request_bytes: 0,
-            name: "test guest".into(),
-        };
-        let mut labels = BTreeMap::from([(HELLO_LABEL.to_owned(), hello_text(&hello).unwrap())]);
-        assert_eq!(stored_hello(&labels).unwrap(), hello);
-        labels.insert(HELLO_LABEL.to_owned(), "zz".into());
-        assert!(stored_hello(&labels).is_err());
-        assert!(stored_hello(&BTreeMap::new()).is_err());
-    }
-}
+#[path = "snapshots_tests.rs"]
+mod tests;

@@ -27,8 +27,8 @@ use super::Fleet;
 use super::error::FleetError;
 use super::events::{Change, Event, Kind};
 use super::pools::FUNCTION_PREFIX;
-use super::snapshots::{blocking, to_its_end};
 use super::stored::Files;
+use super::tasks::{blocking, to_its_end};
 
 /// All functions.
 #[derive(Debug)]

@@ -15,7 +15,7 @@ use crate::fleet::network;
 use crate::fleet::panics;
 use crate::fleet::shells::{Plugged, Shell};
 use crate::fleet::slots::Held;
-use crate::fleet::snapshots::Source;
+use crate::fleet::sources::Source;
 use crate::fleet::vm::{State, Vm};
 
 /// Longest rest after one was made.

@@ -12,7 +12,7 @@ use super::{DOWN_MAX, Gone, RETRY, Slots, maker};
 use crate::fleet::child;
 use crate::fleet::error::FleetError;
 use crate::fleet::network::NetworkError;
-use crate::fleet::snapshots::blocking;
+use crate::fleet::tasks::blocking;
 
 /// What the pool's task does next.
 enum Step {

@@ -44,7 +44,7 @@ use super::error::FleetError;
 use super::id;
 use super::network::NetworkError;
 use super::panics;
-use super::snapshots::blocking;
+use super::tasks::blocking;
 
 /// Most slots that are kept ready.
 pub const READY_MAX: usize = 256;
